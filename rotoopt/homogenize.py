@@ -1,0 +1,198 @@
+"""Homogenization: from K gradients at the representation to one for the backbone, and to the rotation step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotoopt.gradients import TaskGradients
+from rotoopt.normalization import Reference
+from rotoopt.representation import RotatedDims
+from rotoopt.rotation_step import RotationStep
+from rotoopt.weighting import Progress, Weighting
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What the latest backward pass measured. All tensors are detached; nothing is copied to the host.
+
+    Attributes:
+        losses: L_k, NaN for an absent task; ``None`` where the user back-propagated them. Shape ``(K,)``.
+        grad_norms: ||G_k||, the norm of the gradient at the representation over the whole batch, zero for an absent
+            task. Shape ``(K,)``.
+        weights: The task weights that were used, NaN for a callable weighting. Shape ``(K,)``.
+        cosines: Cosines between the task gradients, zero for an absent or zero one. Shape ``(K, K)``.
+        present: Which tasks took part. Shape ``(K,)``, bool.
+        finite: Whether all losses and gradients were finite; if not, rotations, references and trained weights
+            were left as they were. Shape ``()``, bool.
+    """
+
+    losses: Tensor | None
+    grad_norms: Tensor
+    weights: Tensor
+    cosines: Tensor
+    present: Tensor
+    finite: Tensor
+
+    @cached_property
+    def alignment(self) -> Tensor:
+        """Cosine of each task gradient with the mean of the unit gradients, the target. Shape ``(K,)``."""
+        length = self.cosines.mean().clamp(min=0.0).sqrt()
+        return torch.where(length > 0, self.cosines.mean(dim=1) / length, 0.0)
+
+
+class Homogenizer:
+    """The state of the method: references, weighting and rotation step, fed by one backward pass after another.
+
+    Args:
+        num_tasks: K.
+        weighting: How K gradients become one.
+        rotation_step: What turns the rotations.
+        burn_in_period: Step at which the references are taken anew.
+    """
+
+    def __init__(self, num_tasks: int, weighting: Weighting, rotation_step: RotationStep, burn_in_period: int) -> None:
+        rotations = rotation_step.rotations
+        self.weighting = weighting
+        self.rotation_step = rotation_step
+        self.burn_in_period = burn_in_period
+        self.num_steps = 0
+        self.norm_reference = Reference.unknown(num_tasks, rotations.device, rotations.dtype)
+        self.loss_reference = Reference.unknown(num_tasks, rotations.device, rotations.dtype)
+        self.record: StepRecord | None = None
+        self.pending = False
+        self._losses: Tensor | None = None
+
+    def expect(self, losses: Mapping[int, Tensor] | None) -> Tensor:
+        """Note the losses of the backward pass to come.
+
+        Args:
+            losses: L_k of the present tasks; None if they are not known.
+
+        Returns:
+            |L_k(t0)|, by which normalized losses are divided; one where there is none yet. Shape ``(K,)``.
+        """
+        self._losses = None
+        if losses is not None:
+            self._losses = torch.full_like(self.loss_reference.values, float("nan"))
+            for task, loss in losses.items():
+                self._losses[task] = loss.detach().squeeze()
+        values = self._next_loss_reference().values
+        return torch.where(values.isnan(), 1.0, values)
+
+    def _next_loss_reference(self) -> Reference:
+        if self._losses is None:
+            return self.loss_reference
+        present = ~self._losses.isnan()
+        return self.loss_reference.updated(self._losses.abs(), present, burnt_in=self.burnt_in)
+
+    @property
+    def burnt_in(self) -> bool:
+        """Whether the references taken now are final."""
+        return self.num_steps >= self.burn_in_period
+
+    @torch.no_grad()
+    def receive(self, grads: Tensor, tasks: tuple[int, ...], dims: RotatedDims) -> Tensor:
+        """Combine the gradients of one backward pass and collect the rotation gradient.
+
+        Args:
+            grads: G. Shape ``(K, *shape)``, zero for absent tasks; changed in place.
+            tasks: The tasks that are present.
+            dims: The rotated dimensions of the representation.
+
+        Returns:
+            The gradient for the representation. Shape ``shape``.
+        """
+        shape = grads.shape[1:]
+        present = torch.ones(len(grads), dtype=torch.bool, device=grads.device)
+        for task in set(range(len(grads))) - set(tasks):
+            present[task] = False
+        with torch.autocast(grads.device.type, enabled=False):
+            gradients = TaskGradients.of(grads.flatten(1), tasks, present)
+            finite = gradients.finite
+            if self._losses is not None:
+                finite = finite & (self._losses.isfinite() | ~present).all()
+            progress = self._advance(gradients, finite)
+            combined = self.weighting.combine(gradients, progress)
+            if len(tasks) > 1:  # alone, a task is its own target
+                self._collect(gradients, shape, dims, finite)
+        self.record = StepRecord(self._losses, gradients.norms, combined.weights, gradients.cosines, present, finite)
+        self.pending = True
+        return combined.vector.reshape(shape)
+
+    def _advance(self, gradients: TaskGradients, finite: Tensor) -> Progress:
+        """Take references that are due, and compare with them."""
+        norms, present = gradients.norms, gradients.present
+        updated = self.norm_reference.updated(norms, present, burnt_in=self.burnt_in)
+        self.norm_reference = updated.keep_if(finite, self.norm_reference)
+        norm_ratios = self.norm_reference.ratios(norms)
+        if self._losses is None:
+            return Progress(norm_ratios, None)
+        self.loss_reference = self._next_loss_reference().keep_if(finite, self.loss_reference)
+        values = self.loss_reference.values
+        return Progress(norm_ratios, self._losses / torch.where(values.isnan(), 1.0, values))
+
+    def _collect(self, gradients: TaskGradients, shape: torch.Size, dims: RotatedDims, finite: Tensor) -> None:
+        directions = gradients.directions()
+        target = directions.sum(0) / len(gradients.tasks)
+        stacked = dims.view_stacked(directions.view(-1, *shape))
+        self.rotation_step.collect(stacked, dims.view(target.view(shape)), finite)
+
+    def finish_step(self) -> None:
+        """Turn the rotations and train the weights from what was collected; a no-op without a backward pass."""
+        if not self.pending:
+            return
+        self.rotation_step.step()
+        self.weighting.step()
+        self.num_steps += 1
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was collected since the last step."""
+        self.rotation_step.clear()
+        self.weighting.zero_grad()
+        self.pending = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to resume, as plain containers of tensors and numbers."""
+        rotations = self.rotation_step.rotations
+        return {
+            "num_tasks": len(rotations),
+            "num_steps": self.num_steps,
+            "matrices": None if rotations.size is None else rotations.matrices.clone(),
+            "rotation_optimizer": self.rotation_step.state_dict(),
+            "weighting": self.weighting.state_dict(),
+            "norm_reference": self.norm_reference.state_dict(),
+            "loss_reference": self.loss_reference.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned; check it first with :meth:`check_state_dict`."""
+        self.num_steps = state_dict["num_steps"]
+        if state_dict["matrices"] is not None:
+            self.rotation_step.rotations.load_matrices(state_dict["matrices"])
+        self.rotation_step.load_state_dict(state_dict["rotation_optimizer"])
+        self.weighting.load_state_dict(state_dict["weighting"])
+        self.norm_reference = self.norm_reference.loaded(state_dict["norm_reference"])
+        self.loss_reference = self.loss_reference.loaded(state_dict["loss_reference"])
+        self.clear()
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise unless ``state_dict`` fits these tasks and this size."""
+        rotations = self.rotation_step.rotations
+        if state_dict["num_tasks"] != len(rotations):
+            raise ValueError(
+                f"The state dict must be of {len(rotations)} tasks, got {state_dict['num_tasks']}. "
+                "Build the optimizer with the heads that it was saved with."
+            )
+        matrices = state_dict["matrices"]
+        if matrices is not None and rotations.size not in (None, matrices.shape[-1]):
+            raise ValueError(
+                f"The state dict must hold rotations of {rotations.size} features, got {matrices.shape[-1]}. "
+                "Build the optimizer with the representation and `rotation_size` that it was saved with."
+            )

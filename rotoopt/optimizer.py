@@ -1,0 +1,418 @@
+"""``RotoGradOptimizer``: a torch optimizer that calls the stages of RotoGrad in order."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rotoopt.arguments import (
+    Losses,
+    check_heads,
+    check_losses,
+    check_numbers,
+    check_optimizer,
+    check_rep,
+    check_rotate,
+    warn_of_missing_parameters,
+)
+from rotoopt.capture import Capture
+from rotoopt.homogenize import Homogenizer, StepRecord
+from rotoopt.representation import RotatedDims
+from rotoopt.rotation_step import NormalizedStep, RotationOptimizer, RotationStep
+from rotoopt.rotations import Init, Rotations
+from rotoopt.weighting import Aggregator, Weighting, as_weighting
+from rotoopt.wiring import check_wiring
+
+DEFAULT_ROTATION_LR = 5e-4
+
+
+@dataclass
+class _Core:
+    """Everything mutable. One object, because wrappers such as Lightning's keep what is set on the optimizer."""
+
+    optimizer: Optimizer
+    names: list[str]
+    functional: bool
+    normalize_losses: bool
+    capture: Capture
+    homogenizer: Homogenizer
+    wiring_checked: bool = False
+    idle_steps: int = 0
+    warned: bool = False
+
+
+class RotoGradOptimizer(Optimizer):
+    r"""Wraps any torch optimizer so that several tasks train one representation without fighting over it.
+
+    Put a rotation :math:`R_k \in SO(d)` in front of every head, bring the K task gradients at the representation
+    to one magnitude, and turn the rotations so that the gradients agree in direction. All of it is state of the
+    optimizer; the model stays as it is, and so do ``param_groups``, schedulers, clipping and checkpoints.
+
+    Args:
+        optimizer: Any ``torch.optim.Optimizer``, already built.
+        heads: The modules that consume the representation, a sequence or a mapping from task names. A forward
+            pre-hook puts the rotation in front of each.
+        num_tasks: K, instead of ``heads``, for functional heads: feed them with :meth:`rotate`.
+        dim: Dimension or dimensions of the representation that are rotated (several are flattened together):
+            -1 for vectors ``(B, d)`` and token sequences ``(B, T, d)``, 1 for the channels of ``(B, C, H, W)`` maps.
+            All others count as samples.
+        rotation_size: Rotate only the first m features along ``dim``. The rotations then exist from construction;
+            otherwise they are made in the first training forward.
+        rotate: ``False``, or one flag per task: that task keeps R_k = I (frozen, pretrained heads).
+        weighting: How K gradients become one: ``RotoGradWeighting()`` (default), ``GradNorm(alpha=...)``,
+            ``EqualWeighting()``, or any callable ``(K, n) -> (n,)``, such as a TorchJD aggregator.
+        normalize_losses: Back-propagate L_k / |L_k(t0)| instead of L_k. Needs ``step(losses)`` or
+            ``backward(losses)``: in your own ``sum(losses).backward()`` the losses are what you make them.
+        burn_in_period: Step at which L_k(t0) and the norms ||G_k(t0)|| are taken anew.
+        rotation_lr: Learning rate of the built-in rotation step, in radians per coordinate at the first step; it
+            decays by itself, as 1/sqrt(t). See :class:`~rotoopt.rotation_step.NormalizedStep`.
+        rotation_optimizer: A callable ``params -> torch.optim.Optimizer`` on the Lie-algebra coordinates, instead
+            of the built-in step. The official recipe is ``lambda params: torch.optim.Adam(params, lr=...)``.
+        init: ``"identity"``: the model computes what it did before wrapping. ``"haar"``: uniformly random rotations,
+            what the official code does in effect; for heads trained from scratch only.
+
+    Raises:
+        TypeError: If ``optimizer`` is no built torch optimizer, or a head no module.
+        ValueError: If an option is out of range or a head is listed twice.
+
+    Example:
+        >>> backbone, head_a, head_b = nn.Linear(3, 8), nn.Linear(8, 1), nn.Linear(8, 2)
+        >>> params = [*backbone.parameters(), *head_a.parameters(), *head_b.parameters()]
+        >>> optimizer = RotoGradOptimizer(torch.optim.SGD(params, lr=0.1), heads=[head_a, head_b])
+        >>> rep = backbone(torch.randn(5, 3))
+        >>> losses = [head_a(rep).square().mean(), head_b(rep).abs().mean()]
+        >>> optimizer.zero_grad()
+        >>> optimizer.step(losses, rep)
+        >>> optimizer.task_weights.shape, optimizer.rotations.matrices.shape
+        (torch.Size([2]), torch.Size([2, 8, 8]))
+
+    Source: Javaloy and Valera, RotoGrad: Gradient Homogenization in Multitask Learning, ICLR 2022, algorithm 1. Departs
+    from the official code (rotograd 0.1.6): wraps the optimizer instead of the model; starts at R_k = I; the rotation
+    objective uses unit gradients and its step decays; references are never taken from absent, zero or non-finite
+    gradients; an absent task contributes nothing instead of its previous gradient.
+    """
+
+    _step_supports_amp_scaling = False  # GradScaler must unscale and skip for us, whatever the wrapped one can do
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        heads: Sequence[nn.Module] | Mapping[str, nn.Module] | None = None,
+        *,
+        num_tasks: int | None = None,
+        dim: int | Sequence[int] = -1,
+        rotation_size: int | None = None,
+        rotate: bool | Sequence[bool] = True,
+        weighting: Weighting | Aggregator | None = None,
+        normalize_losses: bool = False,
+        burn_in_period: int = 20,
+        rotation_lr: float = DEFAULT_ROTATION_LR,
+        rotation_optimizer: RotationOptimizer | None = None,
+        init: Init = "identity",
+    ) -> None:
+        check_optimizer(optimizer)
+        modules, names = check_heads(heads, num_tasks)
+        flags = check_rotate(rotate, len(names))
+        check_numbers(
+            rotation_size=rotation_size,
+            burn_in_period=burn_in_period,
+            rotation_lr=rotation_lr,
+            init=init,
+        )
+        if len(names) == 1 and init == "identity":
+            flags = (False,)  # a single task agrees with itself: R = I for ever, so do not even multiply by it
+        param = next(param for group in optimizer.param_groups for param in group["params"])
+        dtype = torch.promote_types(param.dtype, torch.float32) if param.is_floating_point() else torch.float32
+        rotations = Rotations(len(names), rotation_size, rotate=flags, init=init, device=param.device, dtype=dtype)
+        rotation_step = RotationStep(rotations, rotation_optimizer or partial(NormalizedStep, lr=rotation_lr))
+        used_weighting = as_weighting(weighting)
+        used_weighting.bind(len(names), param.device)
+        homogenizer = Homogenizer(len(names), used_weighting, rotation_step, burn_in_period)
+        capture = Capture(rotations, RotatedDims(dim), homogenizer.receive)
+        self._core = _Core(optimizer, names, heads is None, normalize_losses, capture, homogenizer)
+        # `Optimizer.__init__` would make a second list of groups and a second state; this, torch's own path for
+        # objects built without it, makes the hook tables only.
+        super().__setstate__({})
+        for task, head in enumerate(modules):
+            capture.attach(head, task)
+        warn_of_missing_parameters(optimizer, modules, names)
+
+    # ------------------------------------------------------------------ training
+
+    def backward(self, losses: Losses, rep: Tensor | None = None, *, backbone_loss: Tensor | None = None) -> None:
+        """Fill every ``.grad`` and collect what the rotation step needs: all of ``step`` but the updates.
+
+        Args:
+            losses: One scalar loss per task, in the order of the heads or by task name; ``None`` (or a missing
+                name) for a task that is absent from this batch.
+            rep: The shared representation. Gradients are taken at the tensor that the heads consumed, whatever is
+                given here; ``rep`` is compared with it, and may be left out.
+            backbone_loss: A loss of the backbone alone (a regularizer). Added to the gradient as it is: never
+                normalized, scaled or rotated.
+
+        Raises:
+            ValueError: If the losses are not K scalars with graphs, or ``rep`` has another shape than what the heads
+                consumed.
+            RuntimeError: If a loss did not pass through its rotated head, or the heads do not share one
+                representation.
+        """
+        core = self._core
+        capture, homogenizer = core.capture, core.homogenizer
+        present = check_losses(losses, core.names)
+        check_rep(rep, capture.last_shape)
+        if capture.frozen:
+            self._warn_once(
+                "The representation should require grad, got one that does not (a frozen backbone?). The heads are "
+                "trained by a plain backward; rotations and weights rest."
+            )
+        elif not core.wiring_checked or not capture.looks_complete(present):
+            check_wiring(present, core.names)
+            core.wiring_checked = True
+        divisors = homogenizer.expect(present)
+        roots = [loss / divisors[task] if core.normalize_losses else loss for task, loss in present.items()]
+        torch.autograd.backward(roots if backbone_loss is None else [*roots, backbone_loss])
+        homogenizer.expect(None)
+        capture.start_over()
+
+    @overload
+    def step(
+        self,
+        closure: None = None,
+        rep: Tensor | None = None,
+        *,
+        backbone_loss: Tensor | None = None,
+    ) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @overload
+    def step(self, closure: Losses, rep: Tensor | None = None, *, backbone_loss: Tensor | None = None) -> None: ...
+    def step(
+        self,
+        closure: Callable[[], float] | Losses | None = None,
+        rep: Tensor | None = None,
+        *,
+        losses: Losses | None = None,
+        backbone_loss: Tensor | None = None,
+    ) -> float | None:
+        """Back-propagate the losses, step the wrapped optimizer, and turn the rotations.
+
+        ``step(losses, rep)`` replaces ``sum(losses).backward(); step()``. Without losses it steps on the gradients
+        that :meth:`backward`, your own ``sum(losses).backward()`` or a closure left, as any optimizer does; where
+        there was no backward pass, rotations and counters stay as they are.
+
+        Args:
+            closure: The losses, as in :meth:`backward`, or, as for every torch optimizer, a closure or ``None``.
+            rep: As in :meth:`backward`.
+            losses: The losses, by keyword.
+            backbone_loss: As in :meth:`backward`.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        args: tuple[Any, ...] = (self, closure, rep)
+        kwargs: dict[str, Any] = {"losses": losses, "backbone_loss": backbone_loss}
+        for pre_hook in self._optimizer_step_pre_hooks.values():
+            args, kwargs = pre_hook(self, args, kwargs) or (args, kwargs)
+        result = RotoGradOptimizer._step(*args, **kwargs)
+        for post_hook in self._optimizer_step_post_hooks.values():
+            post_hook(self, args, kwargs)
+        return result
+
+    # torch wraps `step` of every optimizer class to run hooks and label the profile. The wrapped optimizer is an
+    # optimizer itself: with both wrapped, global hooks would count every step twice.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(
+        self,
+        closure: Callable[[], float] | Losses | None = None,
+        rep: Tensor | None = None,
+        *,
+        losses: Losses | None = None,
+        backbone_loss: Tensor | None = None,
+    ) -> float | None:
+        core = self._core
+        if closure is not None and not callable(closure):
+            if losses is not None:
+                raise TypeError("`losses` must be given once, got them by position and by keyword.")
+            closure, losses = None, closure
+        if losses is not None:
+            self.backward(losses, rep, backbone_loss=backbone_loss)
+        elif rep is not None or backbone_loss is not None:
+            raise TypeError("`rep` and `backbone_loss` must come with `losses`, got none.")
+        result = core.optimizer.step() if closure is None else core.optimizer.step(closure)
+        if not core.homogenizer.pending and core.capture.last_shape is None:
+            core.idle_steps += 1
+            if core.idle_steps == 2:  # one may be a checkpointing library that makes the optimizer's state
+                self._warn_once(
+                    "The heads should have run in training mode before step(), got two steps and no head that ran. "
+                    "Either (a) the model that is trained is not the one whose heads were given, (b) it stays in eval "
+                    "mode, or (c) it was compiled and run before the optimizer was built: build it first."
+                )
+        core.homogenizer.finish_step()
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the parameters, and what was collected for the rotations."""
+        self._core.optimizer.zero_grad(set_to_none=set_to_none)
+        self._core.homogenizer.clear()
+
+    def rotate(self, rep: Tensor) -> tuple[Tensor, ...]:
+        """Return R_k z for every task, for functional heads (``num_tasks=K``).
+
+        Args:
+            rep: The shared representation z.
+
+        Returns:
+            K tensors of the shape of ``rep``, one for each head.
+
+        Raises:
+            RuntimeError: If the optimizer was given modules: their hooks rotate already.
+        """
+        core = self._core
+        if not core.functional:
+            raise RuntimeError(
+                "`rotate` must be used with num_tasks=K, got an optimizer with `heads`. Their hooks rotate already: "
+                "call the heads on z itself."
+            )
+        return tuple(core.capture.feed(rep, task) for task in range(len(core.names)))
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Return a context in which forward passes rotate, but gradients are left alone.
+
+        For saliency maps, adversarial examples and gradient penalties: inside, the model is the rotated model and its
+        gradients are its true ones. What matters is where the forward pass runs.
+        """
+        return self._core.capture.pause()
+
+    def remove(self) -> None:
+        """Remove the hooks from the heads: the model computes again without rotations."""
+        self._core.capture.detach()
+
+    # ------------------------------------------------------------------ what it knows
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The wrapped optimizer."""
+        return self._core.optimizer
+
+    @property
+    def rotations(self) -> Rotations:
+        """The rotations, an ``nn.Module``: ``rotations.matrices`` is ``(K, m, m)``, ``rotations[k]`` is R_k."""
+        return self._core.capture.rotations
+
+    @property
+    def rotation_optimizer(self) -> Optimizer:
+        """The optimizer of the rotations; learning-rate schedulers attach to it."""
+        return self._core.homogenizer.rotation_step.optimizer
+
+    @property
+    def task_weights(self) -> Tensor:
+        """Weights w_k of the task gradients in the latest backward pass; ones before the first. Shape ``(K,)``."""
+        record = self._core.homogenizer.record
+        return torch.ones(len(self._core.names)) if record is None else record.weights
+
+    @property
+    def last_step(self) -> StepRecord | None:
+        """What the latest backward pass measured: losses, gradient norms, weights, cosines. None before the first."""
+        return self._core.homogenizer.record
+
+    def __repr__(self) -> str:
+        core = self._core
+        inner = "\n    ".join(repr(core.optimizer).splitlines())
+        return (
+            f"{type(self).__name__} (\n    tasks: {', '.join(core.names)}\n    weighting: "
+            f"{core.homogenizer.weighting!r}\n    rotations: {core.capture.rotations.extra_repr()}\n"
+            f"    optimizer: {inner}\n)"
+        )
+
+    # ------------------------------------------------------------------ being a torch optimizer
+
+    # Views onto the wrapped optimizer, never copies: `load_state_dict` replaces both objects there.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of the wrapped optimizer."""
+        return self._core.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self._core.optimizer.param_groups = value
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The state of the wrapped optimizer."""
+        return self._core.optimizer.state
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self._core.optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The defaults of the wrapped optimizer."""
+        return self._core.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self._core.optimizer.defaults = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the wrapped optimizer."""
+        self._core.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state dict of the wrapped optimizer with one more entry, ``"rotograd"``.
+
+        It loads into the bare optimizer too, which ignores that entry.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = {
+            **self._core.optimizer.state_dict(),
+            "rotograd": self._core.homogenizer.state_dict(),
+        }
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, or the state dict of the bare optimizer (with a warning).
+
+        Raises:
+            ValueError: If it was saved with another number of tasks or another size of the rotations.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        own = state_dict.pop("rotograd", None)
+        if own is not None:
+            self._core.homogenizer.check_state_dict(own)
+        self._core.optimizer.load_state_dict(state_dict)
+        if own is not None:
+            self._core.homogenizer.load_state_dict(own)
+        else:
+            warnings.warn(
+                "The state dict should have an entry 'rotograd', got one without (of a bare optimizer?). Rotations, "
+                "references and trained weights stay as they are.",
+                stacklevel=2,
+            )
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Not `__dict__`: a scheduler puts its own `step` there, bound to the original, and a copy would step that.
+        return {"_core": self._core}
+
+    def _warn_once(self, message: str) -> None:
+        if not self._core.warned:
+            self._core.warned = True
+            warnings.warn(message, stacklevel=4)

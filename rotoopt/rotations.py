@@ -1,0 +1,166 @@
+"""Rotations: one R_k in SO(m) per task, all of them in one ``(K, m, m)`` tensor on ``geotorch.SO``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import geotorch
+import torch
+from geotorch.so import uniform_init_
+from torch import Tensor, nn
+
+Init = Literal["identity", "haar"]
+
+
+def cayley_delta(skew: Tensor) -> Tensor:
+    r"""Return :math:`Z` with :math:`I + Z = (I - S/2)^{-1}(I + S/2)`, the Cayley transform of ``skew``.
+
+    :math:`Z = (I + S^\top S/4)^{-1}(I + S/2)\,S`: the matrix to invert is symmetric, at least I and well
+    conditioned, so a Cholesky factor serves. Batched LU, the textbook way, returns invalid pivots on the CPU
+    build of torch 2.13 once a process has called ``torch.set_num_threads(n)`` with n > 1.
+
+    Args:
+        skew: S, skew-symmetric. Shape ``(..., m, m)``, float32 or float64.
+
+    Returns:
+        Z, in the shape and dtype of ``skew``. ``R + R @ Z`` drifts less than ``R @ (I + Z)``.
+
+    Example:
+        >>> skew = torch.tensor([[0.0, -2.0], [2.0, 0.0]])  # a turn by 2 atan(2 / 2), a right angle
+        >>> torch.eye(2) + cayley_delta(skew)
+        tensor([[ 0., -1.],
+                [ 1.,  0.]])
+    """
+    gram = (skew.mT @ skew).mul_(0.25)
+    gram.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    factor = torch.linalg.cholesky_ex(gram).L  # `_ex`: no device synchronization
+    return torch.cholesky_solve(skew + 0.5 * skew @ skew, factor)
+
+
+def orthogonality_error(matrices: Tensor) -> Tensor:
+    r"""Return :math:`\max_{ij} |R^\top R - I|_{ij}` of each matrix. Shape ``(..., m, m)`` to ``(...)``."""
+    gram = matrices.mT @ matrices
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    return gram.abs().amax(dim=(-2, -1))
+
+
+class Rotations(nn.Module):
+    """K rotations R_k in SO(m), kept by the optimizer and applied in front of the heads.
+
+    The rotations are a buffer of a ``geotorch.SO`` manifold, not parameters: no optimizer of the network sees
+    them, ``requires_grad`` is False, and they do not appear in the state dict of the model. They are float32,
+    or float64 where the network is float64.
+
+    Args:
+        num_tasks: K.
+        size: m. ``None``: the rotations are made by the first :meth:`create`.
+        rotate: One flag per task. A task whose flag is False keeps R_k = I.
+        init: ``"identity"``, or ``"haar"`` for rotations drawn uniformly from SO(m) (this takes numbers from
+            torch's global generator).
+        device: Where the rotations live.
+        dtype: ``torch.float32`` or ``torch.float64``.
+    """
+
+    def __init__(
+        self,
+        num_tasks: int,
+        size: int | None,
+        *,
+        rotate: Sequence[bool],
+        init: Init,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.num_tasks = num_tasks
+        self.covers_all = size is None  # else the rest of the features pass through
+        self.rotate = tuple(rotate)
+        self.init: Init = init
+        self.device = device
+        self.dtype = dtype
+        self.manifold: geotorch.SO | None = None
+        if size is not None:
+            self.create(size)
+
+    @property
+    def size(self) -> int | None:
+        """m, or None while the rotations do not exist yet."""
+        return None if self.manifold is None else self.manifold.n
+
+    @property
+    def matrices(self) -> Tensor:
+        """The rotations. Shape ``(K, m, m)``, detached; changes with the next step, so clone to keep it."""
+        if self.manifold is None:
+            raise RuntimeError(
+                "`rotations` must exist before they are read, got none. They are made in the first training forward, "
+                "when the size of the representation is known; give `rotation_size` to have them from the start."
+            )
+        base: Tensor = self.manifold.base
+        return base.detach()
+
+    def __len__(self) -> int:
+        return self.num_tasks
+
+    def __getitem__(self, task: int) -> Tensor:
+        return self.matrices[task]
+
+    def create(self, size: int) -> None:
+        """Make the K rotations of ``size`` features."""
+        with torch.device("meta"):  # geotorch would draw K Haar matrices: K QR decompositions, and random numbers
+            manifold = geotorch.SO((self.num_tasks, size, size), triv="cayley")
+        manifold.to(self.dtype).to_empty(device=self.device)
+        self.manifold = manifold
+        if self.init == "haar":
+            self._assign(_haar(self.num_tasks, size))
+        else:
+            self._assign(torch.eye(size).expand(self.num_tasks, size, size))
+
+    @torch.no_grad()
+    def _assign(self, matrices: Tensor) -> None:
+        base = self.matrices
+        base.copy_(matrices)
+        for task, rotate in enumerate(self.rotate):
+            if not rotate:
+                base[task].copy_(torch.eye(base.shape[-1]))
+
+    def load_matrices(self, matrices: Tensor) -> None:
+        """Take over ``matrices``, shape ``(K, m, m)``, as they are."""
+        if self.manifold is None:
+            self.create(matrices.shape[-1])
+        self.matrices.copy_(matrices)
+
+    @torch.no_grad()
+    def turn_(self, skew: Tensor) -> None:
+        r"""Move every rotation along its Lie algebra: :math:`R_k \leftarrow R_k\,\mathrm{cay}(S_k)`.
+
+        Args:
+            skew: S, skew-symmetric. Shape ``(K, m, m)``, radians for small entries. S_k = 0 is a no-op.
+        """
+        matrices = self.matrices
+        matrices.add_(matrices @ cayley_delta(skew))
+        # Rounding errors of many small turns add up; one Newton-Schulz step per turn keeps them at a few eps.
+        gram = matrices.mT @ matrices
+        still = (skew == 0).flatten(1).all(1)[:, None, None]  # no turn, no repair: the matrix keeps its bits
+        matrices.copy_(torch.where(still, matrices, 1.5 * matrices - 0.5 * matrices @ gram))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        matrices = state_dict.get(f"{prefix}manifold.base")
+        if matrices is not None and self.manifold is None:
+            self.create(matrices.shape[-1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Return the options, for ``repr``."""
+        return f"num_tasks={self.num_tasks}, size={self.size}, init={self.init!r}, rotate={self.rotate}"
+
+
+def _haar(num_tasks: int, size: int) -> Tensor:
+    """Draw Haar rotations; geotorch alone returns reflections too, from about m = 350.
+
+    It asks ``torch.det`` for the sign, a product of m pivots that underflows to zero.
+    """
+    matrices: Tensor = uniform_init_(torch.empty(num_tasks, size, size, dtype=torch.float64))
+    reflections = torch.linalg.slogdet(matrices).sign < 0
+    matrices[reflections, :, 0] *= -1
+    return matrices

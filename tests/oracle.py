@@ -1,0 +1,220 @@
+"""The paper in plain float64, one step at a time: the truth that all fast code is compared with.
+
+Equation numbers: Javaloy and Valera, RotoGrad, ICLR 2022; what has none is rotoopt's own. Symbols:
+K tasks, P of them present in a batch; z, the representation; G_k, gradient of loss k at z; J, the
+G_k of the present tasks as flat rows (P, n); R, a rotation in SO(m). An unknown number is NaN.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+LossFn = Callable[[Tensor], Tensor]
+
+
+def layout(shape: torch.Size, dims: Sequence[int]) -> Tensor:
+    """Where each number of z is in z.flatten(): (samples, d), ``dims`` flattened row-major."""
+    dims = sorted(i % len(shape) for i in dims)
+    index = torch.arange(shape.numel()).view(shape).movedim(dims, list(range(-len(dims), 0)))
+    return index.reshape(-1, math.prod(shape[i] for i in dims))
+
+
+def rotate(z: Tensor, R: Tensor, index: Tensor) -> Tensor:
+    """Features of one task: r = [R z_1..m, z_m+1..d] for every sample, a row of ``index``."""
+    x, m = z.flatten()[index], len(R)  # (samples, d)
+    r = torch.cat([x[:, :m] @ R.T, x[:, m:]], dim=1)
+    return r.flatten()[index.flatten().argsort()].view_as(z)  # argsort: the inverse permutation
+
+
+def shares(norms: Tensor, references: Tensor) -> Tensor:
+    """Eq. 2: alpha_k = ratio_k / sum of ratios, ratio_k = norm_k / norm_k(t0)."""
+    known = ~references.isnan()
+    ratios = norms / references
+    mean = ratios[known].mean() if known.any() else torch.ones(()).double()
+    ratios = torch.where(known, ratios, mean)
+    return ratios / ratios.sum() if ratios.any() else torch.full_like(ratios, 1 / len(ratios))
+
+
+def scale(norms: Tensor, alphas: Tensor) -> Tensor:
+    """Eq. 1: w_k = C / norm_k, C = sum of alpha_k norm_k. A zero gradient stays zero."""
+    return torch.where(norms == 0, 0.0, alphas @ norms / norms)
+
+
+def combine(J: Tensor, weights: Tensor) -> Tensor:
+    """Gradient that the backbone receives at z: sum of w_k G_k."""
+    return weights @ J
+
+
+def gradnorm_gradient(
+    J: Tensor, logits: Tensor, loss_ratios: Tensor, present: list[int], alpha: float
+) -> Tensor:
+    """Gradient at the logits of sum_P |w_k norm_k - T_k|, w = K softmax(logits), T_k constant."""
+    weights = len(logits) * logits.softmax(0)
+    slopes = torch.zeros_like(logits)  # at the weights
+    if len(present) > 1:  # a lone task is its own target; rounding must not give 0 a sign
+        w, norms = weights[present], J.norm(dim=1)
+        rates = (loss_ratios / loss_ratios.mean()).pow(alpha)
+        targets = combine(J, w / len(present)).norm() * rates
+        slopes[present] = (w * norms - targets).sign() * norms
+    return weights * (slopes - weights @ slopes / len(logits))
+
+
+def rotation_gradient(U: Tensor, V: Tensor) -> Tensor:
+    """Eq. 3, unit gradients: the skew S along which R cay(S) raises <U, V> fastest."""
+    N = U.mT @ V  # U, V: (samples, m)
+    return N - N.mT
+
+
+def step_size(squares: Tensor, m: int, lr: float) -> Tensor:
+    """AdaGrad-norm, from the sum of the squared norms of all gradients so far."""
+    return torch.where(squares > 0, lr * (m * (m - 1) / 2 / squares).sqrt(), 0.0).clamp(max=1.0)
+
+
+def cayley_step(R: Tensor, S: Tensor) -> Tensor:
+    """R cay(S) = R (I - S/2)^-1 (I + S/2), a rotation for every skew S."""
+    identity = torch.eye(len(S)).double()
+    turn: Tensor = torch.linalg.solve(identity - S / 2, identity + S / 2)
+    return R @ turn
+
+
+class References:
+    """Value of each task at its first valid step, taken anew at the first one after burn-in."""
+
+    def __init__(self, n_tasks: int, burn_in: int) -> None:
+        self.values, self.taken = torch.full((2, n_tasks), math.nan).double()
+        self.burn_in = burn_in
+
+    def update(self, values: Tensor, t: int) -> None:
+        outdated = (self.taken < self.burn_in) & (t >= self.burn_in)
+        new = (self.values.isnan() | outdated) & values.isfinite() & (values != 0)
+        self.values[new], self.taken[new] = values[new], float(t)
+
+
+@dataclass(eq=False)
+class Oracle:
+    """Trains a float64 backbone and heads, whose parameters are in ``optimizer``.
+
+    The arguments are those of ``RotoGradOptimizer``, those of ``GradNorm`` (``alpha``,
+    ``weight_lr``), and ``matrices``, the first rotations. ``losses``, ``norms`` and ``weights``
+    are the last step's, NaN for absent tasks; a callable ``weighting`` has no weights.
+    """
+
+    backbone: nn.Module
+    heads: Sequence[nn.Module]
+    optimizer: Optimizer
+    _: KW_ONLY
+    dim: int | tuple[int, ...] = -1
+    rotation_size: int | None = None
+    rotate: bool | Sequence[bool] = True
+    weighting: Literal["rotograd", "equal", "gradnorm"] | Callable[[Tensor], Tensor] = "rotograd"
+    alpha: float = 1.5
+    weight_lr: float = 1e-3
+    normalize_losses: bool = False
+    burn_in_period: int = 20
+    rotation_lr: float = 5e-4
+    rotation_optimizer: Callable[[list[Tensor]], Optimizer] | None = None
+    matrices: Tensor = field(default_factory=lambda: torch.empty(0))  # empty: K identities
+
+    def __post_init__(self) -> None:
+        self.t, K = 0, len(self.heads)
+        self.loss_references = References(K, self.burn_in_period)
+        self.norm_references = References(K, self.burn_in_period)
+        self.squares, self.logits = torch.zeros(K).double(), torch.zeros(K).double()
+        self.logit_optimizer = Adam([self.logits], lr=self.weight_lr)
+
+    def step(
+        self, x: Tensor, loss_fns: Sequence[LossFn | None], backbone_loss: LossFn | None = None
+    ) -> Tensor:
+        """Take one step on one batch and return its losses, NaN where a task is absent.
+
+        ``loss_fns[k]`` maps prediction k to a loss and is None if task k is absent;
+        ``backbone_loss`` maps z to a loss.
+        """
+        self.optimizer.zero_grad()
+        z = self.backbone(x)
+        index = layout(z.shape, (self.dim,) if isinstance(self.dim, int) else self.dim)
+        if self.t == 0:
+            self._create_rotations(self.rotation_size or index.shape[1])
+
+        leaf = z.detach().requires_grad_()  # what comes back from a head stops here
+        K = len(self.heads)
+        self.losses, self.norms, self.weights = torch.full((3, K), math.nan).double().unbind()
+        J, present = torch.zeros(K, z.numel()).double(), []
+        for k, loss_fn in enumerate(loss_fns):
+            if loss_fn is None:
+                continue
+            loss = loss_fn(self.heads[k](rotate(leaf, self.matrices[k], index)))
+            self.losses[k] = loss.detach()
+            self.loss_references.update(self.losses.abs(), self.t)
+            if self.normalize_losses:
+                loss = loss / self.loss_references.values[k].nan_to_num(1.0)
+            J[k] = torch.autograd.grad(loss, leaf, retain_graph=True)[0].flatten()
+            torch.autograd.backward(loss)  # the head's own gradient, unscaled
+            present.append(k)
+        J = J[present]
+        self.norms[present] = J.norm(dim=1)
+        self.norm_references.update(self.norms, self.t)
+
+        if present:
+            combined = self._combine(J, present).view_as(z)
+            torch.autograd.backward(z, combined, retain_graph=True)
+        if backbone_loss is not None:
+            torch.autograd.backward(backbone_loss(z))
+        self.optimizer.step()
+
+        if J.isfinite().all() and self.losses[present].isfinite().all():
+            if self.weighting == "gradnorm":
+                self._step_logits(J, present)
+            if len(present) > 1:
+                self._step_rotations(J, present, index)
+        self.t += 1
+        return self.losses
+
+    def _create_rotations(self, m: int) -> None:
+        identities = torch.eye(m).expand(len(self.heads), m, m)
+        self.matrices = (self.matrices if self.matrices.numel() else identities).double()
+        self.algebra = torch.zeros_like(self.matrices)  # A, back at zero after every step
+        if self.rotation_optimizer is not None:
+            self.algebra_optimizer = self.rotation_optimizer([self.algebra])
+
+    def _combine(self, J: Tensor, present: list[int]) -> Tensor:
+        if callable(self.weighting):
+            return self.weighting(J)
+        if self.weighting == "rotograd":
+            norms = self.norms[present]
+            weights = scale(norms, shares(norms, self.norm_references.values[present]))
+        elif self.weighting == "gradnorm":
+            weights = (len(self.heads) * self.logits.softmax(0))[present]
+        else:
+            weights = torch.ones(len(present)).double()
+        self.weights[present] = weights
+        return combine(J, weights)
+
+    def _step_logits(self, J: Tensor, present: list[int]) -> None:
+        ratios = (self.losses / self.loss_references.values.nan_to_num(1.0))[present]
+        gradient = gradnorm_gradient(J, self.logits, ratios, present, self.alpha)
+        if gradient.isfinite().all():  # a negative ratio has no power alpha
+            self.logits.grad = gradient
+            self.logit_optimizer.step()
+
+    def _step_rotations(self, J: Tensor, present: list[int], index: Tensor) -> None:
+        m = self.matrices.shape[-1]
+        norms = self.norms[present, None]
+        units = torch.where(norms == 0, 0.0, J / norms)[:, index[:, :m]]  # (P, samples, m)
+        S = torch.zeros_like(self.matrices)
+        S[present] = rotation_gradient(units, units.mean(dim=0))
+        S *= torch.tensor(self.rotate).view(-1, 1, 1)
+        if self.rotation_optimizer is None:
+            self.squares += S.square().sum(dim=(1, 2)) / 2
+            S *= step_size(self.squares, m, self.rotation_lr).view(-1, 1, 1)
+        else:
+            self.algebra.grad = -S.tril(-1)
+            self.algebra_optimizer.step()
+            S = self.algebra.tril(-1) - self.algebra.tril(-1).mT
+            self.algebra.zero_()
+        self.matrices = torch.stack(list(map(cayley_step, self.matrices, S)))
