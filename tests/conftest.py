@@ -1,0 +1,62 @@
+"""What holds for every test: seeds, determinism, hypothesis profiles, --runslow and markers."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor
+
+# One thread: the sums then have one order on every machine, and small tensors gain nothing from
+# more. A test that needs more threads starts a process of its own.
+torch.set_num_threads(1)
+# Also fills new memory with NaN, so that a read of uninitialized memory shows. On a GPU, cuBLAS
+# would ask for an environment variable first.
+torch.use_deterministic_algorithms(not torch.cuda.is_available())
+
+
+class _TorchGenerator:
+    """Torch's global generator, in the form in which hypothesis manages generators."""
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def getstate(self) -> Tensor:
+        return torch.get_rng_state()
+
+    def setstate(self, state: Tensor) -> None:
+        torch.set_rng_state(state)
+
+
+# Without this a failing example could not be replayed. The name keeps the object alive: hypothesis
+# holds only a weak reference.
+_GENERATOR = _TorchGenerator()
+hypothesis.register_random(_GENERATOR)
+
+hypothesis.settings.register_profile("dev", max_examples=10, deadline=None)
+hypothesis.settings.register_profile("default", max_examples=40, deadline=None)
+hypothesis.settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
+_PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default")
+hypothesis.settings.load_profile(_PROFILE)
+
+# Scripts: looking for doctests in them would import them, and what they need.
+collect_ignore = ["benchmarks"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--runslow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skips = {
+        "slow": None if config.getoption("--runslow") else "needs --runslow",
+        "cuda": None if torch.cuda.is_available() else "needs a GPU",
+    }
+    for item in items:
+        for marker, reason in skips.items():
+            if reason is not None and item.get_closest_marker(marker) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    torch.manual_seed(0)
