@@ -23,6 +23,13 @@ from rotoopt.rotations import Rotations
 # What becomes of the K gradients (K, *shape) of the given tasks: one gradient (*shape).
 Receiver = Callable[[Tensor, tuple[int, ...], RotatedDims], Tensor]
 
+SPENT = (
+    "The losses of one forward pass must be back-propagated together and once, got a second backward pass. Either (a) "
+    "step(losses) or backward(losses) came after your own sum(losses).backward(), which it replaces, or (b) every "
+    "task has a backward() or torch.autograd.grad() of its own: the gradients of single tasks are in "
+    "optimizer.last_step."
+)
+
 
 class Fork:
     """The point where one representation goes to its heads, and where their gradients meet again."""
@@ -33,6 +40,7 @@ class Fork:
         self._receive = receive
         self._grads: Tensor | None = None
         self._arrived: set[int] = set()
+        self.joined: tuple[int, ...] = ()  # the tasks of the latest backward pass
 
     def add(self, task: int, grad: Tensor) -> bool:
         """Set the gradient of one task aside; return whether it is the first of this backward pass."""
@@ -52,6 +60,9 @@ class Fork:
             return grad
         grads, tasks = self._grads, tuple(sorted(self._arrived))
         self._grads, self._arrived = None, set()
+        if self.joined not in ((), tasks):
+            raise RuntimeError(SPENT)
+        self.joined = tasks
         for task in set(range(len(grads))) - set(tasks):
             grads[task] = 0.0
         combined = self._receive(grads, tasks, self._dims)
@@ -111,22 +122,27 @@ class Capture:
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         self.paused = False
         self.last_shape: torch.Size | None = None  # of the latest representation that was fed in training
-        self.frozen = False  # whether that one did not require grad
         self._receive = receive
         self._forks = WeakTensorKeyDictionary()
+        self._latest_pass: tuple[int, tuple[int, ...]] = (-1, ())  # number of a backward pass, and its tasks
         self.start_over()
 
     def start_over(self) -> None:
         """Forget which heads were fed: the next forward pass begins."""
-        self._fed: set[int] = set()
+        self._fed: dict[int, bool] = {}  # by task, whether its representation required grad
         self._num_forks = 0
+        self._num_joined = 0
 
     def looks_complete(self, tasks: Iterable[int]) -> bool:
-        """Whether one representation was fed since :meth:`start_over`, and to all of ``tasks``."""
-        return self._num_forks == 1 and self._fed.issuperset(tasks)
+        """Whether one representation was fed since :meth:`start_over`, to all of ``tasks``, and not used up yet."""
+        return self._num_forks == 1 and self._num_joined == 0 and all(self._fed.get(task) for task in tasks)
+
+    def is_frozen(self, tasks: Iterable[int]) -> bool:
+        """Whether all of ``tasks`` were fed a representation that does not require grad."""
+        return all(self._fed.get(task) is False for task in tasks)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_forks": None}
+        return {**self.__dict__, "_forks": None, "_latest_pass": (-1, ())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _forks=WeakTensorKeyDictionary())  # forks belong to a graph, not to a copy
@@ -158,10 +174,10 @@ class Capture:
         matrix = self.rotations[task] if self.rotations.rotate[task] else None
         capturing = training and torch.is_grad_enabled() and not self.paused
         if capturing:
-            self.last_shape, self.frozen = rep.shape, not rep.requires_grad
+            self.last_shape = rep.shape
+            self._fed[task] = rep.requires_grad
         if capturing and rep.requires_grad:
             fork = self._fork(rep)
-            self._fed.add(task)
             out: Tensor = Rotate.apply(rep, matrix, self.dims, fork, task)  # type: ignore[no-untyped-call]
             return out
         return rep if matrix is None else rotated(rep, matrix, self.dims)
@@ -169,30 +185,53 @@ class Capture:
     def _fork(self, rep: Tensor) -> Fork:
         fork: Fork | None = self._forks.get(rep)  # type: ignore[no-untyped-call]
         if fork is None:
-            if torch._C._current_graph_task_id() != -1:
+            # Checkpointing makes graphs inside backward. A leaf there is a copy, cut off from the rest of its graph.
+            if torch._C._current_graph_task_id() != -1 and rep.is_leaf:
                 raise RuntimeError(
                     "A head must get the representation itself, got a detached copy that was made inside backward. "
                     "Likely cause: re-entrant checkpointing around a head; pass use_reentrant=False to checkpoint()."
                 )
-            fork = Fork(rep, len(self.rotations), self.dims, self._receive)
+            fork = Fork(rep, len(self.rotations), self.dims, self._join)
             rep.register_hook(fork.join)  # type: ignore[no-untyped-call]
             self._num_forks += 1
             self._forks[rep] = fork
         return fork
 
+    def _join(self, grads: Tensor, tasks: tuple[int, ...], dims: RotatedDims) -> Tensor:
+        """Hand the gradients at one representation on."""
+        this_pass = torch._C._current_graph_task_id()
+        latest, others = self._latest_pass
+        if this_pass == latest != -1 and not set(tasks) & set(others):
+            raise RuntimeError(
+                "All heads must get the same representation tensor, got two tensors, each for tasks of its own, in "
+                "one backward pass. Likely causes: (a) a head is fed a view or a copy, as in head(z.flatten(1)): "
+                "reshape once, before the first head, or (b) the tasks use different batches: give them in separate "
+                "backward passes."
+            )
+        self._latest_pass = this_pass, tasks
+        self._num_joined += 1
+        return self._receive(grads, tasks, dims)
+
     def _prepare(self, rep: Tensor) -> None:
         """Check ``rep``; at the first one, make the rotations."""
-        if not rep.is_floating_point():
-            raise TypeError(f"The representation must be a floating-point tensor, got {rep.dtype}.")
+        if not isinstance(rep, Tensor) or not rep.is_floating_point():
+            found = rep.dtype if isinstance(rep, Tensor) else type(rep).__name__
+            raise TypeError(f"The representation must be a floating-point tensor, got {found}.")
+        if rep.device != self.rotations.device:
+            raise ValueError(
+                f"The representation must be on the device of the rotations, {self.rotations.device}, got "
+                f"{rep.device}. Move the model to its device before the optimizer is built."
+            )
         d, m = self.dims.size(rep), self.rotations.size
         if m is None:
-            self.rotations.create(d)
+            with torch.inference_mode(False):  # a check before training may be the first forward pass
+                self.rotations.create(d)
         elif d != m if self.rotations.covers_all else d < m:
             rule = f"have {m} features" if self.rotations.covers_all else f"have at least rotation_size={m} features"
             raise ValueError(
-                f"The representation must {rule} along dim={self.dims.dim}, got {d} in shape {tuple(rep.shape)}. Either "
-                "(a) `dim` names the wrong dimension, (b) the head was fed something else than the representation, "
-                "or (c) its size changes between batches: rotate a dimension that does not."
+                f"The representation must {rule} along dim={self.dims.dim}, got {d} in shape {tuple(rep.shape)}. "
+                "Either (a) `dim` names the wrong dimension, (b) the head was fed something else than the "
+                "representation, or (c) its size changes between batches: rotate a dimension that does not."
             )
 
 
@@ -217,7 +256,8 @@ class HeadHook:
     def _rotate(self, head: nn.Module, rep: object) -> Tensor:
         if not isinstance(rep, Tensor):
             raise TypeError(
-                f"The first input of a head must be the representation, a tensor, got {type(rep).__name__}. For "
-                "other inputs give num_tasks=K instead of `heads` and feed the heads the tensors of optimizer.rotate(z)."
+                f"The first input of a head must be the representation, a tensor, got {type(rep).__name__}. "
+                "For other inputs give num_tasks=K instead of `heads` and feed the heads the tensors of "
+                "optimizer.rotate(z)."
             )
         return self.capture.feed(rep, self.task, training=head.training)

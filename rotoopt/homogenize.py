@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from torch import Tensor
 from rotoopt.gradients import TaskGradients
 from rotoopt.normalization import Reference
 from rotoopt.representation import RotatedDims
-from rotoopt.rotation_step import RotationStep
+from rotoopt.rotation_step import NormalizedStep, RotationStep
 from rotoopt.weighting import Progress, Weighting
 
 
@@ -54,13 +55,23 @@ class Homogenizer:
         weighting: How K gradients become one.
         rotation_step: What turns the rotations.
         burn_in_period: Step at which the references are taken anew.
+        needs_losses: Whether gradients without losses are an error, whatever the weighting needs.
     """
 
-    def __init__(self, num_tasks: int, weighting: Weighting, rotation_step: RotationStep, burn_in_period: int) -> None:
+    def __init__(
+        self,
+        num_tasks: int,
+        weighting: Weighting,
+        rotation_step: RotationStep,
+        burn_in_period: int,
+        *,
+        needs_losses: bool = False,
+    ) -> None:
         rotations = rotation_step.rotations
         self.weighting = weighting
         self.rotation_step = rotation_step
         self.burn_in_period = burn_in_period
+        self.needs_losses = needs_losses or weighting.needs_losses
         self.num_steps = 0
         self.norm_reference = Reference.unknown(num_tasks, rotations.device, rotations.dtype)
         self.loss_reference = Reference.unknown(num_tasks, rotations.device, rotations.dtype)
@@ -92,6 +103,10 @@ class Homogenizer:
         return self.loss_reference.updated(self._losses.abs(), present, burnt_in=self.burnt_in)
 
     @property
+    def _built_in_step(self) -> bool:
+        return isinstance(self.rotation_step.optimizer, NormalizedStep)
+
+    @property
     def burnt_in(self) -> bool:
         """Whether the references taken now are final."""
         return self.num_steps >= self.burn_in_period
@@ -107,7 +122,15 @@ class Homogenizer:
 
         Returns:
             The gradient for the representation. Shape ``shape``.
+
+        Raises:
+            RuntimeError: If the losses are needed, but were not given to :meth:`expect`.
         """
+        if self.needs_losses and self._losses is None:
+            raise RuntimeError(
+                "GradNorm and normalize_losses=True must see the losses, got none. Call optimizer.step(losses) or "
+                "optimizer.backward(losses) instead of your own sum(losses).backward()."
+            )
         shape = grads.shape[1:]
         present = torch.ones(len(grads), dtype=torch.bool, device=grads.device)
         for task in set(range(len(grads))) - set(tasks):
@@ -117,25 +140,26 @@ class Homogenizer:
             finite = gradients.finite
             if self._losses is not None:
                 finite = finite & (self._losses.isfinite() | ~present).all()
-            progress = self._advance(gradients, finite)
-            combined = self.weighting.combine(gradients, progress)
+            references = self._references(gradients, finite)
+            combined = self.weighting.combine(gradients, self._progress(gradients, *references))
+            self.norm_reference, self.loss_reference = references
             if len(tasks) > 1:  # alone, a task is its own target
                 self._collect(gradients, shape, dims, finite)
         self.record = StepRecord(self._losses, gradients.norms, combined.weights, gradients.cosines, present, finite)
         self.pending = True
         return combined.vector.reshape(shape)
 
-    def _advance(self, gradients: TaskGradients, finite: Tensor) -> Progress:
-        """Take references that are due, and compare with them."""
-        norms, present = gradients.norms, gradients.present
-        updated = self.norm_reference.updated(norms, present, burnt_in=self.burnt_in)
-        self.norm_reference = updated.keep_if(finite, self.norm_reference)
-        norm_ratios = self.norm_reference.ratios(norms)
+    def _references(self, gradients: TaskGradients, finite: Tensor) -> tuple[Reference, Reference]:
+        """Return the references of norms and losses, those that are due taken anew."""
+        norms = self.norm_reference.updated(gradients.norms, gradients.present, burnt_in=self.burnt_in)
+        losses = self._next_loss_reference()
+        return norms.keep_if(finite, self.norm_reference), losses.keep_if(finite, self.loss_reference)
+
+    def _progress(self, gradients: TaskGradients, norms: Reference, losses: Reference) -> Progress:
+        norm_ratios = norms.ratios(gradients.norms)
         if self._losses is None:
             return Progress(norm_ratios, None)
-        self.loss_reference = self._next_loss_reference().keep_if(finite, self.loss_reference)
-        values = self.loss_reference.values
-        return Progress(norm_ratios, self._losses / torch.where(values.isnan(), 1.0, values))
+        return Progress(norm_ratios, self._losses / torch.where(losses.values.isnan(), 1.0, losses.values))
 
     def _collect(self, gradients: TaskGradients, shape: torch.Size, dims: RotatedDims, finite: Tensor) -> None:
         directions = gradients.directions()
@@ -158,24 +182,34 @@ class Homogenizer:
         self.weighting.zero_grad()
         self.pending = False
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.clear()  # torch does not copy the gradients of parameters, so a copy has none to step on
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to resume, as plain containers of tensors and numbers."""
         rotations = self.rotation_step.rotations
         return {
             "num_tasks": len(rotations),
             "num_steps": self.num_steps,
+            "built_in_step": self._built_in_step,
             "matrices": None if rotations.size is None else rotations.matrices.clone(),
-            "rotation_optimizer": self.rotation_step.state_dict(),
-            "weighting": self.weighting.state_dict(),
+            # Copies: torch hands out the tensors themselves, which the next step changes.
+            "rotation_optimizer": copy.deepcopy(self.rotation_step.state_dict()),
+            "weighting": copy.deepcopy(self.weighting.state_dict()),
             "norm_reference": self.norm_reference.state_dict(),
             "loss_reference": self.loss_reference.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; check it first with :meth:`check_state_dict`."""
+        state_dict = copy.deepcopy(state_dict)
         self.num_steps = state_dict["num_steps"]
+        rotations = self.rotation_step.rotations
         if state_dict["matrices"] is not None:
-            self.rotation_step.rotations.load_matrices(state_dict["matrices"])
+            rotations.load_matrices(state_dict["matrices"])
+        elif rotations.covers_all:
+            rotations.manifold = None  # saved before the first forward pass, which will make them
         self.rotation_step.load_state_dict(state_dict["rotation_optimizer"])
         self.weighting.load_state_dict(state_dict["weighting"])
         self.norm_reference = self.norm_reference.loaded(state_dict["norm_reference"])
@@ -183,16 +217,27 @@ class Homogenizer:
         self.clear()
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raise unless ``state_dict`` fits these tasks and this size."""
-        rotations = self.rotation_step.rotations
+        """Raise unless ``state_dict`` fits these tasks, this size and these options."""
+        rotations, matrices = self.rotation_step.rotations, state_dict["matrices"]
         if state_dict["num_tasks"] != len(rotations):
-            raise ValueError(
-                f"The state dict must be of {len(rotations)} tasks, got {state_dict['num_tasks']}. "
-                "Build the optimizer with the heads that it was saved with."
-            )
-        matrices = state_dict["matrices"]
-        if matrices is not None and rotations.size not in (None, matrices.shape[-1]):
-            raise ValueError(
-                f"The state dict must hold rotations of {rotations.size} features, got {matrices.shape[-1]}. "
-                "Build the optimizer with the representation and `rotation_size` that it was saved with."
-            )
+            raise _misfit(f"be of {len(rotations)} tasks", str(state_dict["num_tasks"]), "heads")
+        if matrices is not None:
+            if rotations.size not in (None, matrices.shape[-1]):
+                rule, found = f"hold rotations of {rotations.size} features", str(matrices.shape[-1])
+                raise _misfit(rule, found, "representation and `rotation_size`")
+            turned = (matrices != torch.eye(matrices.shape[-1]).to(matrices)).flatten(1).any(dim=1).tolist()
+            for task, rotate in enumerate(rotations.rotate):
+                if turned[task] and not rotate:
+                    raise _misfit("hold R = I where rotate=False", f"a turned one for task {task}", "`rotate` flags")
+        if self.weighting.state_dict().keys() != state_dict["weighting"].keys():
+            raise _misfit(f"be of weighting {self.weighting}", "that of another one", "`weighting`")
+        if self._built_in_step != state_dict["built_in_step"]:
+            steps = {True: "the built-in rotation step", False: "a `rotation_optimizer`"}
+            built_in = self._built_in_step
+            raise _misfit(f"be of {steps[built_in]}", f"that of {steps[not built_in]}", "`rotation_optimizer`")
+
+
+def _misfit(rule: str, found: str, option: str) -> ValueError:
+    return ValueError(
+        f"The state dict must {rule}, got {found}. Build the optimizer with the {option} that it was saved with."
+    )

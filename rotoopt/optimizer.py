@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from rotoopt.arguments import (
+    Heads,
     Losses,
+    check_backbone_loss,
     check_heads,
     check_losses,
-    check_numbers,
     check_optimizer,
+    check_options,
     check_rep,
     check_rotate,
     warn_of_missing_parameters,
+    warn_user,
 )
 from rotoopt.capture import Capture
 from rotoopt.homogenize import Homogenizer, StepRecord
@@ -30,7 +32,7 @@ from rotoopt.representation import RotatedDims
 from rotoopt.rotation_step import NormalizedStep, RotationOptimizer, RotationStep
 from rotoopt.rotations import Init, Rotations
 from rotoopt.weighting import Aggregator, Weighting, as_weighting
-from rotoopt.wiring import check_wiring
+from rotoopt.wiring import check_unhooked, check_wiring
 
 DEFAULT_ROTATION_LR = 5e-4
 
@@ -47,7 +49,7 @@ class _Core:
     homogenizer: Homogenizer
     wiring_checked: bool = False
     idle_steps: int = 0
-    warned: bool = False
+    warnings: set[str] = field(default_factory=set)
 
 
 class RotoGradOptimizer(Optimizer):
@@ -70,7 +72,7 @@ class RotoGradOptimizer(Optimizer):
         rotate: ``False``, or one flag per task: that task keeps R_k = I (frozen, pretrained heads).
         weighting: How K gradients become one: ``RotoGradWeighting()`` (default), ``GradNorm(alpha=...)``,
             ``EqualWeighting()``, or any callable ``(K, n) -> (n,)``, such as a TorchJD aggregator.
-        normalize_losses: Back-propagate L_k / |L_k(t0)| instead of L_k. Needs ``step(losses)`` or
+        normalize_losses: Back-propagate ``L_k / |L_k(t0)|`` instead of L_k. Needs ``step(losses)`` or
             ``backward(losses)``: in your own ``sum(losses).backward()`` the losses are what you make them.
         burn_in_period: Step at which L_k(t0) and the norms ||G_k(t0)|| are taken anew.
         rotation_lr: Learning rate of the built-in rotation step, in radians per coordinate at the first step; it
@@ -82,9 +84,10 @@ class RotoGradOptimizer(Optimizer):
 
     Raises:
         TypeError: If ``optimizer`` is no built torch optimizer, or a head no module.
-        ValueError: If an option is out of range or a head is listed twice.
+        ValueError: If an option is out of range, or a head is listed twice or belongs to another optimizer.
 
     Example:
+        >>> from torch import nn
         >>> backbone, head_a, head_b = nn.Linear(3, 8), nn.Linear(8, 1), nn.Linear(8, 2)
         >>> params = [*backbone.parameters(), *head_a.parameters(), *head_b.parameters()]
         >>> optimizer = RotoGradOptimizer(torch.optim.SGD(params, lr=0.1), heads=[head_a, head_b])
@@ -106,7 +109,7 @@ class RotoGradOptimizer(Optimizer):
     def __init__(
         self,
         optimizer: Optimizer,
-        heads: Sequence[nn.Module] | Mapping[str, nn.Module] | None = None,
+        heads: Heads | None = None,
         *,
         num_tasks: int | None = None,
         dim: int | Sequence[int] = -1,
@@ -119,32 +122,41 @@ class RotoGradOptimizer(Optimizer):
         rotation_optimizer: RotationOptimizer | None = None,
         init: Init = "identity",
     ) -> None:
+        if isinstance(optimizer, RotoGradOptimizer):
+            raise TypeError(
+                "`optimizer` must be the optimizer to wrap, got a RotoGradOptimizer. Wrap a new torch optimizer, and "
+                "call remove() on this one if it is not used any more."
+            )
         check_optimizer(optimizer)
         modules, names = check_heads(heads, num_tasks)
         flags = check_rotate(rotate, len(names))
-        check_numbers(
+        check_options(
             rotation_size=rotation_size,
             burn_in_period=burn_in_period,
             rotation_lr=rotation_lr,
+            rotation_optimizer=rotation_optimizer,
             init=init,
         )
+        dims, used_weighting = RotatedDims(dim), as_weighting(weighting)
+        check_unhooked(modules, names)
+        warn_of_missing_parameters(optimizer, modules, names)
         if len(names) == 1 and init == "identity":
             flags = (False,)  # a single task agrees with itself: R = I for ever, so do not even multiply by it
         param = next(param for group in optimizer.param_groups for param in group["params"])
         dtype = torch.promote_types(param.dtype, torch.float32) if param.is_floating_point() else torch.float32
         rotations = Rotations(len(names), rotation_size, rotate=flags, init=init, device=param.device, dtype=dtype)
         rotation_step = RotationStep(rotations, rotation_optimizer or partial(NormalizedStep, lr=rotation_lr))
-        used_weighting = as_weighting(weighting)
         used_weighting.bind(len(names), param.device)
-        homogenizer = Homogenizer(len(names), used_weighting, rotation_step, burn_in_period)
-        capture = Capture(rotations, RotatedDims(dim), homogenizer.receive)
+        homogenizer = Homogenizer(
+            len(names), used_weighting, rotation_step, burn_in_period, needs_losses=normalize_losses
+        )
+        capture = Capture(rotations, dims, homogenizer.receive)
         self._core = _Core(optimizer, names, heads is None, normalize_losses, capture, homogenizer)
         # `Optimizer.__init__` would make a second list of groups and a second state; this, torch's own path for
         # objects built without it, makes the hook tables only.
         super().__setstate__({})
         for task, head in enumerate(modules):
             capture.attach(head, task)
-        warn_of_missing_parameters(optimizer, modules, names)
 
     # ------------------------------------------------------------------ training
 
@@ -162,26 +174,32 @@ class RotoGradOptimizer(Optimizer):
         Raises:
             ValueError: If the losses are not K scalars with graphs, or ``rep`` has another shape than what the heads
                 consumed.
-            RuntimeError: If a loss did not pass through its rotated head, or the heads do not share one
-                representation.
+            RuntimeError: If a loss did not pass through its rotated head, the heads do not share one
+                representation, ``backbone_loss`` passes through a head, or the losses were back-propagated before.
         """
         core = self._core
         capture, homogenizer = core.capture, core.homogenizer
         present = check_losses(losses, core.names)
         check_rep(rep, capture.last_shape)
-        if capture.frozen:
+        check_backbone_loss(backbone_loss)
+        frozen = capture.is_frozen(present)
+        if frozen:
             self._warn_once(
-                "The representation should require grad, got one that does not (a frozen backbone?). The heads are "
-                "trained by a plain backward; rotations and weights rest."
+                "The representation should require grad, got one that does not. Either (a) the backbone is frozen: the "
+                "heads are trained by a plain backward; rotations and weights rest, or (b) `heads` holds the whole "
+                "model, whose input is rotated then: give the modules that consume the representation."
             )
         elif not core.wiring_checked or not capture.looks_complete(present):
-            check_wiring(present, core.names)
+            check_wiring(present, core.names, backbone_loss)
             core.wiring_checked = True
-        divisors = homogenizer.expect(present)
-        roots = [loss / divisors[task] if core.normalize_losses else loss for task, loss in present.items()]
-        torch.autograd.backward(roots if backbone_loss is None else [*roots, backbone_loss])
-        homogenizer.expect(None)
-        capture.start_over()
+        try:
+            divisors = homogenizer.expect(present)
+            normalize = core.normalize_losses and not frozen
+            roots = [loss / divisors[task] if normalize else loss for task, loss in present.items()]
+            torch.autograd.backward(roots if backbone_loss is None else [*roots, backbone_loss])
+        finally:
+            homogenizer.expect(None)
+            capture.start_over()
 
     @overload
     def step(
@@ -189,6 +207,7 @@ class RotoGradOptimizer(Optimizer):
         closure: None = None,
         rep: Tensor | None = None,
         *,
+        losses: Losses | None = None,
         backbone_loss: Tensor | None = None,
     ) -> None: ...
     @overload
@@ -221,7 +240,13 @@ class RotoGradOptimizer(Optimizer):
         args: tuple[Any, ...] = (self, closure, rep)
         kwargs: dict[str, Any] = {"losses": losses, "backbone_loss": backbone_loss}
         for pre_hook in self._optimizer_step_pre_hooks.values():
-            args, kwargs = pre_hook(self, args, kwargs) or (args, kwargs)
+            replaced = pre_hook(self, args, kwargs)
+            if replaced is not None:
+                if not isinstance(replaced, tuple) or len(replaced) != 2:
+                    raise TypeError(
+                        f"A step pre-hook must return None or a tuple (args, kwargs), got {replaced!r} from {pre_hook}."
+                    )
+                args, kwargs = replaced
         result = RotoGradOptimizer._step(*args, **kwargs)
         for post_hook in self._optimizer_step_post_hooks.values():
             post_hook(self, args, kwargs)
@@ -400,10 +425,9 @@ class RotoGradOptimizer(Optimizer):
         if own is not None:
             self._core.homogenizer.load_state_dict(own)
         else:
-            warnings.warn(
+            warn_user(
                 "The state dict should have an entry 'rotograd', got one without (of a bare optimizer?). Rotations, "
-                "references and trained weights stay as they are.",
-                stacklevel=2,
+                "references and trained weights stay as they are."
             )
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -413,6 +437,6 @@ class RotoGradOptimizer(Optimizer):
         return {"_core": self._core}
 
     def _warn_once(self, message: str) -> None:
-        if not self._core.warned:
-            self._core.warned = True
-            warnings.warn(message, stacklevel=4)
+        if message not in self._core.warnings:
+            self._core.warnings.add(message)
+            warn_user(message)

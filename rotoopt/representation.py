@@ -21,7 +21,7 @@ class RotatedDims:
     """
 
     def __init__(self, dim: int | Sequence[int]) -> None:
-        self.dim = (dim,) if isinstance(dim, int) else tuple(dim)
+        self.dim = tuple(dim) if isinstance(dim, Sequence) else (dim,)
         if not self.dim or not all(isinstance(i, int) for i in self.dim):
             raise ValueError(f"`dim` must be an int or a non-empty sequence of ints, got {dim!r}.")
 

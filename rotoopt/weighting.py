@@ -91,14 +91,14 @@ def gradient_shares(norm_ratios: Tensor, present: Tensor) -> Tensor:
     Source: RotoGrad, ICLR 2022, eq. 2.
     """
     known = present & ~norm_ratios.isnan()
-    ratios = torch.where(known, norm_ratios, 0.0)
-    # Ratios of a task whose gradient exploded since t0 may be huge: divide before adding up.
+    # Ratios of a task whose gradient exploded since t0 may be huge, even infinite: divide before adding up.
+    ratios = torch.where(known, norm_ratios, 0.0).clamp(max=torch.finfo(norm_ratios.dtype).max)
     peak = ratios.amax()
     ratios = torch.where(peak > 0, ratios / peak, ratios)
     mean = torch.where(known.any(), ratios.sum() / known.sum().clamp(min=1), 1.0)
     ratios = torch.where(present & ~known, mean, ratios)
     total = ratios.sum()
-    return torch.where(total > 0, ratios / total, present / present.sum())
+    return torch.where(total > 0, ratios / total, present.to(ratios.dtype) / present.sum())
 
 
 class RotoGradWeighting(Weighting):

@@ -1,0 +1,106 @@
+"""How a wrong call is checked: its error, that nothing has changed, and that training can go on."""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rotoopt import RotoGradOptimizer
+from tests.contract.models import TwoTasks, adam, assert_same, snapshot, train, wrap
+
+# Called with the model and its optimizer, as far as the call is right. Returns the call that fails.
+Prepare = Callable[[TwoTasks, Any], Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that users do wrong.
+
+    Attributes:
+        error: What is raised.
+        message: A regular expression for the rule and the hint that helps.
+        prepare: Comes up to the call that fails.
+        options: Of the optimizer; made anew for every one.
+        first: Whether it is tried in the first step.
+        later: Whether it is tried after two steps.
+        inside: Whether it is found inside the backward pass, when some gradients are there already.
+        fatal: Whether it is the optimizer that was built wrong, so that the next call cannot succeed.
+    """
+
+    error: type[Exception]
+    message: str
+    prepare: Prepare
+    options: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    first: bool = True
+    later: bool = True
+    inside: bool = False
+    fatal: bool = False
+
+
+def parametrize(cases: dict[str, Case]) -> pytest.MarkDecorator:
+    """Try every case in the first step and after two steps, where that makes sense."""
+    params = [
+        pytest.param(case, steps, id=f"{name}-{'later' if steps else 'first'}")
+        for name, case in cases.items()
+        for steps, applies in ((0, case.first), (2, case.later))
+        if applies
+    ]
+    return pytest.mark.parametrize(("case", "steps"), params)
+
+
+def check(case: Case, steps: int) -> None:
+    """Assert the error, and that nothing but the gradients of a backward pass has changed."""
+    results = []
+    for fails in (True, False):
+        model, optimizer = wrap(adam, **{name: make() for name, make in case.options.items()})
+        if not case.fatal:
+            with torch.no_grad():  # makes the rotations
+                model(model.inputs(5))
+        for batch in range(steps):
+            step(model, optimizer, batch)
+        call = case.prepare(model, optimizer)
+        before = snapshot(model, optimizer)
+        with pytest.raises(case.error, match=case.message) if fails else nullcontext():
+            if fails:
+                call()
+        after = snapshot(model, optimizer)
+        if case.inside:
+            del before["gradients"], after["gradients"]
+        assert_same(after, before)
+        if case.fatal:
+            return
+        model.train()
+        step(model, optimizer, 8)
+        step(model, optimizer, 9)
+        results.append(snapshot(model, optimizer))
+    assert_same(*results)
+
+
+def step(model: TwoTasks, optimizer: RotoGradOptimizer, batch: int) -> None:
+    if optimizer._core.functional:
+        optimizer.zero_grad()
+        optimizer.step(*model.losses(batch, optimizer.rotate))
+    else:
+        train(model, optimizer, batch)
+
+
+def representation(model: TwoTasks, batch: int = 5) -> Tensor:
+    rep = model.backbone(model.inputs(batch))
+    assert isinstance(rep, Tensor)
+    return rep
+
+
+def losses_of(*outputs: Tensor) -> list[Tensor]:
+    return [output.square().mean() for output in outputs]
+
+
+def left(model: TwoTasks) -> torch.nn.Module:
+    return model.heads["left"]
+
+
+def right(model: TwoTasks) -> torch.nn.Module:
+    return model.heads["right"]

@@ -1,0 +1,185 @@
+"""What is no error, but reported: warnings, once and at the user's line, and non-finite numbers in ``last_step``."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import StepLR
+
+from rotoopt import GradNorm, RotoGradOptimizer
+from tests.contract.models import (
+    TwoTasks,
+    assert_moved,
+    assert_same,
+    back_propagate,
+    parameters,
+    snapshot,
+    train,
+    wrap,
+)
+
+IDLE = r"heads should have run in training mode before step\(\), got two steps and no head that ran. Either \(a\)"
+FROZEN = r"The representation should require grad, got one that does not. Either \(a\) the backbone is frozen"
+
+
+def assert_warns_once(calls: list[Callable[[], object]], message: str) -> None:
+    """Assert that all calls together give one warning, which names this file."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    with pytest.warns(UserWarning, match=message) as record:
+        run()
+    assert [warning.filename for warning in record] == [__file__]
+
+
+def test_missing_parameters_of_a_head() -> None:
+    model = TwoTasks()
+    optimizer = SGD([*model.backbone.parameters(), *model.heads["left"].parameters()], lr=0.1)
+    message = "`optimizer` should hold the parameters of every head, got one without weight of right. They will not"
+    assert_warns_once([lambda: RotoGradOptimizer(optimizer, heads=model.heads).remove()], message)
+    model.heads["right"].requires_grad_(False)
+    RotoGradOptimizer(optimizer, heads=model.heads)
+
+
+def test_missing_parameters_as_an_error_leave_the_model_alone() -> None:
+    model = TwoTasks()
+    with pytest.raises(UserWarning, match="should hold the parameters"):  # pytest makes errors of warnings
+        RotoGradOptimizer(SGD(model.backbone.parameters(), lr=0.1), heads=model.heads)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def eval_mode(model: TwoTasks) -> TwoTasks:
+    return model.eval()
+
+
+def other_model(model: TwoTasks) -> TwoTasks:
+    return TwoTasks()
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("mistake", [eval_mode, other_model])
+def test_heads_that_never_run(mistake: Callable[[TwoTasks], TwoTasks], scheduled: bool) -> None:
+    model, optimizer = wrap()
+    if scheduled:
+        StepLR(optimizer, 1)
+
+    def step(batch: int) -> None:
+        optimizer.zero_grad()
+        back_propagate(mistake(model).losses(batch)[0])
+        optimizer.step()
+
+    step(0)  # one may be a library that makes the state of the optimizer
+    assert_warns_once([partial(step, 1)], IDLE)
+    step(2)
+
+
+@pytest.mark.parametrize("normalize_losses", [False, True])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_frozen_backbone(scheduled: bool, normalize_losses: bool) -> None:
+    """The heads are trained as by a plain backward, and all else rests until the backbone is trained again."""
+    model, optimizer = wrap(normalize_losses=normalize_losses)
+    if scheduled:
+        StepLR(optimizer, 1)
+    train(model, optimizer, 0, 1)
+    before = snapshot(model, optimizer)
+    bare_model = TwoTasks()
+    bare_model.load_state_dict(model.state_dict())
+    bare = SGD(bare_model.parameters(), lr=0.1, momentum=0.9)
+    bare.load_state_dict(before["optimizer"])
+    model.backbone.requires_grad_(False)
+    optimizer.zero_grad()
+
+    def step(batch: int) -> None:
+        losses, rep = model.losses(batch)
+        optimizer.zero_grad()
+        if batch == 4:
+            optimizer.backward(losses, rep)
+            optimizer.step()
+        else:
+            optimizer.step(losses, rep)
+
+    assert_warns_once([partial(step, batch) for batch in (2, 3, 4)], FROZEN)
+    for batch in (2, 3, 4):
+        bare_model.zero_grad()
+        back_propagate(bare_model.losses(batch, lambda rep: [rep @ R.mT for R in optimizer.rotations.matrices])[0])
+        bare_model.backbone.zero_grad()
+        bare.step()
+    assert_same(parameters(model), parameters(bare_model))
+    assert_same(optimizer.state_dict()["rotograd"], before["optimizer"]["rotograd"])
+
+    model.backbone.requires_grad_(True)
+    train(model, optimizer, 5)
+    assert_moved(model, optimizer, before)
+
+
+def test_whole_model_as_head() -> None:
+    class OneTask(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.layers(x))
+
+    model = OneTask()
+    optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), heads=[model])
+    losses = [model(torch.ones(2, 3)).sum()]
+    assert_warns_once(
+        [lambda: optimizer.step(losses)], r"\(b\) `heads` holds the whole model, whose input is rotated then"
+    )
+
+
+def test_forgotten_zero_grad_adds_up_as_ever() -> None:
+    model, optimizer = wrap(heads=[TwoTasks().requires_grad_(False).heads["left"]])
+    optimizer.remove()
+    optimizer = RotoGradOptimizer(optimizer.optimizer, heads=[model.heads["left"]])
+    bare_model, _ = wrap(num_tasks=2)
+    bare = SGD(bare_model.parameters(), lr=0.1, momentum=0.9)
+    for batch in range(3):
+        optimizer.step(model.losses(batch)[0][:1])
+        back_propagate(bare_model.losses(batch)[0][:1])
+        bare.step()
+    assert_same(parameters(model), parameters(bare_model))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("normalize_losses", [False, True])
+def test_non_finite_loss_is_reported(value: float, normalize_losses: bool, steps: int) -> None:
+    """Rotations, references and trained weights stay as they were; the parameters are torch's business."""
+    model, optimizer = wrap(normalize_losses=normalize_losses, rotation_size=6, weighting=GradNorm())
+    train(model, optimizer, *range(steps))
+    own = optimizer.state_dict()["rotograd"]
+    left, right = model.losses(5)[0]
+    optimizer.zero_grad()
+    optimizer.step([left, right * value])
+    record = optimizer.last_step
+    assert record is not None
+    assert not record.finite
+    assert record.losses is not None
+    assert_same(record.losses[0], left.detach())
+    assert_same(record.losses[1], (right * value).detach())
+    after = optimizer.state_dict()["rotograd"]
+    assert after["num_steps"] == steps + 1
+    for state in (own, after):
+        state["logits"] = state["weighting"]["logits"]
+        del state["num_steps"], state["rotation_optimizer"], state["weighting"]
+    assert_same(after, own)
+
+
+def test_non_finite_gradient_of_a_finite_loss_is_reported() -> None:
+    model, optimizer = wrap(rotation_size=6)
+    left, right = (output.square().mean() for output in model(model.inputs(0)))
+    optimizer.step([left + (0 * left).sqrt(), right])
+    record = optimizer.last_step
+    assert record is not None
+    assert record.losses is not None
+    assert record.losses.isfinite().all()
+    assert not record.finite
+    assert_same(optimizer.rotations.matrices, torch.eye(6).expand(2, 6, 6))

@@ -1,0 +1,78 @@
+"""Representations that cannot be rotated."""
+
+import pytest
+import torch
+
+from tests.bad_input.cases import Case, check, left, losses_of, parametrize, representation
+from tests.contract.models import wrap
+
+FLOAT = "The representation must be a floating-point tensor, got"
+
+REPRESENTATIONS = {
+    "other size": Case(
+        ValueError,
+        r"The representation must have 6 features along dim=\(-1,\), got 5 in shape \(5, 5\). Either \(a\) `dim` names",
+        lambda m, o: lambda: left(m)(representation(m)[:, :5]),
+        first=False,
+    ),
+    "too small": Case(
+        ValueError,
+        r"The representation must have at least rotation_size=4 features along dim=\(-1,\), got 3 in shape \(5, 3\)",
+        lambda m, o: lambda: left(m)(m.inputs(5)),
+        {"rotation_size": lambda: 4},
+    ),
+    "no such dimension": Case(
+        ValueError,
+        r"`dim` must name dimensions of the representation, got dim=\(2,\) for shape \(5, 6\). Use dim=-1 for vectors",
+        lambda m, o: lambda: left(m)(representation(m)),
+        {"dim": lambda: 2},
+        later=False,
+        fatal=True,
+    ),
+    "dimension twice": Case(
+        ValueError,
+        r"`dim` must not name a dimension twice, got \(1, -1\) for shape \(5, 6\)",
+        lambda m, o: lambda: left(m)(representation(m)),
+        {"dim": lambda: (1, -1)},
+        later=False,
+        fatal=True,
+    ),
+    "integers": Case(TypeError, f"{FLOAT} torch.int64", lambda m, o: lambda: left(m)(torch.ones(5, 6).long())),
+    "complex": Case(TypeError, f"{FLOAT} torch.complex64", lambda m, o: lambda: left(m)(torch.ones(5, 6) + 1j)),
+    "other device": Case(
+        ValueError,
+        "must be on the device of the rotations, cpu, got meta. Move the model to its device before",
+        lambda m, o: lambda: left(m)(torch.ones(5, 6, device="meta")),
+    ),
+    "tuple": Case(
+        TypeError,
+        "The first input of a head must be the representation, a tensor, got tuple. For other inputs give num_tasks=K",
+        lambda m, o: lambda: left(m)((representation(m),)),
+    ),
+    "list to rotate": Case(TypeError, f"{FLOAT} list", lambda m, o: lambda: o.rotate([1.0]), {"num_tasks": lambda: 2}),
+    "rotate with heads": Case(
+        RuntimeError,
+        "`rotate` must be used with num_tasks=K, got an optimizer with `heads`. Their hooks rotate already",
+        lambda m, o: lambda: o.rotate(representation(m)),
+    ),
+    "functional head without rotate": Case(
+        RuntimeError,
+        "The loss of task 0 must pass through its rotated head, got one that passes through: none.*functional head",
+        lambda m, o: lambda: o.step(losses_of(*m(m.inputs(5)))),
+        {"num_tasks": lambda: 2},
+    ),
+}
+
+
+@parametrize(REPRESENTATIONS)
+def test_representation(case: Case, steps: int) -> None:
+    check(case, steps)
+
+
+def test_rotations_before_the_first_forward_pass() -> None:
+    _, optimizer = wrap()
+    message = "`rotations` must exist before they are read, got none. They are made in the first training forward"
+    with pytest.raises(RuntimeError, match=message):
+        _ = optimizer.rotations.matrices
+    with pytest.raises(RuntimeError, match=message):
+        _ = optimizer.rotations[0]

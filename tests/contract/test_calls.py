@@ -1,0 +1,183 @@
+"""All ways to call the optimizer are the same step, bit for bit."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rotoopt import RotoGradOptimizer
+from rotoopt.arguments import Heads
+from tests.contract.models import (
+    TwoTasks,
+    assert_moved,
+    assert_same,
+    back_propagate,
+    gradients,
+    parameters,
+    snapshot,
+    train,
+    wrap,
+)
+
+Call = Callable[[TwoTasks, RotoGradOptimizer, int], object]
+
+
+def named(model: TwoTasks, batch: int) -> dict[str, Tensor]:
+    left, right = model.losses(batch)[0]
+    return {"right": right, "left": left}  # not the order of the heads
+
+
+def by_keyword(model: TwoTasks, optimizer: RotoGradOptimizer, batch: int) -> None:
+    losses, rep = model.losses(batch)
+    optimizer.step(losses=losses, rep=rep)
+
+
+def backward_then_step(model: TwoTasks, optimizer: RotoGradOptimizer, batch: int) -> None:
+    optimizer.backward(*model.losses(batch))
+    optimizer.step()
+
+
+def plain_loop(model: TwoTasks, optimizer: RotoGradOptimizer, batch: int) -> None:
+    back_propagate(model.losses(batch)[0])
+    optimizer.step()
+
+
+def closure(model: TwoTasks, optimizer: RotoGradOptimizer, batch: int) -> Callable[[], float]:
+    def evaluate() -> float:
+        optimizer.zero_grad()
+        return back_propagate(model.losses(batch)[0])
+
+    return evaluate
+
+
+CALLS: dict[str, Call] = {
+    "step(losses, rep)": lambda model, optimizer, batch: optimizer.step(*model.losses(batch)),
+    "step(losses)": lambda model, optimizer, batch: optimizer.step(model.losses(batch)[0]),
+    "step(tuple)": lambda model, optimizer, batch: optimizer.step(tuple(model.losses(batch)[0])),
+    "step(names)": lambda model, optimizer, batch: optimizer.step(named(model, batch)),
+    "step(losses=, rep=)": by_keyword,
+    "backward(losses, rep), step()": backward_then_step,
+    "sum(losses).backward(), step()": plain_loop,
+    "step(closure)": lambda model, optimizer, batch: optimizer.step(closure(model, optimizer, batch)),
+    "step(closure=closure)": lambda model, optimizer, batch: optimizer.step(closure=closure(model, optimizer, batch)),
+}
+
+
+def run(call: Call) -> tuple[list[Tensor], Tensor, Tensor]:
+    model, optimizer = wrap()
+    before = snapshot(*wrap(rotation_size=6))
+    for batch in range(3):
+        optimizer.zero_grad()
+        call(model, optimizer, batch)
+    assert_moved(model, optimizer, before)
+    return parameters(model), optimizer.rotations.matrices, optimizer.task_weights
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_call(name: str) -> None:
+    assert_same(run(CALLS[name]), run(CALLS["step(losses, rep)"]))
+
+
+def test_step_returns_what_the_closure_returned() -> None:
+    model, optimizer = wrap()
+    evaluate = closure(model, optimizer, 0)
+    expected = evaluate()
+    assert optimizer.step(evaluate) == expected
+    assert CALLS["step(losses, rep)"](model, optimizer, 1) is None
+
+
+def test_absent_task_is_none_or_a_missing_name() -> None:
+    results = []
+    for name_it in (False, True):
+        model, optimizer = wrap()
+        train(model, optimizer, 0)
+        (left, _), rep = model.losses(1)
+        optimizer.zero_grad()
+        optimizer.step({"left": left} if name_it else [left, None], rep)
+        results.append(snapshot(model, optimizer))
+    assert_same(*results)
+
+
+HEADS: dict[str, Callable[[TwoTasks], Heads]] = {
+    "list": lambda model: list(model.heads.values()),
+    "tuple": lambda model: tuple(model.heads.values()),
+    "dict": lambda model: dict(model.heads.items()),
+    "ModuleList": lambda model: nn.ModuleList(model.heads.values()),
+    "ModuleDict": lambda model: model.heads,
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads(name: str) -> None:
+    expected = wrap(num_tasks=2)
+    for batch in range(3):
+        expected[1].zero_grad()
+        expected[1].step(*expected[0].losses(batch, expected[1].rotate))
+    model, unused = wrap()
+    unused.remove()
+    optimizer = RotoGradOptimizer(unused.optimizer, HEADS[name](model))
+    train(model, optimizer, 0, 1, 2)
+    assert_same(snapshot(model, optimizer), snapshot(*expected))
+
+
+class KeywordHead(nn.Module):
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, *, features: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * torch.as_tensor(self.linear(features))
+
+
+def test_rep_as_keyword_argument() -> None:
+    results = []
+    for by_keyword in (False, True):
+        torch.manual_seed(0)
+        model = TwoTasks()
+        heads = [KeywordHead(head) for head in model.heads.values()] if by_keyword else list(model.heads.values())
+        optimizer = RotoGradOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), heads)
+        for batch in range(3):
+            rep = model.backbone(model.inputs(batch))
+            outputs = [head(features=rep, scale=1.0) if by_keyword else head(rep) for head in heads]
+            optimizer.zero_grad()
+            optimizer.step([output.square().mean() for output in outputs], rep)
+        results.append(snapshot(model, optimizer))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("args", [(), (None,)], ids=["step()", "step(None)"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_step_without_a_backward_pass_rests(args: tuple[None, ...], set_to_none: bool) -> None:
+    model, optimizer = wrap(lambda params: torch.optim.SGD(params, lr=0.1))
+    train(model, optimizer, 0)
+    optimizer.zero_grad(set_to_none)
+    before = snapshot(model, optimizer)
+    for _ in range(3):
+        assert optimizer.step(*args) is None
+        optimizer.step(closure=None)
+    assert_same(snapshot(model, optimizer), before)
+
+
+def test_first_step_without_a_backward_pass_rests() -> None:
+    model, optimizer = wrap()
+    before = snapshot(model, optimizer)
+    optimizer.step(closure=None)  # torch.distributed.checkpoint does, to make the state of the optimizer
+    assert_same(snapshot(model, optimizer), before)
+
+
+@pytest.mark.parametrize("call", ["step", "backward"])
+def test_backbone_loss_adds_its_own_gradient(call: str) -> None:
+    plain, optimizer = wrap()
+    optimizer.backward(*plain.losses(0))
+    optimizer.step()
+    model, regularized = wrap()
+    weight = next(model.backbone.parameters())
+    gradient = 2 * weight.detach()
+    getattr(regularized, call)(*model.losses(0), backbone_loss=weight.square().sum())
+    expected = gradients(plain)
+    assert expected[0] is not None
+    assert_same(gradients(model), [expected[0] + gradient, *expected[1:]])
+    if call == "backward":
+        regularized.step()
+    assert_same(regularized.state_dict()["rotograd"], optimizer.state_dict()["rotograd"])

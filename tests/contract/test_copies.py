@@ -1,0 +1,122 @@
+"""Copies of model and optimizer train on their own, and a copy of the model alone still computes the same."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import StepLR
+
+from rotoopt import GradNorm, RotoGradOptimizer
+from tests.contract.models import TwoTasks, adam, assert_moved, assert_same, parameters, snapshot, train, wrap
+
+Pair = tuple[TwoTasks, RotoGradOptimizer]
+
+
+def through_a_file(pair: Pair) -> Pair:
+    buffer = io.BytesIO()
+    torch.save(pair, buffer)
+    buffer.seek(0)
+    model, optimizer = torch.load(buffer, weights_only=False)
+    return model, optimizer
+
+
+COPIES: dict[str, Callable[[Pair], Pair]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
+    "torch.save": through_a_file,
+}
+WRAPPERS: dict[str, Callable[[], Pair]] = {
+    "default": partial(wrap, adam),
+    "GradNorm, Adam": lambda: wrap(adam, weighting=GradNorm(), rotation_optimizer=Adam, normalize_losses=True),
+}
+
+
+@pytest.mark.parametrize("original_first", [True, False])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("name", COPIES)
+def test_copy_trains_on_its_own(name: str, wrapper: str, original_first: bool) -> None:
+    pair = WRAPPERS[wrapper]()
+    StepLR(pair[1], 1)  # replaces `step` of this instance
+    train(*pair, 0, 1)
+    pairs = [pair, COPIES[name](pair)]
+    before = snapshot(*pair)
+    gradients = before.pop("gradients")
+    assert_same({key: value for key, value in snapshot(*pairs[1]).items() if key != "gradients"}, before)
+
+    one, other = pairs if original_first else pairs[::-1]
+    for each in pairs:
+        each[1].zero_grad()
+    rest = snapshot(*other)
+    train(*one, 2, 3)
+    assert gradients
+    assert_moved(*one, before)
+    assert_same(snapshot(*other), rest)
+    train(*other, 2, 3)
+    assert_same(snapshot(*other), snapshot(*one))
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copy_between_forward_and_backward(name: str) -> None:
+    model, optimizer = wrap()
+    train(model, optimizer, 0)
+    losses, rep = model.losses(1)
+    copied_model, copied = COPIES[name]((model, optimizer))
+    copied.zero_grad()
+    copied.step(*copied_model.losses(1))
+    optimizer.zero_grad()
+    optimizer.step(losses, rep)
+    assert_same(snapshot(copied_model, copied), snapshot(model, optimizer))
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copy_between_backward_and_step_has_no_gradients(name: str) -> None:
+    """As torch has it: a copied parameter has none, either."""
+    model, optimizer = wrap(lambda params: SGD(params, lr=0.1), weighting=GradNorm())
+    train(model, optimizer, 0)
+    optimizer.zero_grad()
+    optimizer.backward(*model.losses(1))
+    copied_model, copied = COPIES[name]((model, optimizer))
+    rest = snapshot(copied_model, copied)
+    copied.step()
+    assert_same(snapshot(copied_model, copied), rest)
+    before = snapshot(model, optimizer)
+    optimizer.step()
+    assert_moved(model, optimizer, before)
+
+
+def test_copy_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, the numbers of backward passes start again, and one of them must not look like an old one."""
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 7)
+    model, optimizer = wrap()
+    optimizer.step([model.losses(0)[0][0], None])
+    model, optimizer = pickle.loads(pickle.dumps((model, optimizer)))
+    optimizer.step([None, model.losses(0)[0][1]])
+
+
+def test_shallow_copy_leaves_pending_gradients_alone() -> None:
+    model, optimizer = wrap()
+    train(model, optimizer, 0)
+    optimizer.zero_grad()
+    optimizer.backward(*model.losses(1))
+    before = snapshot(model, optimizer)
+    copy.copy(optimizer)
+    optimizer.step()
+    assert_moved(model, optimizer, before)
+
+
+@pytest.mark.parametrize("copy_first", [True, False])
+def test_copy_of_the_model_alone_computes_the_same(copy_first: bool) -> None:
+    model, optimizer = wrap(init="haar", rotation_size=4)
+    train(model, optimizer, 0)
+    copied = copy.deepcopy(model)
+    x = model.inputs(1)
+    expected = [output.detach() for output in model(x)]
+    assert_same([output.detach() for output in copied(x)], expected)
+    train(model, optimizer, 2)
+    assert_same([output.detach() for output in copied(x)], expected)
+    assert parameters(copied)

@@ -1,0 +1,199 @@
+"""Outside training the model is the rotated model, its gradients are true ones, and nothing is kept."""
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rotoopt import RotoGradOptimizer
+from tests.contract.models import TwoTasks, assert_same, back_propagate, parameters, snapshot, train, wrap
+
+
+def rotated_outputs(model: TwoTasks, optimizer: RotoGradOptimizer, x: Tensor) -> list[Tensor]:
+    """Compute what the model shall compute, by hand: h_k([R_k z, rest])."""
+    rep, m = model.backbone(x), optimizer.rotations.size
+    rotated = [torch.cat([rep[:, :m] @ matrix.mT, rep[:, m:]], dim=1) for matrix in optimizer.rotations.matrices]
+    return [each @ weight.mT for each, weight in zip(rotated, model.heads.parameters(), strict=True)]
+
+
+def trained() -> tuple[TwoTasks, RotoGradOptimizer]:
+    model, optimizer = wrap(init="haar", rotation_size=4)
+    train(model, optimizer, 0, 1)
+    return model, optimizer
+
+
+Context = Callable[[TwoTasks, RotoGradOptimizer], AbstractContextManager[object]]
+CONTEXTS: dict[str, Context] = {
+    "train()": lambda model, optimizer: nullcontext(),
+    "eval()": lambda model, optimizer: nullcontext(model.eval()),
+    "no_grad()": lambda model, optimizer: torch.no_grad(),
+    "inference_mode()": lambda model, optimizer: torch.inference_mode(),
+    "paused()": lambda model, optimizer: optimizer.paused(),
+}
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_outputs_are_those_of_the_rotated_model(name: str) -> None:
+    model, optimizer = trained()
+    before = snapshot(model, optimizer)
+    x = model.inputs(5)
+    with CONTEXTS[name](model, optimizer):
+        outputs = model(x)
+    assert outputs[0].requires_grad == (name in ("train()", "eval()", "paused()"))
+    torch.testing.assert_close(outputs, rotated_outputs(model, optimizer, x))
+    assert_same(snapshot(model, optimizer), before)
+
+
+@pytest.mark.parametrize("name", ["eval()", "paused()"])
+def test_gradients_are_those_of_the_rotated_model(name: str) -> None:
+    model, optimizer = trained()
+    optimizer.zero_grad()
+    before, record = snapshot(model, optimizer), optimizer.last_step
+    saliencies = []
+    for by_hand in (False, True):
+        x = model.inputs(5).requires_grad_()
+        with CONTEXTS[name](model, optimizer):
+            outputs = rotated_outputs(model, optimizer, x) if by_hand else model(x)
+        objective = torch.stack([output.square().mean() for output in outputs]).sum()
+        saliencies.append(torch.autograd.grad(objective, [x, *model.parameters()]))
+    torch.testing.assert_close(*saliencies)
+    optimizer.step()
+    before["optimizer"]["state"] = optimizer.state_dict()["state"]
+    assert_same(snapshot(model, optimizer)["optimizer"], before["optimizer"])
+    assert optimizer.last_step is record
+
+
+def test_gradient_penalty_goes_through_paused() -> None:
+    model, optimizer = trained()
+    penalties = []
+    for context in (optimizer.paused(), nullcontext()):
+        x = model.inputs(5).requires_grad_()
+        with context:
+            output = model(x)[0].square().sum()
+        (gradient,) = torch.autograd.grad(output, x, create_graph=True)
+        penalties.append(gradient.square().sum())
+    torch.autograd.backward(penalties[0])
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.backward(penalties[1])
+
+
+def test_paused_ends_with_its_block_even_on_an_error() -> None:
+    model, optimizer = wrap()
+
+    def fail() -> None:
+        with optimizer.paused():
+            with optimizer.paused():
+                pass
+            back_propagate(model.losses(0)[0])  # still paused
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert optimizer.last_step is None
+    train(model, optimizer, 0)
+    assert optimizer.last_step is not None
+
+
+@pytest.mark.parametrize("name", ["eval()", "no_grad()", "inference_mode()", "paused()"])
+def test_evaluation_before_training_changes_nothing(name: str) -> None:
+    """Trainers run a few validation batches before the first step."""
+    (model, optimizer), (expected_model, expected) = wrap(), wrap()
+    with CONTEXTS[name](model, optimizer):
+        model(model.inputs(0))
+    model.train()
+    train(model, optimizer, 0, 1)
+    train(expected_model, expected, 0, 1)
+    assert_same(snapshot(model, optimizer), snapshot(expected_model, expected))
+
+
+def test_remove_gives_the_plain_model_back() -> None:
+    model, optimizer = trained()
+    plain = TwoTasks()
+    plain.load_state_dict(model.state_dict())
+    x = model.inputs(5)
+    optimizer.remove()
+    assert_same([each.detach() for each in model(x)], [each.detach() for each in plain(x)])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    optimizer.remove()
+    RotoGradOptimizer(optimizer.optimizer, heads=model.heads)
+
+
+def test_wrapping_leaves_the_model_alone() -> None:
+    plain = TwoTasks()
+    model, optimizer = trained()
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
+    assert [name for name, _ in model.named_buffers()] == []
+    assert len(list(model.parameters())) == len(parameters(plain))
+    assert not optimizer.rotations.matrices.requires_grad
+    assert not list(optimizer.rotations.parameters())
+
+
+@pytest.mark.parametrize("how", ["forward", "backward", "error"])
+def test_nothing_keeps_the_graph_alive(how: str) -> None:
+    model, optimizer = wrap()
+    losses, rep = model.losses(0)
+    if how == "backward":
+        optimizer.backward(losses, rep)
+    if how == "error":
+        with contextlib.suppress(ValueError):
+            optimizer.backward(losses[:1], rep)
+    capture = optimizer._core.capture
+    dead: list[weakref.ref[Any]] = [weakref.ref(rep), weakref.ref(capture._fork(rep)), weakref.ref(losses[0])]
+    gc.disable()  # there is no cycle: all goes as soon as the last name does
+    try:
+        del losses, rep
+        assert [reference() for reference in dead] == [None, None, None]
+        assert len(capture._forks) == 0
+    finally:
+        gc.enable()
+
+
+def test_other_hooks_of_a_head_come_later() -> None:
+    """Wrappers such as FSDP's hand every head a tensor of its own, by hooks that are there already."""
+    results = []
+    for wrapped in (False, True):
+        model, optimizer = wrap()
+        optimizer.remove()
+        for head in model.heads.values():
+            if wrapped:
+                head.register_forward_pre_hook(lambda head, args: (args[0].clone(),), prepend=True)
+        optimizer = RotoGradOptimizer(optimizer.optimizer, heads=model.heads)
+        train(model, optimizer, 0, 1)
+        results.append(snapshot(model, optimizer))
+    assert_same(*results)
+
+
+def test_checkpointing_is_exact() -> None:
+    """Activation checkpointing (not re-entrant) around the heads, the backbone, or all of it."""
+
+    def heads(model: TwoTasks, x: Tensor) -> list[Tensor]:
+        rep = model.backbone(x)
+        return [checkpoint(head, rep, use_reentrant=False) for head in model.heads.values()]
+
+    def backbone(model: TwoTasks, x: Tensor) -> list[Tensor]:
+        rep = checkpoint(model.backbone, x, use_reentrant=False)
+        return [head(rep) for head in model.heads.values()]
+
+    def everything(model: TwoTasks, x: Tensor) -> list[Tensor]:
+        return list(checkpoint(model, x, use_reentrant=False))
+
+    results = []
+    computations: list[Callable[[TwoTasks, Tensor], list[Tensor]]]
+    computations = [lambda model, x: list(model(x)), heads, backbone, everything]
+    for compute in computations:
+        model, optimizer = wrap()
+        for batch in range(3):
+            outputs = compute(model, model.inputs(batch))
+            optimizer.zero_grad()
+            optimizer.step([output.square().mean() for output in outputs])
+        results.append(snapshot(model, optimizer))
+    for result in results[1:]:
+        assert_same(result, results[0])
