@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -33,13 +32,14 @@ from rotoopt.rotation_step import NormalizedStep, RotationOptimizer, RotationSte
 from rotoopt.rotations import Init, Rotations
 from rotoopt.weighting import Aggregator, Weighting, as_weighting
 from rotoopt.wiring import check_unhooked, check_wiring
+from rotoopt.wrapper import OptimizerWrapper
 
 DEFAULT_ROTATION_LR = 5e-4
 
 
 @dataclass
 class _Core:
-    """Everything mutable. One object, because wrappers such as Lightning's keep what is set on the optimizer."""
+    """Everything mutable; see :class:`~rotoopt.wrapper.Core`."""
 
     optimizer: Optimizer
     names: list[str]
@@ -52,7 +52,7 @@ class _Core:
     warnings: set[str] = field(default_factory=set)
 
 
-class RotoGradOptimizer(Optimizer):
+class RotoGradOptimizer(OptimizerWrapper):
     r"""Wraps any torch optimizer so that several tasks train one representation without fighting over it.
 
     Put a rotation :math:`R_k \in SO(d)` in front of every head, bring the K task gradients at the representation
@@ -104,7 +104,7 @@ class RotoGradOptimizer(Optimizer):
     gradients; an absent task contributes nothing instead of its previous gradient.
     """
 
-    _step_supports_amp_scaling = False  # GradScaler must unscale and skip for us, whatever the wrapped one can do
+    _core: _Core
 
     def __init__(
         self,
@@ -151,10 +151,7 @@ class RotoGradOptimizer(Optimizer):
             len(names), used_weighting, rotation_step, burn_in_period, needs_losses=normalize_losses
         )
         capture = Capture(rotations, dims, homogenizer.receive)
-        self._core = _Core(optimizer, names, heads is None, normalize_losses, capture, homogenizer)
-        # `Optimizer.__init__` would make a second list of groups and a second state; this, torch's own path for
-        # objects built without it, makes the hook tables only.
-        super().__setstate__({})
+        self._wrap(_Core(optimizer, names, heads is None, normalize_losses, capture, homogenizer))
         for task, head in enumerate(modules):
             capture.attach(head, task)
 
@@ -237,23 +234,9 @@ class RotoGradOptimizer(Optimizer):
         Returns:
             What the closure returned, or None.
         """
-        args: tuple[Any, ...] = (self, closure, rep)
-        kwargs: dict[str, Any] = {"losses": losses, "backbone_loss": backbone_loss}
-        for pre_hook in self._optimizer_step_pre_hooks.values():
-            replaced = pre_hook(self, args, kwargs)
-            if replaced is not None:
-                if not isinstance(replaced, tuple) or len(replaced) != 2:
-                    raise TypeError(
-                        f"A step pre-hook must return None or a tuple (args, kwargs), got {replaced!r} from {pre_hook}."
-                    )
-                args, kwargs = replaced
-        result = RotoGradOptimizer._step(*args, **kwargs)
-        for post_hook in self._optimizer_step_post_hooks.values():
-            post_hook(self, args, kwargs)
-        return result
+        options = {"losses": losses, "backbone_loss": backbone_loss}
+        return self._run_with_step_hooks(RotoGradOptimizer._step, (closure, rep), options)
 
-    # torch wraps `step` of every optimizer class to run hooks and label the profile. The wrapped optimizer is an
-    # optimizer itself: with both wrapped, global hooks would count every step twice.
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step(
@@ -287,7 +270,7 @@ class RotoGradOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the parameters, and what was collected for the rotations."""
-        self._core.optimizer.zero_grad(set_to_none=set_to_none)
+        super().zero_grad(set_to_none=set_to_none)
         self._core.homogenizer.clear()
 
     def rotate(self, rep: Tensor) -> tuple[Tensor, ...]:
@@ -325,11 +308,6 @@ class RotoGradOptimizer(Optimizer):
     # ------------------------------------------------------------------ what it knows
 
     @property
-    def optimizer(self) -> Optimizer:
-        """The wrapped optimizer."""
-        return self._core.optimizer
-
-    @property
     def rotations(self) -> Rotations:
         """The rotations, an ``nn.Module``: ``rotations.matrices`` is ``(K, m, m)``, ``rotations[k]`` is R_k."""
         return self._core.capture.rotations
@@ -359,69 +337,31 @@ class RotoGradOptimizer(Optimizer):
             f"    optimizer: {inner}\n)"
         )
 
-    # ------------------------------------------------------------------ being a torch optimizer
-
-    # Views onto the wrapped optimizer, never copies: `load_state_dict` replaces both objects there.
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of the wrapped optimizer."""
-        return self._core.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self._core.optimizer.param_groups = value
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """The state of the wrapped optimizer."""
-        return self._core.optimizer.state
-
-    @state.setter
-    def state(self, value: defaultdict[Tensor, Any]) -> None:
-        self._core.optimizer.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The defaults of the wrapped optimizer."""
-        return self._core.optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self._core.optimizer.defaults = value
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group to the wrapped optimizer."""
-        self._core.optimizer.add_param_group(param_group)
+    # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state dict of the wrapped optimizer with one more entry, ``"rotograd"``.
 
         It loads into the bare optimizer too, which ignores that entry.
         """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict = {
-            **self._core.optimizer.state_dict(),
-            "rotograd": self._core.homogenizer.state_dict(),
-        }
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = post_hook(self, state_dict) or state_dict
-        return state_dict
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, or the state dict of the bare optimizer (with a warning).
 
         Raises:
-            ValueError: If it was saved with another number of tasks or another size of the rotations.
+            ValueError: If it was saved with another number of tasks, another size of the rotations, or other options.
         """
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
+        super().load_state_dict(state_dict)
+
+    def _save(self) -> dict[str, Any]:
+        return {**super()._save(), "rotograd": self._core.homogenizer.state_dict()}
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         own = state_dict.pop("rotograd", None)
         if own is not None:
             self._core.homogenizer.check_state_dict(own)
-        self._core.optimizer.load_state_dict(state_dict)
+        super()._load(state_dict)
         if own is not None:
             self._core.homogenizer.load_state_dict(own)
         else:
@@ -429,12 +369,6 @@ class RotoGradOptimizer(Optimizer):
                 "The state dict should have an entry 'rotograd', got one without (of a bare optimizer?). Rotations, "
                 "references and trained weights stay as they are."
             )
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Not `__dict__`: a scheduler puts its own `step` there, bound to the original, and a copy would step that.
-        return {"_core": self._core}
 
     def _warn_once(self, message: str) -> None:
         if message not in self._core.warnings:
