@@ -141,7 +141,7 @@ class Homogenizer:
             if self._losses is not None:
                 finite = finite & (self._losses.isfinite() | ~present).all()
             references = self._references(gradients, finite)
-            combined = self.weighting.combine(gradients, self._progress(gradients, *references))
+            combined = self.weighting.combine(gradients, self._progress(gradients, finite, *references))
             self.norm_reference, self.loss_reference = references
             if len(tasks) > 1:  # alone, a task is its own target
                 self._collect(gradients, shape, dims, finite)
@@ -155,11 +155,12 @@ class Homogenizer:
         losses = self._next_loss_reference()
         return norms.keep_if(finite, self.norm_reference), losses.keep_if(finite, self.loss_reference)
 
-    def _progress(self, gradients: TaskGradients, norms: Reference, losses: Reference) -> Progress:
+    def _progress(self, gradients: TaskGradients, finite: Tensor, norms: Reference, losses: Reference) -> Progress:
         norm_ratios = norms.ratios(gradients.norms)
         if self._losses is None:
-            return Progress(norm_ratios, None)
-        return Progress(norm_ratios, self._losses / torch.where(losses.values.isnan(), 1.0, losses.values))
+            return Progress(norm_ratios, None, finite)
+        loss_ratios = self._losses / torch.where(losses.values.isnan(), 1.0, losses.values)
+        return Progress(norm_ratios, loss_ratios, finite)
 
     def _collect(self, gradients: TaskGradients, shape: torch.Size, dims: RotatedDims, finite: Tensor) -> None:
         directions = gradients.directions()

@@ -146,7 +146,7 @@ class RotoGradOptimizer(OptimizerWrapper):
         dtype = torch.promote_types(param.dtype, torch.float32) if param.is_floating_point() else torch.float32
         rotations = Rotations(len(names), rotation_size, rotate=flags, init=init, device=param.device, dtype=dtype)
         rotation_step = RotationStep(rotations, rotation_optimizer or partial(NormalizedStep, lr=rotation_lr))
-        used_weighting.bind(len(names), param.device)
+        used_weighting.bind(len(names), param.device, dtype)
         homogenizer = Homogenizer(
             len(names), used_weighting, rotation_step, burn_in_period, needs_losses=normalize_losses
         )

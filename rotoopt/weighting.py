@@ -24,10 +24,12 @@ class Progress:
         norm_ratios: ||G_k|| / ||G_k(t0)||, NaN without a reference. Shape ``(K,)``.
         loss_ratios: L_k / |L_k(t0)|, or L_k without a reference. Shape ``(K,)``. ``None`` where the losses were
             back-propagated by the user, who did not show them.
+        finite: Whether all losses and gradients are finite. Shape ``()``, bool.
     """
 
     norm_ratios: Tensor
     loss_ratios: Tensor | None
+    finite: Tensor
 
 
 class Combined(NamedTuple):
@@ -51,7 +53,7 @@ class Weighting(ABC):
             progress: Ratios of norms and losses to their references.
         """
 
-    def bind(self, num_tasks: int, device: torch.device) -> None:  # noqa: B027 - optional, most have no state
+    def bind(self, num_tasks: int, device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027 - optional, most have no state
         """Make the state for ``num_tasks`` tasks; called once, by the optimizer that uses this weighting."""
 
     def step(self) -> None:  # noqa: B027
@@ -185,19 +187,19 @@ class GradNorm(Weighting):
         self._trained: tuple[nn.Parameter, Optimizer] | None = None
         self._usable: Tensor | None = None
 
-    def bind(self, num_tasks: int, device: torch.device) -> None:
+    def bind(self, num_tasks: int, device: torch.device, dtype: torch.dtype) -> None:
         """Make the logits; a weighting belongs to one optimizer."""
         if self._trained is not None:
             raise ValueError(
                 "`weighting` must not be shared between optimizers, got a GradNorm that another one trains. "
                 "Make a new GradNorm for this one."
             )
-        logits = nn.Parameter(torch.zeros(num_tasks, device=device))
+        logits = nn.Parameter(torch.zeros(num_tasks, device=device, dtype=dtype))
         self._trained = logits, self._make_optimizer([logits])
 
     @property
     def logits(self) -> nn.Parameter:
-        """The logits of the weights. Shape ``(K,)``, float32."""
+        """The logits of the weights. Shape ``(K,)``, float32 (float64 for a float64 network)."""
         return self._state()[0]
 
     @property
@@ -237,7 +239,7 @@ class GradNorm(Weighting):
         grad = gradnorm_gradient(weights, gradients.norms, targets, gradients.present)
         grad = grad.to(logits.dtype)
         logits.grad = grad if logits.grad is None else logits.grad + grad
-        self._usable = gradients.finite if self._usable is None else self._usable | gradients.finite
+        self._usable = progress.finite if self._usable is None else self._usable | progress.finite
         return Combined(vector * largest, weights * gradients.present)
 
     def step(self) -> None:
