@@ -237,7 +237,7 @@ class GradNorm(Weighting):
         mean_ratio = torch.where(gradients.present, progress.loss_ratios, 0.0).sum() / num_present
         targets = mean_norm * (progress.loss_ratios / mean_ratio) ** self.alpha
         grad = gradnorm_gradient(weights, gradients.norms, targets, gradients.present)
-        grad = grad.to(logits.dtype)
+        grad = torch.where(progress.finite, grad, 0.0).to(logits.dtype)
         logits.grad = grad if logits.grad is None else logits.grad + grad
         self._usable = progress.finite if self._usable is None else self._usable | progress.finite
         return Combined(vector * largest, weights * gradients.present)

@@ -50,9 +50,7 @@ def combine(J: Tensor, weights: Tensor) -> Tensor:
     return weights @ J
 
 
-def gradnorm_gradient(
-    J: Tensor, logits: Tensor, loss_ratios: Tensor, present: list[int], alpha: float
-) -> Tensor:
+def gradnorm_gradient(J: Tensor, logits: Tensor, loss_ratios: Tensor, present: list[int], alpha: float) -> Tensor:
     """Gradient at the logits of sum_P |w_k norm_k - T_k|, w = K softmax(logits), T_k constant."""
     weights = len(logits) * logits.softmax(0)
     slopes = torch.zeros_like(logits)  # at the weights
@@ -127,9 +125,7 @@ class Oracle:
         self.squares, self.logits = torch.zeros(K).double(), torch.zeros(K).double()
         self.logit_optimizer = Adam([self.logits], lr=self.weight_lr)
 
-    def step(
-        self, x: Tensor, loss_fns: Sequence[LossFn | None], backbone_loss: LossFn | None = None
-    ) -> Tensor:
+    def step(self, x: Tensor, loss_fns: Sequence[LossFn | None], backbone_loss: LossFn | None = None) -> Tensor:
         """Take one step on one batch and return its losses, NaN where a task is absent.
 
         ``loss_fns[k]`` maps prediction k to a loss and is None if task k is absent;

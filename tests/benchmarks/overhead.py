@@ -1,0 +1,202 @@
+"""What RotoGradOptimizer costs: Markdown tables of step times, ratios to the plain step, and the bars they must meet.
+
+    python tests/benchmarks/overhead.py [--case NAME ...] [--threads 2] [--device cpu|cuda] [--json PATH]
+
+All variants of a case take turns in blocks of consecutive steps, a multiple of 8 each, since a part of the work may
+be done every few steps only. So a slow minute of the machine hits all of them, and every ratio and difference is
+formed within one round of turns before the median over the rounds is taken. Where other programs run at the same
+time not even that helps: count CPU time then, on one thread, with --threads 1 --cpu-time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tests.benchmarks import cases
+from tests.benchmarks.cases import FLOOR, PLAIN, ROTOOPT, TORCHJD, Case, Training
+from tests.benchmarks.official_rotograd import OfficialRotograd, make_environment
+from tests.benchmarks.timing import peak_bytes, seconds_per_step, synchronization, take_turns
+
+CASES: dict[str, list[Case]] = {
+    "resnet18": [cases.RESNET18],
+    "stress": [cases.STRESS],
+    "growth": list(cases.GROWTH.values()),
+    "many": [cases.MANY],
+    "maps": [cases.MAPS],
+}
+OFFICIAL = "rotograd 0.1.6.0"
+OFFICIAL_ROUNDS = 3  # of one step: it takes seconds
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A measured number and what it may be at most."""
+
+    what: str
+    measured: float
+    limit: float
+
+    def row(self) -> str:
+        """Return a row of a table."""
+        met = "yes" if self.measured <= self.limit else "NO"
+        return f"| {self.what} | {self.measured:.3g} | {self.limit:.3g} | {met} |"
+
+
+@dataclass
+class Result:
+    """Seconds per step in every block of every variant of one case, in the order of the rounds."""
+
+    title: str
+    seconds: dict[str, list[float]]
+    bars: list[Bar] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def ratios(self, variant: str) -> list[float]:
+        """Return the step times over the plain ones of the same rounds."""
+        return [own / plain for own, plain in zip(self.seconds[variant], self.seconds[PLAIN], strict=False)]
+
+    def added(self, variant: str) -> float:
+        """Return the median of what a step takes longer than the plain one of the same round, in seconds."""
+        pairs = zip(self.seconds[variant], self.seconds[PLAIN], strict=False)
+        return statistics.median(own - plain for own, plain in pairs)
+
+    def markdown(self) -> str:
+        """Return the tables."""
+        lines = [f"### {self.title}", "", "| variant | step, ms | x plain | quartiles | added, ms |"]
+        lines.append("|---|---|---|---|---|")
+        for variant, seconds in self.seconds.items():
+            low, middle, high = statistics.quantiles(self.ratios(variant), n=4, method="inclusive")
+            ratio = f"{middle:.3f} | {low:.3f} - {high:.3f}"
+            lines.append(
+                f"| {variant} | {1e3 * statistics.median(seconds):.2f} | {ratio} | {1e3 * self.added(variant):.2f} |"
+            )
+        if self.bars:
+            lines += ["", "| bar | measured | at most | met |", "|---|---|---|---|", *[bar.row() for bar in self.bars]]
+        return "\n".join([*lines, "", *[f"{note}\n" for note in self.notes]])
+
+
+def measure(case: Case, args: argparse.Namespace, *, autocast: bool) -> Result:
+    """Measure the step times of one case."""
+    device = torch.device(args.device)
+    trainings = {variant: Training(case, variant, device, autocast=autocast) for variant in case.variants}
+    timer = partial(seconds_per_step, steps=args.block, cpu_time=args.cpu_time)
+    timers: dict[str, Callable[[], float]] = {name: partial(timer, training) for name, training in trainings.items()}
+    result = Result(case.description + (", bfloat16 autocast" if autocast else ""), {})
+    if TORCHJD in timers:
+        result.notes.append(f"{TORCHJD}: mtl_backward and {type(cases.torchjd_aggregator()).__name__}.")
+    official = start_official(trainings[PLAIN], args, result.notes) if case is cases.STRESS and not autocast else None
+    if official is None:
+        result.seconds = take_turns(timers, args.rounds, {})
+    else:
+        with official:
+            timers[OFFICIAL] = partial(official.seconds_per_step, 1)
+            result.seconds = take_turns(timers, args.rounds, {OFFICIAL: OFFICIAL_ROUNDS})
+    if device.type == "cuda":
+        result.notes.append(f"Synchronization in step(losses, rep): {synchronization(trainings[ROTOOPT], args.block)}.")
+    return result
+
+
+def start_official(plain: Training, args: argparse.Namespace, notes: list[str]) -> OfficialRotograd | None:
+    """Start the official package on the network of ``plain``, where its environment can be made."""
+    try:
+        make_environment()
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        notes.append(f"{OFFICIAL}: skipped, its environment cannot be made: {reason.strip().splitlines()[-1]}")
+        return None
+    notes.append(f"{OFFICIAL}: at most {OFFICIAL_ROUNDS} blocks of one step, in a process of its own.")
+    d = plain.forward()[1].shape[-1]
+    network = (plain.backbone, plain.heads, plain.batch, plain.targets)
+    return OfficialRotograd(*network, d=d, threads=args.threads, cpu_time=args.cpu_time)
+
+
+def bars(name: str, results: list[Result], args: argparse.Namespace) -> list[Bar]:
+    """Return what the step times of a case must meet."""
+    result = results[-1]
+    if name == "resnet18":
+        return [Bar("rotoopt / plain", statistics.median(result.ratios(ROTOOPT)), 1.05)]
+    if name == "growth":
+        # Nothing to fit where noise has swallowed what was added.
+        added = [math.log(seconds) if seconds > 0 else math.nan for seconds in (r.added(ROTOOPT) for r in results)]
+        slope = statistics.linear_regression([math.log(d) for d in cases.GROWTH], added).slope
+        return [Bar("exponent of the added time in d", slope, 2.1)]
+    if name == "stress":
+        found = [Bar("added / added by frozen dense layers", result.added(ROTOOPT) / result.added(FLOOR), 1.5)]
+        if OFFICIAL in result.seconds:
+            ratio = result.added(ROTOOPT) / result.added(OFFICIAL)
+            found.append(Bar(f"added / added by {OFFICIAL}", ratio, 1 / 60))
+        return [*found, memory_bar(args)]
+    return []
+
+
+def memory_bar(args: argparse.Namespace) -> Bar:
+    """Compare peaks of the stress case: rotations and all temporary tensors of a step, less the plain peak."""
+    case, device = cases.STRESS, torch.device(args.device)
+    added = peak_bytes(case, ROTOOPT, device, 2 * args.block) - peak_bytes(case, PLAIN, device, 2 * args.block)
+    rep = Training(case, PLAIN, device).forward()[1]
+    floats = case.num_tasks * (3 * rep.shape[-1] ** 2 + 2 * rep.numel())  # R and two more; R_k z and its gradient
+    return Bar("peak memory added, MB", added / 1e6, FLOAT_BYTES * floats / 1e6)
+
+
+def machine(args: argparse.Namespace) -> str:
+    """Return what the numbers were measured on."""
+    info = Path("/proc/cpuinfo")
+    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    cpu = models[0] if models else platform.processor()
+    parts = [cpu, f"{os.cpu_count()} cores, of which {args.threads} used", f"torch {torch.__version__}"]
+    return ", ".join(parts if args.device == "cpu" else [torch.cuda.get_device_name(), *parts])
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Measure what RotoGradOptimizer costs.")
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--block", type=int, default=8, help="steps in a block, a multiple of 8")
+    parser.add_argument("--rounds", type=int, default=15, help="blocks of every variant, at least 2")
+    parser.add_argument("--cpu-time", action="store_true", help="for a busy machine; with --threads 1")
+    parser.add_argument("--json", type=Path, help="where to write all block times")
+    args = parser.parse_args()
+    if args.block < 1 or args.block % 8 or args.rounds < 2:
+        parser.error("--block must be a multiple of 8, and --rounds at least 2")
+    if args.cpu_time and (args.threads != 1 or args.device != "cpu"):
+        parser.error("--cpu-time needs --threads 1 and --device cpu")  # threads that wait burn CPU time, too
+    return args
+
+
+def main() -> None:
+    """Run the benchmark."""
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    print(
+        f"{machine(args)}; {args.rounds} blocks of {args.block} steps{', CPU time' if args.cpu_time else ''}\n",
+        flush=True,
+    )
+    report: dict[str, list[Result]] = {}
+    for autocast in [False, True] if args.device == "cuda" else [False]:
+        for name in args.case:
+            results = [measure(case, args, autocast=autocast) for case in CASES[name]]
+            results[-1].bars = bars(name, results, args)
+            report[f"{name}, bfloat16" if autocast else name] = results
+            print("\n".join(result.markdown() for result in results), flush=True)
+    if args.json is not None:
+        content = {name: [asdict(result) for result in results] for name, results in report.items()}
+        args.json.write_text(json.dumps({"machine": machine(args), "cases": content}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

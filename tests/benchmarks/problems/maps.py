@@ -1,0 +1,117 @@
+"""Dense prediction: three maps of small images with shapes; the channels of the representation are rotated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rotoopt import RotoGradOptimizer
+from tests.benchmarks.problems.base import Metric, Problem, Trial
+
+SIZE, CHANNELS = 16, 16
+NUM_KINDS = 3  # square, disc, cross
+NUM_TRAINING, NUM_TEST, BATCH = 512, 256, 16
+NUM_EPOCHS = 8
+
+
+def draw_scenes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw images of up to three shapes that hide one another; squares and discs have stripes.
+
+    Returns:
+        Images ``(N, 1, H, W)``, classes ``(N, H, W)`` with 0 for the background, depth ``(N, 1, H, W)``, and
+        edges ``(N, 1, H, W)``, one where the class or the shape changes.
+    """
+    y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+    classes = torch.zeros(count, SIZE, SIZE, dtype=torch.int64)
+    depth = (1 - 0.3 * y / SIZE).expand(count, SIZE, SIZE).clone()  # a floor that comes nearer
+    shape = torch.zeros_like(classes)
+    for index in range(1, 4):  # from far to near
+        center = torch.randint(2, SIZE - 2, (2, count, 1, 1), generator=generator)
+        radius = torch.randint(2, 5, (count, 1, 1), generator=generator)
+        kind = torch.randint(NUM_KINDS, (count, 1, 1), generator=generator)
+        dy, dx = (y - center[0]).abs(), (x - center[1]).abs()
+        square = torch.maximum(dy, dx) <= radius
+        disc = dy.square() + dx.square() <= radius.square()
+        cross = (torch.minimum(dy, dx) <= radius // 3) & square
+        inside = torch.where(kind == 0, square, torch.where(kind == 1, disc, cross))
+        distance = 0.7 - 0.2 * index + 0.1 * torch.rand(count, 1, 1, generator=generator)
+        classes = torch.where(inside, kind + 1, classes)
+        depth = torch.where(inside, distance, depth)
+        shape = torch.where(inside, index, shape)
+    padded = F.pad(shape.float(), (0, 1, 0, 1), mode="replicate")
+    edges = (padded[:, 1:, :-1] != shape) | (padded[:, :-1, 1:] != shape)
+    light = 0.7 + 0.3 * torch.rand(count, 1, 1, generator=generator)  # so that brightness alone is not the depth
+    stripes = torch.stack([torch.zeros_like(x), (-1) ** x, (-1) ** y, torch.zeros_like(x)]).float()
+    texture = 0.2 * stripes[classes, y, x]
+    images = light * (1.2 - depth) + texture + 0.1 * torch.randn(count, SIZE, SIZE, generator=generator)
+    return images.unsqueeze(1), classes, depth.unsqueeze(1), edges.unsqueeze(1).float()
+
+
+class MapTrial(Trial):
+    """A convolutional encoder, and one head per map."""
+
+    num_tasks = 3
+    num_steps = NUM_EPOCHS * (NUM_TRAINING // BATCH)
+    dim = 1
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.train = draw_scenes(NUM_TRAINING, generator)
+        self.held_out = draw_scenes(NUM_TEST, generator)
+        self.generator = generator
+        torch.manual_seed(seed)
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, CHANNELS, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(CHANNELS, CHANNELS, kernel_size=3, padding=2, dilation=2),
+            nn.ReLU(),
+            nn.Conv2d(CHANNELS, CHANNELS, kernel_size=3, padding=1),
+        )
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.ReLU(), nn.Conv2d(CHANNELS, outputs, kernel_size=1)) for outputs in (1 + NUM_KINDS, 1, 1)
+        )
+        self.optimizer = torch.optim.Adam([*self.encoder.parameters(), *self.heads.parameters()], lr=3e-3)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.num_steps)
+
+    def batches(self, optimizer: RotoGradOptimizer) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Pass over the images several times; the learning rate of the network, not of the rotations, falls to 0."""
+        assert self.heads is not None
+        for _ in range(NUM_EPOCHS):
+            order = torch.randperm(NUM_TRAINING, generator=self.generator)
+            for rows in torch.split(order, BATCH):
+                images, classes, depth, edges = (tensor[rows] for tensor in self.train)
+                rep = self.encoder(images)  # (B, C, H, W)
+                segmentation, distance, boundary = (head(rep) for head in self.heads)
+                losses = [
+                    F.cross_entropy(segmentation, classes),
+                    F.mse_loss(distance, depth),
+                    F.binary_cross_entropy_with_logits(boundary, edges),
+                ]
+                yield losses, rep
+                self.scheduler.step()
+
+    @torch.no_grad()
+    def test(self, optimizer: RotoGradOptimizer) -> list[float]:
+        """Return the mean recall of the classes, the root mean square error of the depth, and the edges' loss."""
+        assert self.heads is not None
+        images, classes, depth, edges = self.held_out
+        rep = self.encoder(images)
+        segmentation, distance, boundary = (head(rep) for head in self.heads)
+        right = segmentation.argmax(1) == classes
+        recalls = [right[classes == kind].float().mean() for kind in range(1 + NUM_KINDS)]
+        return [
+            100 * torch.stack(recalls).mean().item(),
+            F.mse_loss(distance, depth).sqrt().item(),
+            F.binary_cross_entropy_with_logits(boundary, edges).item(),
+        ]
+
+
+MAPS = Problem(
+    "maps C=16",
+    (Metric("classes, % recall", True), Metric("depth, RMSE", False), Metric("edges, BCE", False)),
+    MapTrial,
+    methods="all",
+)

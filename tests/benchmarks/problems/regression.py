@@ -1,0 +1,88 @@
+"""Synthetic regressions whose tasks differ in scale and meet at a chosen angle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from rotoopt import RotoGradOptimizer
+from tests.benchmarks.problems.base import Metric, Problem, Trial
+
+LOSS_SCALES = (0.01, 0.1, 1.0, 10.0)
+NUM_INPUTS, NUM_FEATURES, NUM_HIDDEN = 16, 32, 64
+NUM_TRAINING, NUM_TEST, BATCH = 1024, 2048, 64
+NOISE = 0.3  # standard deviation, of targets with standard deviation 1
+
+
+class RegressionTrial(Trial):
+    r"""Four tasks :math:`y_k = \tanh(3 \langle a_k, \phi(x) \rangle)` of shared random features, plus noise.
+
+    Tasks 0 and 2, and tasks 1 and 3, have teacher directions that meet at the given cosine; the two planes are
+    orthogonal. (Four directions that all meet at one cosine exist only down to -1/3.) So the tasks that agree or
+    conflict have losses of very different scale.
+    """
+
+    num_tasks = len(LOSS_SCALES)
+
+    def __init__(self, seed: int, *, width: int, cosine: float, num_steps: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.num_steps = num_steps
+        features = torch.randn(NUM_INPUTS, NUM_FEATURES, generator=self.generator) / math.sqrt(NUM_INPUTS)
+        frame = torch.linalg.qr(torch.randn(NUM_FEATURES, 4, generator=self.generator)).Q
+        sine = math.sqrt(1 - cosine**2)
+        first = frame[:, :2]
+        self.directions = torch.cat([first, cosine * first + sine * frame[:, 2:]], dim=1)
+        self.features = features
+        self.train = self._draw(NUM_TRAINING, NOISE)
+        self.held_out = self._draw(NUM_TEST, noise=0.0)
+
+        torch.manual_seed(seed)
+        self.backbone = nn.Sequential(nn.Linear(NUM_INPUTS, NUM_HIDDEN), nn.ReLU(), nn.Linear(NUM_HIDDEN, width))
+        self.heads = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Linear(width, 1)) for _ in LOSS_SCALES)
+        self.optimizer = torch.optim.Adam([*self.backbone.parameters(), *self.heads.parameters()], lr=3e-3)
+
+    def _draw(self, count: int, noise: float) -> tuple[Tensor, Tensor]:
+        inputs = torch.randn(count, NUM_INPUTS, generator=self.generator)
+        projections = torch.tanh(2 * inputs @ self.features) @ self.directions
+        targets = torch.tanh(3 * projections)
+        targets = (targets - targets.mean(0)) / targets.std(0)
+        return inputs, targets + noise * torch.randn(targets.shape, generator=self.generator)
+
+    def _errors(self, rep: Tensor, targets: Tensor) -> list[Tensor]:
+        assert self.heads is not None
+        outputs = [head(rep).squeeze(1) for head in self.heads]
+        return [(output - target).square().mean() for output, target in zip(outputs, targets.mT, strict=True)]
+
+    def batches(self, optimizer: RotoGradOptimizer) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Draw batches with replacement from the training data."""
+        inputs, targets = self.train
+        for _ in range(self.num_steps):
+            rows = torch.randint(NUM_TRAINING, (BATCH,), generator=self.generator)
+            rep = self.backbone(inputs[rows])
+            errors = self._errors(rep, targets[rows])
+            yield [scale * error for scale, error in zip(LOSS_SCALES, errors, strict=True)], rep
+
+    @torch.no_grad()
+    def test(self, optimizer: RotoGradOptimizer) -> list[float]:
+        """Return the share of the variance of every target that is not explained."""
+        inputs, targets = self.held_out
+        return [error.item() for error in self._errors(self.backbone(inputs), targets)]
+
+
+def _problem(width: int, cosine: float, methods: str, num_steps: int = 600) -> Problem:
+    metrics = tuple(Metric(f"MSE, loss x {scale:g}", higher_is_better=False) for scale in LOSS_SCALES)
+    make = partial(RegressionTrial, width=width, cosine=cosine, num_steps=num_steps)
+    return Problem(f"regression d={width} cos={cosine:g}", metrics, make, methods)
+
+
+REGRESSION = (
+    _problem(64, cosine=-0.5, methods="all"),
+    _problem(64, cosine=0.0, methods="few"),
+    _problem(64, cosine=0.5, methods="few"),
+    _problem(8, cosine=-0.5, methods="few"),
+    _problem(512, cosine=-0.5, methods="wide", num_steps=300),
+)

@@ -1,0 +1,151 @@
+"""What the property tests draw: sizes, seeds, scales and dtypes, never the entries of a tensor."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from rotoopt import RotoGradOptimizer, StepRecord
+
+SEEDS = st.integers(0, 2**32 - 1)
+DTYPES = st.sampled_from([torch.float32, torch.float64])
+NUM_TASKS = st.integers(2, 10)
+SIZES = st.integers(2, 24)
+LOG_SCALES = st.floats(-3, 3)
+
+# Shapes of a representation, each with the dimensions to rotate: vectors, tokens, maps.
+Layout = tuple[tuple[int, ...], int | tuple[int, ...]]
+LAYOUTS: list[Layout] = [
+    ((6, 8), -1),
+    ((3, 4, 6), -1),
+    ((3, 6, 2, 3), 1),
+    ((3, 4, 2, 3), (1, 2)),
+    ((2, 3, 4, 2), (1, 3)),
+]
+
+
+class Sampler:
+    """Random tensors of one dtype from one seed."""
+
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float64) -> None:
+        self.generator, self.dtype = torch.Generator().manual_seed(seed), dtype
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+
+    def integer(self, high: int) -> int:
+        return int(torch.randint(high, (), generator=self.generator))
+
+    def log_scales(self, n: int, low: float, high: float) -> Tensor:
+        return torch.logspace(low, high, n, dtype=self.dtype)[torch.randperm(n, generator=self.generator)]
+
+    def skew(self, *shape: int) -> Tensor:
+        square = self.normal(*shape, shape[-1])
+        return square - square.mT
+
+    def rotations(self, K: int, m: int) -> Tensor:
+        """Haar rotations by QR: the signs of R's diagonal fix Q, one reflected column fixes det."""
+        generator = torch.randn(K, m, m, generator=self.generator, dtype=torch.float64)
+        Q: Tensor
+        Q, R = torch.linalg.qr(generator)
+        Q *= R.diagonal(dim1=-2, dim2=-1).sign()[:, None]
+        Q[torch.linalg.slogdet(Q).sign < 0, :, 0] *= -1
+        return Q.to(self.dtype)
+
+    def directions(self, K: int, *shape: int) -> tuple[Tensor, Tensor]:
+        """Unit gradients that agree in part, as those of real tasks do, and their mean."""
+        grads = self.normal(K, *shape) + self.normal(*shape)
+        units = grads / grads.flatten(1).norm(dim=1).view(K, *[1] * len(shape))
+        return units, units.mean(dim=0)
+
+
+class Bench:
+    """An optimizer whose task gradients and losses are dictated: loss k is linear in r_k.
+
+    There is no model: the representation is a fresh leaf, so ``backward`` returns what a backbone
+    would receive. The wrapped optimizer holds one parameter, which never has a gradient.
+    """
+
+    def __init__(self, shape: Sequence[int], K: int, dtype: torch.dtype, **options: Any) -> None:
+        self.shape, self.K, self.dtype = tuple(shape), K, dtype
+        bare = SGD([nn.Parameter(torch.zeros(1, dtype=dtype))], lr=0.1)
+        self.optimizer = RotoGradOptimizer(bare, num_tasks=K, **options)
+
+    def backward(self, grads: Sequence[Tensor | None], values: Sequence[float] | None = None) -> Tensor:
+        """Back-propagate losses ``values`` (ones) whose gradients at r_k are ``grads``."""
+        rep = torch.zeros(self.shape, dtype=self.dtype, requires_grad=True)
+        losses: list[Tensor | None] = []
+        for task, (r, grad) in enumerate(zip(self.optimizer.rotate(rep), grads, strict=True)):
+            value = 1.0 if values is None else values[task]
+            losses.append(None if grad is None else (r * grad).sum() + value)
+        self.optimizer.backward(losses, rep)
+        assert rep.grad is not None
+        return rep.grad
+
+    def step(self, grads: Sequence[Tensor | None], values: Sequence[float] | None = None) -> Tensor:
+        received = self.backward(grads, values)
+        self.optimizer.step()
+        return received
+
+    @property
+    def record(self) -> StepRecord:
+        record = self.optimizer.last_step
+        assert record is not None
+        return record
+
+    @property
+    def matrices(self) -> Tensor:
+        return self.optimizer.rotations.matrices.clone()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return rotations, references and trained weights: all that a bad batch must not touch."""
+        saved = self.optimizer.state_dict()["rotograd"]
+        return dict(_tensors({key: saved[key] for key in saved if key != "rotation_optimizer"}))
+
+
+def _tensors(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for key, value in tree.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{key}", value.clone()
+        elif key in ("weighting", "norm_reference", "loss_reference"):
+            yield from _tensors(value, f"{key}.")
+
+
+class Network(nn.Module):
+    """A backbone that makes representations of one shape, and K heads that read all of it.
+
+    Tanh, because a kink makes float32 and float64 differ by more than rounding.
+    """
+
+    def __init__(self, shape: Sequence[int], K: int, *, inputs: int = 5, outputs: int = 3) -> None:
+        super().__init__()
+        n = math.prod(shape)
+        self.backbone = nn.Sequential(nn.Linear(inputs, n), nn.Tanh(), nn.Unflatten(1, tuple(shape)))
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Flatten(), nn.Linear(n, 6), nn.Tanh(), nn.Linear(6, outputs)) for _ in range(K)
+        )
+
+    def losses(self, batch: tuple[Tensor, Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Return one squared error per task, and the representation."""
+        x, targets = batch
+        z = self.backbone(x)
+        heads = zip(self.heads, targets, strict=True)
+        return [(head(z) - target).square().mean() for head, target in heads], z
+
+
+def network(seed: int, shape: Sequence[int], K: int, dtype: torch.dtype) -> Network:
+    torch.manual_seed(seed)
+    return Network(shape, K).to(dtype)
+
+
+def batches(seed: int, n: int, K: int, dtype: torch.dtype, *, size: int = 6) -> list[tuple[Tensor, Tensor]]:
+    """Draw ``n`` batches of inputs ``(size, 5)`` and targets ``(K, size, 3)``."""
+    sampler = Sampler(seed, dtype)
+    return [(sampler.normal(size, 5), sampler.normal(K, size, 3)) for _ in range(n)]

@@ -1,0 +1,138 @@
+"""Capture: rotations in front of the heads, and each task's own gradient behind them."""
+
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.testing import assert_close
+
+from rotoopt import RotoGradOptimizer
+from tests.asserts import eps
+from tests.oracle import layout, rotate
+from tests.samplers import DTYPES, LAYOUTS, SEEDS, Layout, Network, Sampler, batches, network
+
+LAYOUT = st.sampled_from(LAYOUTS)
+RESTS = st.integers(0, 3)  # features that are not rotated
+FEW_TASKS = st.integers(1, 5)
+
+
+class Recorder:
+    """A weighting that adds the gradients up and keeps them."""
+
+    def __call__(self, J: Tensor) -> Tensor:
+        self.J = J
+        return J.sum(dim=0)
+
+
+def dims_of(layout_: Layout) -> tuple[int, ...]:
+    return (layout_[1],) if isinstance(layout_[1], int) else layout_[1]
+
+
+def functional(layout_: Layout, K: int, rest: int, dtype: torch.dtype, **options: Any) -> RotoGradOptimizer:
+    shape, dim = layout_
+    size = layout(torch.Size(shape), dims_of(layout_)).shape[1] - rest
+    bare = SGD([nn.Parameter(torch.zeros(1, dtype=dtype))], lr=0.1)
+    return RotoGradOptimizer(bare, num_tasks=K, dim=dim, rotation_size=size, init="haar", **options)
+
+
+@given(layout_=LAYOUT, K=FEW_TASKS, rest=RESTS, seed=SEEDS, dtype=DTYPES)
+def test_heads_get_the_rotated_representation(
+    layout_: Layout, K: int, rest: int, seed: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(seed)
+    optimizer, z = functional(layout_, K, rest, dtype), Sampler(seed, dtype).normal(*layout_[0])
+    index = layout(z.shape, dims_of(layout_))
+    for R, r in zip(optimizer.rotations.matrices, optimizer.rotate(z), strict=True):
+        expected = rotate(z.double(), R.double(), index).to(dtype)
+        assert_close(r, expected, rtol=0, atol=100 * eps(dtype))  # at most 12 terms of size up to about 5
+
+
+@given(layout_=LAYOUT, K=FEW_TASKS, rest=RESTS, seed=SEEDS, dtype=DTYPES)
+def test_captured_gradient_is_rotated_back(layout_: Layout, K: int, rest: int, seed: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(seed)
+    recorder, sampler = Recorder(), Sampler(seed, dtype)
+    optimizer = functional(layout_, K, rest, dtype, weighting=recorder)
+    z = sampler.normal(*layout_[0]).requires_grad_()
+    at_heads = optimizer.rotate(z)
+    for r in at_heads:
+        r.retain_grad()
+    weights = sampler.normal(K, *layout_[0])
+    optimizer.backward([(r.tanh() * weight).sum() for r, weight in zip(at_heads, weights, strict=True)], z)
+    index = layout(z.shape, dims_of(layout_))
+    for R, r, G in zip(optimizer.rotations.matrices, at_heads, recorder.J, strict=True):
+        assert r.grad is not None
+        expected = rotate(r.grad.double(), R.mT.double(), index).to(dtype)
+        assert_close(G.view(z.shape), expected, rtol=0, atol=100 * eps(dtype))
+
+
+@given(layout_=LAYOUT, K=FEW_TASKS, seed=SEEDS)
+def test_other_uses_of_the_representation_keep_their_true_gradient(layout_: Layout, K: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    sampler, recorder = Sampler(seed), Recorder()
+    optimizer = functional(layout_, K, 0, torch.float64, weighting=recorder)
+    z = sampler.normal(*layout_[0]).requires_grad_()
+    weights, penalty = sampler.normal(K, *layout_[0]), sampler.normal(*layout_[0])
+    losses = [(r * weight).sum() for r, weight in zip(optimizer.rotate(z), weights, strict=True)]
+    losses[0] = losses[0] + (z * penalty).sum()  # a task that looks past its rotation as well
+    optimizer.backward(losses, z, backbone_loss=z.square().sum())
+    assert z.grad is not None
+    expected = recorder.J.sum(dim=0).view(z.shape) + penalty + 2 * z.detach()
+    assert_close(z.grad, expected, rtol=1e-12, atol=1e-13)
+
+
+@given(layout_=LAYOUT, seed=SEEDS)
+def test_gradients_of_a_head_that_runs_twice_add_up(layout_: Layout, seed: int) -> None:
+    torch.manual_seed(seed)
+    sampler, recorder = Sampler(seed), Recorder()
+    optimizer = functional(layout_, 2, 0, torch.float64, weighting=recorder)
+    z = sampler.normal(*layout_[0]).requires_grad_()
+    weights = sampler.normal(3, *layout_[0])
+    (a, b), (again, _) = optimizer.rotate(z), optimizer.rotate(z)
+    optimizer.backward([(a * weights[0]).sum() + (again * weights[2]).sum(), (b * weights[1]).sum()], z)
+    index, R = layout(z.shape, dims_of(layout_)), optimizer.rotations.matrices
+    expected = rotate(weights[0] + weights[2], R[0].mT, index)
+    assert_close(recorder.J[0].view(z.shape), expected, rtol=1e-12, atol=1e-13)
+
+
+def head_gradients(model: Network, task: int) -> list[Tensor]:
+    gradients = [parameter.grad for parameter in model.heads[task].parameters()]
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@given(layout_=LAYOUT, K=st.integers(2, 5), seed=SEEDS, scale=st.floats(-3, 3), absent=st.booleans(), dtype=DTYPES)
+def test_gradient_of_a_head_does_not_see_the_other_tasks(
+    layout_: Layout, K: int, seed: int, scale: float, absent: bool, dtype: torch.dtype
+) -> None:
+    (shape, dim), (batch,) = layout_, batches(seed, 1, K, dtype)
+    other, gradients = Sampler(seed).integer(K), []
+    for changed in (False, True):
+        model = network(seed, shape[1:], K, dtype)
+        torch.manual_seed(seed)
+        bare = SGD(model.parameters(), lr=0.1)
+        optimizer = RotoGradOptimizer(bare, list(model.heads), dim=dim, rotation_lr=1.0, init="haar")
+        terms, z = model.losses(batch)
+        losses: list[Tensor | None] = [*terms]
+        if changed:
+            losses[other] = None if absent else 10**scale * terms[other].exp()
+        optimizer.step(losses, z)
+        gradients.append([head_gradients(model, task) for task in range(K) if task != other])
+    for before, after in zip(*gradients, strict=True):
+        assert len(before) == 4
+        assert all(map(torch.equal, before, after))
+
+
+@given(layout_=LAYOUT, K=st.integers(2, 5), seed=SEEDS)
+def test_gradient_of_a_head_is_its_true_gradient(layout_: Layout, K: int, seed: int) -> None:
+    (shape, dim), (batch,) = layout_, batches(seed, 1, K, torch.float64)
+    model = network(seed, shape[1:], K, torch.float64)
+    torch.manual_seed(seed)
+    optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), list(model.heads), dim=dim, init="haar")
+    with optimizer.paused():  # what autograd says, without us
+        terms, _ = model.losses(batch)
+    expected = torch.autograd.grad(torch.stack(terms).sum(), list(model.heads.parameters()))
+    optimizer.backward(*model.losses(batch))
+    for task in range(K):
+        assert_close(head_gradients(model, task), list(expected[4 * task : 4 * task + 4]), rtol=1e-12, atol=1e-15)

@@ -1,0 +1,75 @@
+"""References: of which step they are."""
+
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from rotoopt.normalization import Reference
+from tests.samplers import Bench, Sampler
+
+K, STEPS = 3, 8
+BURN_INS = st.integers(0, STEPS + 1)
+# What a task may be in one step; only the first makes a reference.
+KINDS = st.lists(st.lists(st.sampled_from(["valid", "absent", "zero"]), min_size=K, max_size=K), min_size=STEPS)
+BAD_KINDS = st.lists(
+    st.lists(st.sampled_from(["valid", "absent", "zero", "nan", "inf"]), min_size=K, max_size=K), min_size=STEPS
+)
+VALUES = {"absent": 7.0, "zero": 0.0, "nan": math.nan, "inf": math.inf}
+
+
+def expected_references(kinds: list[list[str]], values: Tensor, burn_in: int) -> Tensor:
+    """Return the value at the first valid step from the burn-in on, or else at the first valid step."""
+    references = torch.full((K,), math.nan)
+    for task in range(K):
+        valid = [t for t, kind in enumerate(kinds) if kind[task] == "valid"]
+        chosen = [t for t in valid if t >= burn_in][:1] or valid[:1]
+        references[task] = values[chosen[0], task] if chosen else math.nan
+    return references
+
+
+@given(kinds=BAD_KINDS, burn_in=BURN_INS)
+def test_reference_is_the_first_valid_value_and_the_first_after_the_burn_in(
+    kinds: list[list[str]], burn_in: int
+) -> None:
+    reference = Reference.unknown(K, torch.device("cpu"), torch.float32)
+    distinct = torch.arange(1.0, len(kinds) * K + 1).view(-1, K)  # every step and task has a value of its own
+    for t, kind in enumerate(kinds):
+        current = torch.tensor([VALUES.get(kind[task], float(distinct[t, task])) for task in range(K)])
+        present = torch.tensor([kind[task] != "absent" for task in range(K)])
+        reference = reference.updated(current, present, burnt_in=t >= burn_in)
+        expected = expected_references(kinds[: t + 1], distinct, burn_in)
+        assert_close(reference.values, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@given(kinds=KINDS, burn_in=BURN_INS, passes=st.integers(1, 2))
+def test_optimizer_takes_its_references_so(kinds: list[list[str]], burn_in: int, passes: int) -> None:
+    bench = Bench((2, 3), K, torch.float32, burn_in_period=burn_in)
+    distinct = 2.0 ** torch.arange(len(kinds) * K).view(-1, K)
+    taken = []  # steps without any loss do not count
+    for t, kind in enumerate(kinds):
+        if all(each == "absent" for each in kind):
+            continue
+        taken.append(t)
+        units = torch.zeros(K, 2, 3)
+        units[:, 0, 0] = torch.tensor([0.0 if each == "zero" else 1.0 for each in kind])
+        for first in [True, False][:passes]:  # of several backwards before a step, the first counts
+            size = distinct[t] * (1.0 if first else 3.0)
+            grads = [None if kind[k] == "absent" else units[k] * size[k] for k in range(K)]
+            # Minus: of a negative loss, the size is the reference.
+            bench.backward(grads, [-float(units[k, 0, 0] * size[k] * 2) for k in range(K)])
+        bench.optimizer.step()
+        expected = expected_references([kinds[i] for i in taken], distinct[taken], burn_in)
+        state = bench.state()
+        # Rotations turn the gradients by now, which costs some bits of their norms.
+        assert_close(state["norm_reference.values"], expected, rtol=1e-5, atol=0, equal_nan=True)
+        assert_close(state["loss_reference.values"], 2 * expected, rtol=0, atol=0, equal_nan=True)
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_ratio_of_an_unknown_reference_is_unknown(seed: int) -> None:
+    current = Sampler(seed, torch.float32).uniform(K)
+    assert Reference.unknown(K, torch.device("cpu"), torch.float32).ratios(current).isnan().all()

@@ -1,0 +1,203 @@
+"""Weightings: shares, common magnitude, GradNorm's loss, and aggregators of TorchJD as they are."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchjd.aggregation
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.optim import SGD
+from torch.testing import assert_close
+
+from rotoopt import EqualWeighting, GradNorm
+from rotoopt.weighting import gradient_shares, gradnorm_gradient
+from tests.asserts import eps
+from tests.oracle import shares
+from tests.samplers import DTYPES, LAYOUTS, NUM_TASKS, SEEDS, Bench, Layout, Sampler
+
+SCALES = st.floats(-30, 30)
+LAYOUT = st.sampled_from(LAYOUTS)
+NAN = math.nan
+
+
+@st.composite
+def ratios(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Draw norms over references, some unknown, some zero, and which tasks are present (at least one)."""
+    sampler, K = Sampler(draw(SEEDS)), draw(NUM_TASKS)
+    values = sampler.uniform(K) * 10 ** draw(SCALES)
+    values = torch.where(sampler.uniform(K) < 0.2, 0.0, values)
+    values = torch.where(sampler.uniform(K) < 0.3, NAN, values)
+    present = sampler.uniform(K) < 0.7
+    present[sampler.integer(K)] = True
+    return values, present
+
+
+@given(drawn=ratios())
+def test_shares_are_a_convex_combination_of_the_present_tasks(drawn: tuple[Tensor, Tensor]) -> None:
+    norm_ratios, present = drawn
+    alphas = gradient_shares(norm_ratios, present)
+    assert (alphas >= 0).all()
+    assert (alphas[~present] == 0).all()
+    assert_close(alphas.sum(), torch.ones(()).double(), rtol=0, atol=len(alphas) * eps(torch.float64))
+
+
+@given(drawn=ratios())
+def test_shares_are_those_of_the_paper(drawn: tuple[Tensor, Tensor]) -> None:
+    norm_ratios, present = drawn
+    ones = torch.where(norm_ratios.isnan(), NAN, 1.0)
+    expected = shares(norm_ratios.nan_to_num(1.0)[present], ones[present])
+    assert_close(gradient_shares(norm_ratios, present)[present], expected, rtol=1e-12, atol=0)
+
+
+def test_share_of_a_task_that_exploded_is_all() -> None:
+    # Gradient 1e30 after a reference of 1e-30: their ratio is infinite in float32.
+    alphas = gradient_shares(torch.tensor([1.0, math.inf]), torch.tensor([True, True]))
+    assert_close(alphas, torch.tensor([0.0, 1.0]))
+
+
+@given(K=NUM_TASKS, layout=LAYOUT, seed=SEEDS, low=st.floats(-2, 0), high=st.floats(0, 3), dtype=DTYPES)
+def test_scaled_gradients_share_one_norm_between_the_least_and_the_largest(
+    K: int, layout: Layout, seed: int, low: float, high: float, dtype: torch.dtype
+) -> None:
+    shape, dim = layout
+    sampler, bench = Sampler(seed, dtype), Bench(shape, K, dtype, dim=dim)
+    for _ in range(3):
+        grads = sampler.normal(K, *shape) * sampler.log_scales(K, low, high).view(K, *[1] * len(shape))
+        bench.step(list(grads))
+        norms = bench.record.grad_norms
+        scaled = bench.record.weights * norms
+        rtol = 10 * eps(dtype)
+        assert_close(scaled, scaled.mean().expand(K), rtol=rtol, atol=0)
+        assert norms.min() * (1 - rtol) <= scaled.mean() <= norms.max() * (1 + rtol)
+
+
+@given(K=NUM_TASKS, layout=LAYOUT, seed=SEEDS, power=st.integers(-40, 40), dtype=DTYPES)
+def test_scale_of_a_loss_changes_neither_shares_nor_directions(
+    K: int, layout: Layout, seed: int, power: int, dtype: torch.dtype
+) -> None:
+    shape, dim = layout
+    sampler, scaled = Sampler(seed, dtype), Sampler(seed).integer(K)
+    one, other = (Bench(shape, K, dtype, dim=dim) for _ in range(2))
+    for _ in range(4):
+        grads = sampler.normal(K, *shape)
+        one.step(list(grads))
+        grads[scaled] *= 2.0**power  # so that every bit of what does not change is the same
+        other.step(list(grads))
+        assert torch.equal(weight_shares(one), weight_shares(other))
+        assert torch.equal(one.record.cosines, other.record.cosines)
+        assert torch.equal(one.matrices, other.matrices)
+
+
+def weight_shares(bench: Bench) -> Tensor:
+    """Return the shares of the latest step, from its norms and references."""
+    references = bench.state()["norm_reference.values"]
+    return gradient_shares(bench.record.grad_norms / references, bench.record.present)
+
+
+@given(K=NUM_TASKS, seed=SEEDS, steps=st.integers(2, 4))
+def test_common_norm_is_the_shared_out_norm(K: int, seed: int, steps: int) -> None:
+    sampler, bench = Sampler(seed), Bench((4, 6), K, torch.float64)
+    for _ in range(steps):
+        bench.step(list(sampler.normal(K, 4, 6) * sampler.log_scales(K, -1, 1)[:, None, None]))
+    norms = bench.record.grad_norms
+    assert_close(bench.record.weights * norms, (weight_shares(bench) @ norms).expand(K), rtol=1e-12, atol=0)
+
+
+@given(K=NUM_TASKS, seed=SEEDS, data=st.data())
+def test_backbone_receives_the_weighted_sum_of_the_present(K: int, seed: int, data: st.DataObject) -> None:
+    sampler, absent = Sampler(seed), data.draw(st.sets(st.sampled_from(range(K)), max_size=K - 1))
+    weighting = data.draw(st.sampled_from([None, EqualWeighting(), GradNorm()]))
+    bench, grads = Bench((4, 6), K, torch.float64, weighting=weighting), sampler.normal(K, 4, 6)
+    received = bench.step([None if task in absent else grad for task, grad in enumerate(grads)])
+    kept = [task for task in range(K) if task not in absent]
+    expected = (bench.record.weights[kept, None, None] * grads[kept]).sum(dim=0)
+    assert_close(received, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(K=NUM_TASKS, seed=SEEDS, alpha=st.floats(0, 3))
+def test_gradnorm_gradient_is_that_of_its_loss(K: int, seed: int, alpha: float) -> None:
+    sampler = Sampler(seed)
+    J, logits, present = sampler.normal(K, 12), sampler.normal(K).requires_grad_(), sampler.uniform(K) < 0.8
+    present[:2] = True
+    rates = sampler.uniform(K) + 0.5
+    targets = gradnorm_targets(J, logits.detach(), rates, present, alpha)
+    (expected,) = torch.autograd.grad(gradnorm_loss(J, logits, targets, present), logits)
+    weights = K * logits.detach().softmax(0)
+    actual = gradnorm_gradient(weights, J.norm(dim=1), targets, present)
+    assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+def gradnorm_targets(J: Tensor, logits: Tensor, rates: Tensor, present: Tensor, alpha: float) -> Tensor:
+    weights = len(J) * logits.softmax(0)
+    length: Tensor = (weights[:, None] * J)[present].mean(dim=0).norm()
+    return length * (rates / rates[present].mean()) ** alpha
+
+
+def gradnorm_loss(J: Tensor, logits: Tensor, targets: Tensor, present: Tensor) -> Tensor:
+    norms: Tensor = len(J) * logits.softmax(0) * J.norm(dim=1)
+    return (norms - targets)[present].abs().sum()
+
+
+@given(K=NUM_TASKS, seed=SEEDS, alpha=st.floats(0, 3), absent=st.integers(0, 9))
+def test_small_gradnorm_step_lowers_its_loss(K: int, seed: int, alpha: float, absent: int) -> None:
+    sampler = Sampler(seed)
+    J, rates, values = sampler.normal(K, 12), sampler.uniform(K) + 0.5, [1.0] * K
+    gradnorm = GradNorm(alpha, optimizer=lambda params: SGD(params, lr=1e-6))
+    bench = Bench((12,), K, torch.float64, weighting=gradnorm, rotate=False)
+    bench.step(list(J), values)  # loss references: one
+    present = torch.tensor([K == 2 or task != absent for task in range(K)])
+    before = gradnorm.logits.detach().clone()
+    targets = gradnorm_targets(J, before, rates, present, alpha)
+    bench.step([grad if here else None for grad, here in zip(J, present, strict=True)], rates.tolist())
+    after = gradnorm.logits.detach().clone()
+    losses = [gradnorm_loss(J, logits, targets, present) for logits in (before, after)]
+    assert losses[1] < losses[0]
+
+
+@given(K=NUM_TASKS, seed=SEEDS, lr=st.floats(-3, 1), scale=SCALES, dtype=DTYPES)
+def test_gradnorm_weights_are_positive_and_sum_to_the_number_of_tasks(
+    K: int, seed: int, lr: float, scale: float, dtype: torch.dtype
+) -> None:
+    sampler, gradnorm = Sampler(seed, dtype), GradNorm(lr=10**lr)
+    bench = Bench((4, 6), K, dtype, weighting=gradnorm)
+    for _ in range(5):
+        bench.step(list(10**scale * sampler.normal(K, 4, 6)), sampler.uniform(K).tolist())
+        assert (gradnorm.weights > 0).all()
+        assert_close(gradnorm.weights.sum(), torch.tensor(float(K), dtype=gradnorm.weights.dtype))
+
+
+@given(seed=SEEDS)
+def test_gradnorm_uses_the_weights_before_their_update(seed: int) -> None:
+    gradnorm, sampler = GradNorm(lr=0.1), Sampler(seed)
+    bench = Bench((4, 6), 3, torch.float64, weighting=gradnorm)
+    bench.step(list(sampler.normal(3, 4, 6)))
+    assert torch.equal(bench.optimizer.task_weights, torch.ones(3).double())
+    assert (gradnorm.weights != 1).any()
+
+
+AGGREGATORS = ["IMTLG", "AlignedMTL", "PCGrad", "ConFIG", "MGDA", "Mean"]  # UPGrad: needs the extra quadprog_projector
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+@given(K=NUM_TASKS, layout=LAYOUT, seed=SEEDS, dtype=DTYPES, absent=st.none() | st.integers(0, 9))
+def test_torchjd_aggregator_gets_the_gradients_of_the_present_tasks(
+    name: str, K: int, layout: Layout, seed: int, dtype: torch.dtype, absent: int | None
+) -> None:
+    shape, dim = layout
+    aggregator: Callable[[Tensor], Tensor] = getattr(torchjd.aggregation, name)()
+    bench, grads = Bench(shape, K, dtype, dim=dim, weighting=aggregator), Sampler(seed, dtype).normal(K, *shape)
+    kept = [task for task in range(K) if task != absent]
+    torch.manual_seed(seed)  # PCGrad visits the tasks in random order
+    received = bench.step([grads[task] if task in kept else None for task in range(K)])
+    torch.manual_seed(seed)
+    assert torch.equal(received, aggregator(grads[kept].flatten(1)).view(shape))
+
+
+@given(K=NUM_TASKS, seed=SEEDS)
+def test_weights_of_a_callable_are_unknown(K: int, seed: int) -> None:
+    bench = Bench((4, 6), K, torch.float32, weighting=lambda J: J.sum(dim=0))
+    bench.step(list(Sampler(seed, torch.float32).normal(K, 4, 6)))
+    assert bench.record.weights.isnan().all()
