@@ -19,9 +19,9 @@ deviation of 3 seeds:
     Delta-m (%)                                           -54.4 ± 7.3     -16.5 ± 5.1
 
 So four tasks gain and one pays: the sum of the digits no longer has the backbone to itself.
-The common magnitude does nearly all of it: with `rotate=False`, which leaves out the rotations, the
-last column is 94.3, 92.8, 93.7, 4.01 and 2.29, the same within the spread. Delta-m is mostly the
-task of the active pixels, whose error is so small that a small difference is many percent.
+The common magnitude does all of it: without the rotations (`rotate=False`) the last column is 94.3,
+92.8, 93.7, 4.01 and 2.29, no worse than with them. Delta-m is mostly the task of the active pixels,
+whose error is so small that a small difference is many percent.
 """
 
 import argparse

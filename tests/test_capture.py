@@ -68,6 +68,22 @@ def test_captured_gradient_is_rotated_back(layout_: Layout, K: int, rest: int, s
         assert_close(G.view(z.shape), expected, rtol=0, atol=100 * eps(dtype))
 
 
+@given(layout_=LAYOUT, K=FEW_TASKS, seed=SEEDS, dtype=st.sampled_from([torch.float16, torch.bfloat16]))
+def test_half_precision_is_captured_in_single(layout_: Layout, K: int, seed: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(seed)
+    recorder, sampler = Recorder(), Sampler(seed, dtype)
+    optimizer = functional(layout_, K, 0, dtype, weighting=recorder)
+    z, weights = sampler.normal(*layout_[0]).requires_grad_(), sampler.normal(K, *layout_[0])
+    optimizer.backward([(r * weight).sum() for r, weight in zip(optimizer.rotate(z), weights, strict=True)], z)
+    index, matrices = layout(z.shape, dims_of(layout_)), optimizer.rotations.matrices
+    assert recorder.J.dtype == matrices.dtype == torch.float32
+    assert z.grad is not None
+    assert z.grad.dtype == dtype
+    for R, weight, G in zip(matrices, weights, recorder.J, strict=True):
+        expected = rotate(weight.float(), R.mT, index)
+        assert_close(G.view(z.shape), expected, rtol=0, atol=100 * eps(dtype))
+
+
 @given(layout_=LAYOUT, K=FEW_TASKS, seed=SEEDS)
 def test_other_uses_of_the_representation_keep_their_true_gradient(layout_: Layout, K: int, seed: int) -> None:
     torch.manual_seed(seed)

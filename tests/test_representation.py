@@ -84,6 +84,17 @@ def test_rotation_is_the_oracles_and_passes_the_rest_through(layout_: Layout, se
 
 
 @given(layout_=LAYOUT, seed=SEEDS)
+def test_strides_do_not_matter(layout_: Layout, seed: int) -> None:
+    shape, dim = layout_
+    sampler, dims = Sampler(seed), RotatedDims(dim)
+    order = torch.randperm(len(shape), generator=sampler.generator).tolist()
+    rep = sampler.normal(*shape)
+    strided = rep.permute(order).contiguous().permute([order.index(i) for i in range(len(shape))])
+    (R,) = sampler.rotations(1, dims.size(rep))
+    assert_close(rotated(strided, R, dims), rotated(rep, R, dims), rtol=ROUNDING, atol=ROUNDING)
+
+
+@given(layout_=LAYOUT, seed=SEEDS)
 def test_transposed_rotation_is_the_inverse(layout_: Layout, seed: int) -> None:
     shape, dim = layout_
     sampler, dims = Sampler(seed), RotatedDims(dim)

@@ -156,6 +156,25 @@ def test_rotations_stay_rotations(K: int, m: int, seed: int, dtype: torch.dtype,
     assert_rotations(bench.matrices)
 
 
+@given(m=SIZES, seed=SEEDS, log_lr=st.floats(0, 6), dtype=DTYPES)
+def test_rotations_stay_rotations_under_a_reckless_optimizer(
+    m: int, seed: int, log_lr: float, dtype: torch.dtype
+) -> None:
+    sampler = Sampler(seed, dtype)
+    bench = Bench((4, m), 3, dtype, rotation_optimizer=lambda params: SGD(params, lr=10**log_lr))
+    for _ in range(3):
+        bench.step(list(sampler.normal(3, 4, m)))
+    assert_rotations(bench.matrices)
+
+
+@given(K=NUM_TASKS, seed=SEEDS, haar=st.booleans())
+def test_one_feature_cannot_turn(K: int, seed: int, haar: bool) -> None:
+    bench = Bench((4, 1), K, torch.float32, init="haar" if haar else "identity", rotation_lr=1.0)
+    for grads in Sampler(seed, torch.float32).normal(3, K, 4, 1):
+        bench.step(list(grads))
+    assert torch.equal(bench.matrices, torch.ones(K, 1, 1))
+
+
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS, dtype=DTYPES)
 def test_tasks_that_are_not_rotated_count_in_the_target_and_stay(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
     sampler = Sampler(seed, dtype)

@@ -73,16 +73,22 @@ class Result:
         pairs = zip(self.seconds[variant], self.seconds[PLAIN], strict=False)
         return statistics.median(own - plain for own, plain in pairs)
 
+    def log_added(self, variant: str) -> float:
+        """Return its logarithm; NaN, which meets no bar, where noise has swallowed it."""
+        added = self.added(variant)
+        return math.log(added) if added > 0 else math.nan
+
     def markdown(self) -> str:
         """Return the tables."""
-        lines = [f"### {self.title}", "", "| variant | step, ms | x plain | quartiles | added, ms |"]
-        lines.append("|---|---|---|---|---|")
+        lines = [
+            f"### {self.title}\n",
+            "| variant | step, ms | x plain | quartiles | added, ms |",
+            "|---|---|---|---|---|",
+        ]
         for variant, seconds in self.seconds.items():
             low, middle, high = statistics.quantiles(self.ratios(variant), n=4, method="inclusive")
-            ratio = f"{middle:.3f} | {low:.3f} - {high:.3f}"
-            lines.append(
-                f"| {variant} | {1e3 * statistics.median(seconds):.2f} | {ratio} | {1e3 * self.added(variant):.2f} |"
-            )
+            step, added = 1e3 * statistics.median(seconds), 1e3 * self.added(variant)
+            lines.append(f"| {variant} | {step:.2f} | {middle:.3f} | {low:.3f} - {high:.3f} | {added:.2f} |")
         if self.bars:
             lines += ["", "| bar | measured | at most | met |", "|---|---|---|---|", *[bar.row() for bar in self.bars]]
         return "\n".join([*lines, "", *[f"{note}\n" for note in self.notes]])
@@ -129,16 +135,14 @@ def bars(name: str, results: list[Result], args: argparse.Namespace) -> list[Bar
     if name == "resnet18":
         return [Bar("rotoopt / plain", statistics.median(result.ratios(ROTOOPT)), 1.05)]
     if name == "growth":
-        # Nothing to fit where noise has swallowed what was added.
-        added = [math.log(seconds) if seconds > 0 else math.nan for seconds in (r.added(ROTOOPT) for r in results)]
+        added = [result.log_added(ROTOOPT) for result in results]
         slope = statistics.linear_regression([math.log(d) for d in cases.GROWTH], added).slope
         return [Bar("exponent of the added time in d", slope, 2.1)]
     if name == "stress":
-        found = [Bar("added / added by frozen dense layers", result.added(ROTOOPT) / result.added(FLOOR), 1.5)]
-        if OFFICIAL in result.seconds:
-            ratio = result.added(ROTOOPT) / result.added(OFFICIAL)
-            found.append(Bar(f"added / added by {OFFICIAL}", ratio, 1 / 60))
-        return [*found, memory_bar(args)]
+        limits = {FLOOR: 1.5, OFFICIAL: 1 / 60}
+        own, others = result.log_added(ROTOOPT), [name for name in limits if name in result.seconds]
+        ratios = [Bar(f"added / added by {o}", math.exp(own - result.log_added(o)), limits[o]) for o in others]
+        return [*ratios, memory_bar(args)]
     return []
 
 
