@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -27,7 +25,7 @@ import torch
 from tests.benchmarks import cases
 from tests.benchmarks.cases import FLOOR, PLAIN, ROTOOPT, TORCHJD, Case, Training
 from tests.benchmarks.official_rotograd import OfficialRotograd, make_environment
-from tests.benchmarks.timing import peak_bytes, seconds_per_step, synchronization, take_turns
+from tests.benchmarks.timing import machine, peak_bytes, seconds_per_step, synchronization, take_turns
 
 CASES: dict[str, list[Case]] = {
     "resnet18": [cases.RESNET18],
@@ -155,15 +153,6 @@ def memory_bar(args: argparse.Namespace) -> Bar:
     return Bar("peak memory added, MB", added / 1e6, FLOAT_BYTES * floats / 1e6)
 
 
-def machine(args: argparse.Namespace) -> str:
-    """Return what the numbers were measured on."""
-    info = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    cpu = models[0] if models else platform.processor()
-    parts = [cpu, f"{os.cpu_count()} cores, of which {args.threads} used", f"torch {torch.__version__}"]
-    return ", ".join(parts if args.device == "cpu" else [torch.cuda.get_device_name(), *parts])
-
-
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Measure what RotoGradOptimizer costs.")
@@ -186,10 +175,9 @@ def main() -> None:
     """Run the benchmark."""
     args = parse_args()
     torch.set_num_threads(args.threads)
-    print(
-        f"{machine(args)}; {args.rounds} blocks of {args.block} steps{', CPU time' if args.cpu_time else ''}\n",
-        flush=True,
-    )
+    measured_on = machine(args.threads, args.device)
+    clock = "CPU time" if args.cpu_time else "wall time"
+    print(f"{measured_on}; {args.rounds} blocks of {args.block} steps, {clock}\n", flush=True)
     report: dict[str, list[Result]] = {}
     for autocast in [False, True] if args.device == "cuda" else [False]:
         for name in args.case:
@@ -199,7 +187,7 @@ def main() -> None:
             print("\n".join(result.markdown() for result in results), flush=True)
     if args.json is not None:
         content = {name: [asdict(result) for result in results] for name, results in report.items()}
-        args.json.write_text(json.dumps({"machine": machine(args), "cases": content}, indent=1))
+        args.json.write_text(json.dumps({"machine": measured_on, "clock": clock, "cases": content}, indent=1))
 
 
 if __name__ == "__main__":

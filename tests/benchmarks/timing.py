@@ -1,17 +1,30 @@
-"""How overhead.py measures: step times in turns, peak memory, and whether a step waits for the GPU."""
+"""How and on what overhead.py measures: step times in turns, peak memory, and whether a step waits for the GPU."""
 
 from __future__ import annotations
 
 import gc
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tests.benchmarks.cases import Case, Training
+
+
+def machine(threads: int, device: str) -> str:
+    """Return what the numbers are measured on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cpu = models[0] if models else platform.processor()
+    parts = [cpu, f"{os.cpu_count()} cores, of which {threads} used", f"torch {torch.__version__}"]
+    return ", ".join(parts if device == "cpu" else [torch.cuda.get_device_name(), *parts])
 
 
 def seconds_per_step(training: Training, steps: int, *, cpu_time: bool = False) -> float:
