@@ -50,6 +50,16 @@ def test_heads_get_the_rotated_representation(
         assert_close(r, expected, rtol=0, atol=100 * eps(dtype))  # at most 12 terms of size up to about 5
 
 
+@given(layout_=LAYOUT, K=FEW_TASKS, dtype=DTYPES)
+def test_a_task_that_is_not_rotated_gets_the_representation_itself(layout_: Layout, K: int, dtype: torch.dtype) -> None:
+    bare = SGD([nn.Parameter(torch.zeros(1, dtype=dtype))], lr=0.1)
+    flags = [task > 0 for task in range(K)]
+    optimizer = RotoGradOptimizer(bare, num_tasks=K, dim=layout_[1], rotate=flags if K > 1 else True)
+    z = torch.ones(layout_[0], dtype=dtype, requires_grad=True)
+    # No multiplication by I, which would turn an infinite feature into NaN. A lone task needs no rotation.
+    assert [r.data_ptr() == z.data_ptr() for r in optimizer.rotate(z)] == [not flag for flag in flags]
+
+
 @given(layout_=LAYOUT, K=FEW_TASKS, rest=RESTS, seed=SEEDS, dtype=DTYPES)
 def test_captured_gradient_is_rotated_back(layout_: Layout, K: int, rest: int, seed: int, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)

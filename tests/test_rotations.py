@@ -53,7 +53,8 @@ def test_many_turns_do_not_drift(dtype: torch.dtype) -> None:
     sampler, R = Sampler(0, dtype), rotations(2, 16, dtype)
     for _ in range(1000):
         R.turn_(0.1 * sampler.skew(2, 16))
-    assert_rotations(R.matrices)
+    # 3 eps were measured, after 1000 turns as after 4000; without the repair 48, and growing.
+    assert orthogonality_error(R.matrices).max() <= 10 * eps(dtype)
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS, dtype=DTYPES)

@@ -52,10 +52,10 @@ def test_shares_are_those_of_the_paper(drawn: tuple[Tensor, Tensor]) -> None:
     assert_close(gradient_shares(norm_ratios, present)[present], expected, rtol=1e-12, atol=0)
 
 
-def test_share_of_a_task_that_exploded_is_all() -> None:
-    # Gradient 1e30 after a reference of 1e-30: their ratio is infinite in float32.
-    alphas = gradient_shares(torch.tensor([1.0, math.inf]), torch.tensor([True, True]))
-    assert_close(alphas, torch.tensor([0.0, 1.0]))
+def test_tasks_that_exploded_share_among_themselves() -> None:
+    # Gradients of 1e30 after references of 1e-30: their ratios are infinite in float32.
+    alphas = gradient_shares(torch.tensor([1.0, math.inf, math.inf]), torch.tensor([True, True, True]))
+    assert_close(alphas, torch.tensor([0.0, 0.5, 0.5]))
 
 
 @given(K=NUM_TASKS, layout=LAYOUT, seed=SEEDS, low=st.floats(-2, 0), high=st.floats(0, 3), dtype=DTYPES)
