@@ -14,7 +14,7 @@ from torch import Tensor
 from rotoopt.gradients import TaskGradients
 from rotoopt.normalization import Reference
 from rotoopt.representation import RotatedDims
-from rotoopt.rotation_step import NormalizedStep, RotationStep
+from rotoopt.rotation_step import CayleyStep, RotationStep
 from rotoopt.weighting import Progress, Weighting
 
 
@@ -104,7 +104,7 @@ class Homogenizer:
 
     @property
     def _built_in_step(self) -> bool:
-        return isinstance(self.rotation_step.optimizer, NormalizedStep)
+        return isinstance(self.rotation_step, CayleyStep)
 
     @property
     def burnt_in(self) -> bool:
@@ -143,7 +143,8 @@ class Homogenizer:
             references = self._references(gradients, finite)
             combined = self.weighting.combine(gradients, self._progress(gradients, finite, *references))
             self.norm_reference, self.loss_reference = references
-            if len(tasks) > 1:  # alone, a task is its own target
+            # Alone, a task is its own target.
+            if len(tasks) > 1 and self.rotation_step.is_due(self.num_steps):
                 self._collect(gradients, shape, dims, finite)
         self.record = StepRecord(self._losses, gradients.norms, combined.weights, gradients.cosines, present, finite)
         self.pending = True

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, overload
 
 import torch
@@ -27,8 +26,9 @@ from rotoopt.arguments import (
 )
 from rotoopt.capture import Capture
 from rotoopt.homogenize import Homogenizer, StepRecord
+from rotoopt.lie_algebra import LieAlgebraStep, RotationOptimizer
 from rotoopt.representation import RotatedDims
-from rotoopt.rotation_step import NormalizedStep, RotationOptimizer, RotationStep
+from rotoopt.rotation_step import CayleyStep, RotationStep
 from rotoopt.rotations import Init, Rotations
 from rotoopt.weighting import Aggregator, Weighting, as_weighting
 from rotoopt.wiring import check_unhooked, check_wiring
@@ -145,7 +145,11 @@ class RotoGradOptimizer(OptimizerWrapper):
         param = next(param for group in optimizer.param_groups for param in group["params"])
         dtype = torch.promote_types(param.dtype, torch.float32) if param.is_floating_point() else torch.float32
         rotations = Rotations(len(names), rotation_size, rotate=flags, init=init, device=param.device, dtype=dtype)
-        rotation_step = RotationStep(rotations, rotation_optimizer or partial(NormalizedStep, lr=rotation_lr))
+        rotation_step: RotationStep = (
+            CayleyStep(rotations, rotation_lr)
+            if rotation_optimizer is None
+            else LieAlgebraStep(rotations, rotation_optimizer)
+        )
         used_weighting.bind(len(names), param.device, dtype)
         homogenizer = Homogenizer(
             len(names), used_weighting, rotation_step, burn_in_period, needs_losses=normalize_losses

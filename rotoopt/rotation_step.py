@@ -4,57 +4,68 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rotoopt.agreement import Agreement
 from rotoopt.representation import correlate
 from rotoopt.rotations import Rotations
+from rotoopt.turn import DenseSkew, SampleSkew, Skew, repair_columns_
 
-RotationOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+TURN_EVERY = 8  # steps: a turn costs more than applying the rotations, and rotations are to learn slowly anyway
+MAX_STEP = 1.0  # below 1 / ||N_k|| every step improves the objective of its batch, and ||N_k|| = ||U_k V^T|| <= 1
+MAX_TURN = math.sqrt(2.0)  # of ||eta S||_F: then no plane turns by more than one radian
+DENSE_FROM = 0.43  # samples per feature from which the dense turn takes fewer operations
+REPAIRED_SHARE = 64  # one column in so many is repaired with every turn
 
-# The rotation objective of a batch improves for every step below 1 / ||N_k||, and ||N_k|| = ||U_k V^T|| <= 1.
-MAX_STEP = 1.0
 
+class RotationStep(Protocol):
+    """Collects rotation gradients, and turns the rotations by what an optimizer makes of them."""
 
-def rotation_gradient(directions: Tensor, target: Tensor, size: int) -> Tensor:
-    r"""Return the gradient of the rotation objective in the coordinates of the Lie algebra, at R_k.
+    rotations: Rotations
+    optimizer: Optimizer
 
-    The objective :math:`-\sum_s \langle R_k^\top \tilde g_{s,k}, v_s \rangle` over samples s is linear in R_k. Along
-    :math:`R_k\,\mathrm{cay}(A - A^\top)`, A lower triangular, its gradient at A = 0 is
-    :math:`-\mathrm{tril}(N_k - N_k^\top)` with :math:`N_k = U_k V^\top`.
+    def is_due(self, num_steps: int) -> bool:
+        """Whether the rotations are to turn in the step after ``num_steps`` steps."""
 
-    Args:
-        directions: U, the unit gradients of the tasks at the representation. Shape ``(K, L, d, P)``.
-        target: V, their mean, taken as constant. Shape ``(L, d, P)``.
-        size: m, the number of features that are rotated.
+    def collect(self, directions: Tensor, target: Tensor, usable: Tensor) -> None:
+        """Note what one backward pass measured; several before a step are averaged.
 
-    Returns:
-        Strictly lower triangular. Shape ``(K, m, m)``.
+        Args:
+            directions: U, the unit gradients of the tasks at the representation, zero for absent ones.
+                Shape ``(K, L, d, P)``.
+            target: V, their mean. Shape ``(L, d, P)``.
+            usable: Whether everything in this pass was finite; if not, it counts as zero. Shape ``()``, bool.
+        """
 
-    Source: Javaloy and Valera, RotoGrad, ICLR 2022, eq. 3, with unit gradients on both sides (there g is not
-    normalized), so that the scale of a loss cancels. The official code minimizes a squared distance whose
-    gradient is the paper's times twice the norm of the mean gradient.
-    """
-    correlation = correlate(directions, target, size)
-    return (correlation.mT - correlation).tril(-1)
+    def step(self) -> None:
+        """Turn the rotations; without anything collected, only the optimizer's step is called."""
+
+    def clear(self) -> None:
+        """Forget what was collected since the last step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to resume."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""
 
 
 class NormalizedStep(Optimizer):
-    r"""The built-in rotation optimizer: a gradient step with one AdaGrad normalizer per rotation.
+    r"""The built-in rotation optimizer: step sizes with one AdaGrad normalizer per rotation.
 
-    .. math:: A_k \leftarrow A_k - \eta_k \nabla_k, \qquad
-        \eta_k = \min\Bigl(1, \; \mathrm{lr} \sqrt{D} \,/\, \sqrt{\textstyle\sum_t \lVert\nabla_k^t\rVert^2}\Bigr),
-        \qquad D = m (m - 1) / 2
+    .. math:: \eta_k = \min\Bigl(1, \; \mathrm{lr} \,/\, \sqrt{\textstyle\sum_t g_{k,t}^2}\Bigr)
 
-    ``lr`` is the root mean square turn, in radians per coordinate, of the first step. Later steps shrink as
-    :math:`1/\sqrt t`: rotations must learn more slowly than the network (section 4 of the paper), and a step
-    normalized by the size of the latest gradients alone would move on noise for ever.
+    with :math:`g_k` the root mean square of the m (m - 1) / 2 coordinates of the rotation gradient, so that ``lr`` is
+    the root mean square turn, in radians per coordinate, of the first step. Later ones shrink as :math:`1/\sqrt t`:
+    rotations must learn more slowly than the network (RotoGrad, ICLR 2022, section 4), and a step normalized by the
+    latest gradients alone would move on noise for ever.
 
     Args:
-        params: Lie-algebra coordinates, each of shape ``(K, m, m)``.
+        params: One tensor, shape ``(K,)``: its gradient is g, and the step writes :math:`\eta` into it.
         lr: Learning rate; schedulers may change it.
     """
 
@@ -67,7 +78,7 @@ class NormalizedStep(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Move every coordinate that has a gradient."""
+        """Write the step sizes for the present gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -75,95 +86,99 @@ class NormalizedStep(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    self._move(param, group["lr"])
+                    total = self.state[param].setdefault("sum", torch.zeros_like(param))
+                    total.add_(param.grad.square())
+                    step = (group["lr"] / total.sqrt()).clamp(max=MAX_STEP)
+                    param.copy_(torch.where(total > 0, step, 0.0))
         return loss
 
-    def _move(self, param: Tensor, lr: float) -> None:
-        grad = param.grad
-        assert grad is not None  # the caller's condition, for the type checker
-        squares = grad.square().sum(dim=(-2, -1))  # (K,)
-        total = self.state[param].setdefault("sum", torch.zeros_like(squares))
-        total.add_(squares)
-        m = param.shape[-1]
-        step = (lr * math.sqrt(m * (m - 1) / 2) / total.sqrt()).clamp(max=MAX_STEP)
-        param.sub_(torch.where(total > 0, step, 0.0)[:, None, None] * grad)
 
+class CayleyStep:
+    r"""The built-in rotation step: every :data:`TURN_EVERY` steps, R_k <- R_k cay(:math:`a_k \eta_k S_k`).
 
-class RotationStep:
-    """Collects rotation gradients and turns the rotations by what an optimizer makes of them.
+    The objective of a batch, :math:`-\sum_s \langle R_k^\top \tilde g_{s,k}, v_s \rangle` over samples s, is linear in
+    R_k. Its gradient along the Lie algebra is the skew matrix :math:`S_k = U_k V^\top - V U_k^\top`, with the unit
+    gradients U_k at the representation and their mean V. The step size :math:`\eta_k` is
+    :class:`NormalizedStep`'s, and :math:`a_k` is how well successive gradients agree
+    (:class:`~rotoopt.agreement.Agreement`): where they are noise, the rotation rests.
 
-    The optimizer sees one parameter, the Lie-algebra coordinates A of shape ``(K, m, m)`` around the present
-    rotations, with its gradient in the lower triangle. After its step the turn is applied, R_k <- R_k cay(A - A^T),
-    and A starts again at zero; its own state (moments) lives on.
+    Source: Javaloy and Valera, RotoGrad, ICLR 2022, eq. 3, with unit gradients on both sides (there g is not
+    normalized), so that the scale of a loss cancels. The official code minimizes a squared distance whose
+    gradient is the paper's times twice the norm of the mean gradient, with Adam and matrix exponentials.
 
     Args:
         rotations: The rotations to turn.
-        make_optimizer: Makes the optimizer of the coordinates.
+        lr: Learning rate of :class:`NormalizedStep`.
     """
 
-    def __init__(self, rotations: Rotations, make_optimizer: RotationOptimizer) -> None:
+    def __init__(self, rotations: Rotations, lr: float) -> None:
         self.rotations = rotations
-        self.num_gradients = 0
-        self.usable: Tensor | None = None
-        # Sized by the first gradient: the optimizer, and schedulers on it, exist before the rotations do.
-        empty = torch.zeros(rotations.num_tasks, 0, 0, device=rotations.device, dtype=rotations.dtype)
-        self.coordinates = nn.Parameter(empty)
-        self.optimizer = make_optimizer([self.coordinates])
-        if not isinstance(self.optimizer, Optimizer):
-            raise TypeError(
-                "`rotation_optimizer` must be a callable from parameters to a torch.optim.Optimizer, "
-                f"got one that returns {type(self.optimizer).__name__}. "
-                "Example: rotation_optimizer=lambda params: torch.optim.Adam(params, lr=1e-4)."
-            )
+        self._sizes = nn.Parameter(torch.zeros(rotations.num_tasks, device=rotations.device, dtype=rotations.dtype))
+        self.optimizer: Optimizer = NormalizedStep([self._sizes], lr)
+        self._agreement = Agreement()
+        self._passes: list[tuple[Tensor, Tensor]] = []
+        self._num_turns = 0
 
-    @torch.no_grad()
+    def is_due(self, num_steps: int) -> bool:
+        """Every few steps."""
+        return num_steps % TURN_EVERY == 0
+
     def collect(self, directions: Tensor, target: Tensor, usable: Tensor) -> None:
-        """Add the rotation gradient of one backward pass; several before a step are averaged.
-
-        Args:
-            directions: U. Shape ``(K, L, d, P)``.
-            target: V. Shape ``(L, d, P)``.
-            usable: Whether everything in this pass was finite; if not, it counts as zero. Shape ``()``, bool.
-        """
-        matrices = self.rotations.matrices
-        if self.coordinates.shape != matrices.shape:
-            self.coordinates.data = torch.zeros_like(matrices)
-        grad = rotation_gradient(directions, target, matrices.shape[-1])
-        grad = torch.where(usable, grad, 0.0)
-        self.usable = usable if self.usable is None else self.usable | usable
-        for task, rotate in enumerate(self.rotations.rotate):
-            if not rotate:
-                grad[task] = 0.0
-        self.num_gradients += 1
-        if self.coordinates.grad is None:
-            self.coordinates.grad = grad
-        else:
-            self.coordinates.grad += (grad - self.coordinates.grad) / self.num_gradients
+        """Keep the gradients for the step; nothing is computed yet."""
+        self._passes.append((torch.where(usable, directions, 0.0), torch.where(usable, target, 0.0)))
 
     @torch.no_grad()
     def step(self) -> None:
-        """Turn the rotations; a no-op when nothing was collected."""
-        if self.usable is None:
+        """Turn the rotations, and repair what rounding did to some of their columns."""
+        if not self._passes:
+            self.optimizer.step()  # a scheduler expects to see one
             return
+        matrices = self.rotations.matrices
+        m = matrices.shape[-1]
+        skew = self._skew(m)
+        norm = skew.half_squared_norm()
+        self._sizes.grad = (norm / max(1, m * (m - 1) / 2)).sqrt()
         self.optimizer.step()
-        # Where nothing was usable, what moved the coordinates is momentum.
-        skew = torch.where(self.usable, self.coordinates.tril(-1), 0.0)
-        self.rotations.turn_(skew - skew.mT)
-        self.coordinates.zero_()
+        step = torch.minimum(self._sizes, MAX_TURN / (2.0 * norm).sqrt())
+        step = torch.where(norm > 0, step, 0.0) * self._agreement.observe(skew, matrices)
+        step = torch.where(self.rotations.rotates, step, 0.0)
+        skew.turn_(matrices, step)
+        count = -(-m // REPAIRED_SHARE)
+        first = self._num_turns * count % m
+        repair_columns_(matrices, first, min(count, m - first), (step > 0).to(step.dtype))
+        self._num_turns += 1
         self.clear()
+
+    def _skew(self, m: int) -> Skew:
+        """Return the mean of the collected gradients, in the form that is cheaper to turn by."""
+        share = 1.0 / len(self._passes)
+        num_samples = sum(target.shape[0] * target.shape[2] for _, target in self._passes)
+        if num_samples >= DENSE_FROM * m:
+            return DenseSkew(torch.stack([correlate(U, V, m) for U, V in self._passes]).mean(0))
+        tasks = torch.cat([_columns(U, m) for U, _ in self._passes], dim=-1)
+        target = torch.cat([_columns(V, m) for _, V in self._passes], dim=-1)
+        return SampleSkew(tasks * share if share < 1 else tasks, target)
 
     def clear(self) -> None:
         """Forget what was collected since the last step."""
-        self.coordinates.grad = None
-        self.num_gradients = 0
-        self.usable = None
+        self._passes.clear()
+        self._sizes.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the optimizer of the coordinates."""
-        return self.optimizer.state_dict()
+        """Return the state of the optimizer, the agreement so far, and where the repair is."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "agreement": self._agreement.state_dict(),
+            "num_turns": self._num_turns,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""
-        if self.rotations.size is not None:  # state tensors are matched with the shape of the coordinates
-            self.coordinates.data = torch.zeros_like(self.rotations.matrices)
-        self.optimizer.load_state_dict(state_dict)
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self._agreement.load_state_dict(state_dict["agreement"], self._sizes)
+        self._num_turns = state_dict["num_turns"]
+
+
+def _columns(samples: Tensor, m: int) -> Tensor:
+    """Return ``(..., L, d, P)`` as ``(..., m, L P)``: one column per sample."""
+    return samples[..., :m, :].movedim(-2, -3).flatten(-2)

@@ -10,32 +10,9 @@ import torch
 from geotorch.so import uniform_init_
 from torch import Tensor, nn
 
+from rotoopt.turn import cayley_delta
+
 Init = Literal["identity", "haar"]
-
-
-def cayley_delta(skew: Tensor) -> Tensor:
-    r"""Return :math:`Z` with :math:`I + Z = (I - S/2)^{-1}(I + S/2)`, the Cayley transform of ``skew``.
-
-    :math:`Z = (I + S^\top S/4)^{-1}(I + S/2)\,S`: the matrix to invert is symmetric, at least I and well
-    conditioned, so a Cholesky factor serves. Batched LU, the textbook way, returns invalid pivots on the CPU
-    build of torch 2.13 once a process has called ``torch.set_num_threads(n)`` with n > 1.
-
-    Args:
-        skew: S, skew-symmetric. Shape ``(..., m, m)``, float32 or float64.
-
-    Returns:
-        Z, in the shape and dtype of ``skew``. ``R + R @ Z`` drifts less than ``R @ (I + Z)``.
-
-    Example:
-        >>> skew = torch.tensor([[0.0, -2.0], [2.0, 0.0]])  # a turn by 2 atan(2 / 2), a right angle
-        >>> torch.eye(2) + cayley_delta(skew)
-        tensor([[ 0., -1.],
-                [ 1.,  0.]])
-    """
-    gram = (skew.mT @ skew).mul_(0.25)
-    gram.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    factor = torch.linalg.cholesky_ex(gram).L  # `_ex`: no device synchronization
-    return torch.cholesky_solve(skew + 0.5 * skew @ skew, factor)
 
 
 def orthogonality_error(matrices: Tensor) -> Tensor:
@@ -62,6 +39,8 @@ class Rotations(nn.Module):
         dtype: ``torch.float32`` or ``torch.float64``.
     """
 
+    rotates: Tensor
+
     def __init__(
         self,
         num_tasks: int,
@@ -76,6 +55,8 @@ class Rotations(nn.Module):
         self.num_tasks = num_tasks
         self.covers_all = size is None  # else the rest of the features pass through
         self.rotate = tuple(rotate)
+        # The flags where the step needs them, so that no step copies anything to the device.
+        self.register_buffer("rotates", torch.tensor(self.rotate, device=device), persistent=False)
         self.init: Init = init
         self.device = device
         self.dtype = dtype
