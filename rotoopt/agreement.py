@@ -19,7 +19,8 @@ class Agreement:
 
     One for gradients that stay the same, about zero for noise, and zero for those that flip. The skew gradients S are
     compared through a few fixed random vectors P, which keeps inner products up to a few percent, so that what must be
-    remembered is ``(K, m, 8)``. The first gradient has nothing to agree with: zero.
+    remembered is ``(K, m, 8)``. The first gradient has nothing to agree with: zero. A gradient of zero, that of an
+    absent task, changes nothing.
     """
 
     def __init__(self) -> None:
@@ -30,12 +31,14 @@ class Agreement:
         """Return a after another gradient, in the dtype of ``matrices``. Shape ``(K,)``."""
         seen = skew.times(_probes(matrices))
         if self._latest is None:
-            self._inner = self._norms = seen.new_zeros(len(seen))
-        else:
-            self._inner = MEMORY * self._inner + (seen * self._latest).sum((-2, -1))
-            self._norms = MEMORY * self._norms + _norms(seen) * _norms(self._latest)
-        self._latest = seen
-        return torch.where(self._norms > 0, self._inner / self._norms, 0.0).clamp(min=0.0)
+            self._latest, self._inner = torch.zeros_like(seen), seen.new_zeros(len(seen))
+            self._norms = self._inner
+        norms, latest = _norms(seen), self._latest
+        known = norms > 0
+        self._inner = torch.where(known, MEMORY * self._inner + (seen * latest).sum((-2, -1)), self._inner)
+        self._norms = torch.where(known, MEMORY * self._norms + norms * _norms(latest), self._norms)
+        self._latest = torch.where(known[:, None, None], seen, latest)
+        return torch.where(self._norms > 0, self._inner / self._norms, 0.0).clamp(0.0, 1.0)
 
     def state_dict(self) -> dict[str, Tensor | None]:
         """Return what is needed to resume."""

@@ -173,8 +173,10 @@ class Homogenizer:
         """Turn the rotations and train the weights from what was collected; a no-op without a backward pass."""
         if not self.pending:
             return
-        self.rotation_step.step()
-        self.weighting.step()
+        # A training loop may step inside of its autocast.
+        with torch.autocast(self.rotation_step.rotations.device.type, enabled=False):
+            self.rotation_step.step()
+            self.weighting.step()
         self.num_steps += 1
         self.clear()
 

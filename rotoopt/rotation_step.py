@@ -15,7 +15,7 @@ from rotoopt.representation import correlate
 from rotoopt.rotations import Rotations
 from rotoopt.turn import DenseSkew, SampleSkew, Skew, repair_columns_
 
-TURN_EVERY = 8  # steps: a turn costs more than applying the rotations, and rotations are to learn slowly anyway
+TURN_EVERY = 16  # steps: a turn costs more than applying the rotations, and rotations are to learn slowly anyway
 MAX_STEP = 1.0  # below 1 / ||N_k|| every step improves the objective of its batch, and ||N_k|| = ||U_k V^T|| <= 1
 MAX_TURN = math.sqrt(2.0)  # of ||eta S||_F: then no plane turns by more than one radian
 DENSE_FROM = 0.43  # samples per feature from which the dense turn takes fewer operations
@@ -121,7 +121,7 @@ class CayleyStep:
 
     def is_due(self, num_steps: int) -> bool:
         """Every few steps."""
-        return num_steps % TURN_EVERY == 0
+        return num_steps % TURN_EVERY == 0 and any(self.rotations.rotate)
 
     def collect(self, directions: Tensor, target: Tensor, usable: Tensor) -> None:
         """Keep the gradients for the step; nothing is computed yet."""

@@ -10,8 +10,6 @@ import torch
 from geotorch.so import uniform_init_
 from torch import Tensor, nn
 
-from rotoopt.turn import cayley_delta
-
 Init = Literal["identity", "haar"]
 
 
@@ -119,11 +117,15 @@ class Rotations(nn.Module):
             skew: S, skew-symmetric. Shape ``(K, m, m)``, radians for small entries. S_k = 0 is a no-op.
         """
         matrices = self.matrices
-        matrices.add_(matrices @ cayley_delta(skew))
+        # In float64, because a user's optimizer may take any step, and each by itself: batched LU is not to be trusted,
+        # see `cayley_delta`, which in turn is for small steps.
+        identity = torch.eye(matrices.shape[-1], dtype=torch.float64, device=matrices.device)
+        turns = [torch.linalg.solve_ex(identity - S / 2, identity + S / 2).result for S in skew.double()]
+        turned = (matrices.double() @ torch.stack(turns)).to(matrices.dtype)
         # Rounding errors of many small turns add up; one Newton-Schulz step per turn keeps them at a few eps.
-        gram = matrices.mT @ matrices
+        repaired = 1.5 * turned - 0.5 * turned @ (turned.mT @ turned)
         still = (skew == 0).flatten(1).all(1)[:, None, None]  # no turn, no repair: the matrix keeps its bits
-        matrices.copy_(torch.where(still, matrices, 1.5 * matrices - 0.5 * matrices @ gram))
+        matrices.copy_(torch.where(still, matrices, repaired))
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         matrices = state_dict.get(f"{prefix}manifold.base")

@@ -68,9 +68,28 @@ def rotation_gradient(U: Tensor, V: Tensor) -> Tensor:
     return N - N.mT
 
 
-def step_size(squares: Tensor, m: int, lr: float) -> Tensor:
-    """AdaGrad-norm, from the sum of the squared norms of all gradients so far."""
-    return torch.where(squares > 0, lr * (m * (m - 1) / 2 / squares).sqrt(), 0.0).clamp(max=1.0)
+def step_size(squares: Tensor, norms: Tensor, m: int, lr: float) -> Tensor:
+    """AdaGrad-norm, from the sum of the squared norms so far; a turn has a norm of at most sqrt(2)."""
+    size = torch.where(squares > 0, lr * (m * (m - 1) / 2 / squares).sqrt(), 0.0).clamp(max=1.0)
+    return torch.where(norms > 0, torch.minimum(size, math.sqrt(2) / norms), 0.0)
+
+
+class Agreement:
+    """Running cosine between successive S_k, seen through eight random sign vectors."""
+
+    def __init__(self, n_tasks: int, m: int) -> None:
+        signs = torch.randint(2, (m, 8), generator=torch.Generator().manual_seed(0))
+        self.probes = (2 * signs - 1).double()
+        self.inner, self.norms = torch.zeros(2, n_tasks).double()
+        self.latest = torch.zeros(n_tasks, m, 8).double()
+
+    def update(self, S: Tensor) -> Tensor:
+        for k in S.any(dim=(1, 2)).nonzero().flatten():  # a gradient of zero is not compared
+            Y = S[k] @ self.probes
+            self.inner[k] = 0.9 * self.inner[k] + (Y * self.latest[k]).sum()
+            self.norms[k] = 0.9 * self.norms[k] + Y.norm() * self.latest[k].norm()
+            self.latest[k] = Y
+        return torch.where(self.norms > 0, self.inner / self.norms, 0.0).clamp(min=0.0)
 
 
 def cayley_step(R: Tensor, S: Tensor) -> Tensor:
@@ -115,6 +134,7 @@ class Oracle:
     normalize_losses: bool = False
     burn_in_period: int = 20
     rotation_lr: float = 5e-4
+    turn_every: int = 16
     rotation_optimizer: Callable[[list[Tensor]], Optimizer] | None = None
     matrices: Tensor = field(default_factory=lambda: torch.empty(0))  # empty: K identities
 
@@ -175,6 +195,7 @@ class Oracle:
         identities = torch.eye(m).expand(len(self.heads), m, m)
         self.matrices = (self.matrices if self.matrices.numel() else identities).double()
         self.algebra = torch.zeros_like(self.matrices)  # A, back at zero after every step
+        self.agreement = Agreement(len(self.heads), m)
         if self.rotation_optimizer is not None:
             self.algebra_optimizer = self.rotation_optimizer([self.algebra])
 
@@ -206,8 +227,11 @@ class Oracle:
         S[present] = rotation_gradient(units, units.mean(dim=0))
         S *= torch.tensor(self.rotate).view(-1, 1, 1)
         if self.rotation_optimizer is None:
-            self.squares += S.square().sum(dim=(1, 2)) / 2
-            S *= step_size(self.squares, m, self.rotation_lr).view(-1, 1, 1)
+            if self.t % self.turn_every:
+                return
+            norms = S.norm(dim=(1, 2))
+            self.squares += norms.square() / 2
+            S = S * (step_size(self.squares, norms, m, self.rotation_lr) * self.agreement.update(S)).view(-1, 1, 1)
         else:
             self.algebra.grad = -S.tril(-1)
             self.algebra_optimizer.step()

@@ -1,5 +1,6 @@
 """What the property tests draw: sizes, seeds, scales and dtypes, never the entries of a tensor."""
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,13 +10,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from rotoopt import RotoGradOptimizer, StepRecord
+from rotoopt import Rotations, RotoGradOptimizer, StepRecord
+from rotoopt.representation import RotatedDims
+from rotoopt.turn import DenseSkew, SampleSkew, Skew
 
 SEEDS = st.integers(0, 2**32 - 1)
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 NUM_TASKS = st.integers(2, 10)
 SIZES = st.integers(2, 24)
+NUM_SAMPLES = st.integers(1, 14)  # below and above half of the features
 LOG_SCALES = st.floats(-3, 3)
+SKEW_SCALES = st.floats(-8, 2)  # log10; the built-in step is capped near 0, other optimizers are not
+KINDS = ["random", "zero samples", "duplicates", "aligned", "antiparallel", "tiny target", "tiny"]
 
 # Shapes of a representation, each with the dimensions to rotate: vectors, tokens, maps.
 Layout = tuple[tuple[int, ...], int | tuple[int, ...]]
@@ -25,6 +31,8 @@ LAYOUTS: list[Layout] = [
     ((3, 6, 2, 3), 1),
     ((3, 4, 2, 3), (1, 2)),
     ((2, 3, 4, 2), (1, 3)),
+    ((3, 12), -1),  # few samples for the features, here and below: turns are of low rank
+    ((2, 12, 2, 1), 1),
 ]
 
 
@@ -64,6 +72,63 @@ class Sampler:
         grads = self.normal(K, *shape) + self.normal(*shape)
         units = grads / grads.flatten(1).norm(dim=1).view(K, *[1] * len(shape))
         return units, units.mean(dim=0)
+
+
+def haar(K: int, m: int, dtype: torch.dtype) -> Rotations:
+    return Rotations(K, m, rotate=[True] * K, init="haar", device=torch.device("cpu"), dtype=dtype)
+
+
+def views(units: Tensor, target: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """Return unit gradients ``(K, n, d)`` and their mean ``(n, d)`` as the package sees them."""
+    dims = RotatedDims(dim)
+    return dims.view_stacked(units), dims.view(target)
+
+
+class Turn:
+    """K rotations R, skew matrices S = W V' - V W' of n samples, and step sizes: what a turn is made of.
+
+    The norms of W and V are at most one, as those of unit gradients and of their mean are, and a step
+    is at most one. The seed draws the kind of the samples, too.
+    """
+
+    def __init__(self, K: int, m: int, n: int, seed: int, dtype: torch.dtype = torch.float64) -> None:
+        sampler = Sampler(seed, dtype)
+        kind = KINDS[sampler.integer(len(KINDS))]
+        W, V = sampler.normal(K, m, n), sampler.normal(m, n)
+        if kind == "zero samples":
+            V[:, sampler.uniform(n) < 0.5] = 0
+            W[:, :, sampler.uniform(n) < 0.5] = 0
+        elif kind == "duplicates":
+            W, V = W[:, :, :1].repeat(1, 1, n), V[:, :1].repeat(1, n)
+        elif kind in ("aligned", "antiparallel"):
+            W = (V if kind == "aligned" else -V).expand(K, m, n) * sampler.log_scales(K, -1, 0)[:, None, None]
+        W = W / W.norm(dim=(1, 2), keepdim=True).clamp(min=1e-3)
+        V = V / V.norm().clamp(min=1e-3)
+        tiny_W, tiny_V = 1e-8 if kind == "tiny" else 1.0, 1e-8 if kind.startswith("tiny") else 1.0
+        self.R, self.W, self.V = sampler.rotations(K, m), W * tiny_W, V * tiny_V
+        self.step = 1 - sampler.uniform(K)
+
+    def but(self, **changes: Tensor) -> "Turn":
+        """Return a copy with other tensors."""
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
+
+    @property
+    def S(self) -> Tensor:
+        N: Tensor = self.W @ self.V.mT
+        return N - N.mT
+
+    def low_rank(self) -> Tensor:
+        return self._turned(SampleSkew(self.W, self.V))
+
+    def dense(self) -> Tensor:
+        return self._turned(DenseSkew(self.W @ self.V.mT))
+
+    def _turned(self, skew: Skew) -> Tensor:
+        R = self.R.clone()
+        skew.turn_(R, self.step)
+        return R
 
 
 class Bench:

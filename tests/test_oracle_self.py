@@ -11,6 +11,7 @@ from torch.optim import SGD
 from torch.testing import assert_close
 
 from tests.oracle import (
+    Agreement,
     LossFn,
     Oracle,
     References,
@@ -20,6 +21,7 @@ from tests.oracle import (
     rotate,
     rotation_gradient,
     shares,
+    step_size,
 )
 
 NAN = math.nan
@@ -49,13 +51,14 @@ class Example:
 
     So the norms are 5 and 1, U_0 = (.6, .8), U_1 = (0, 1) and V = (.3, .9), and the lower left
     entries of the rotation gradients are -.3 and .3. SGD at rate 1 subtracts gradients as they are.
+    Rotations turn in every step.
     """
 
-    def __init__(self, lr: float = 1.0, **options: Any) -> None:
+    def __init__(self, lr: float = 1.0, turn_every: int = 1, **options: Any) -> None:
         self.backbone = linear((1.0, 0.0), (0.0, 1.0))
         self.heads = [linear((3.0, 4.0)), linear((0.0, 1.0))]
         parameters = nn.ModuleList([self.backbone, *self.heads]).parameters()
-        self.oracle = Oracle(self.backbone, self.heads, SGD(parameters, lr=lr), **options)
+        self.oracle = Oracle(self.backbone, self.heads, SGD(parameters, lr=lr), turn_every=turn_every, **options)
 
     def step(self, losses: Sequence[LossFn | None] = (torch.sum, torch.sum)) -> Tensor:
         return self.oracle.step(double((1, 2)), losses)
@@ -82,29 +85,59 @@ def test_first_step() -> None:
     assert_close(example.heads[1].weight.detach(), double((0 - 1, 1 - 2)))
 
 
-def test_rotations_of_two_steps() -> None:
+def test_rotations_of_three_steps() -> None:
     example, lr = Example(lr=0.0, rotation_lr=0.06), 0.06
     example.step()
-    # The first step has length lr whatever its gradient: s = .3 * lr / sqrt(.3^2).
-    angle = 2 * math.atan(lr / 2)
+    assert_close(example.angles, double(0, 0))  # the first gradient has none to agree with
+    example.step()
+    # In a plane, all gradients of one sign agree: s = .3 * lr / sqrt(.3^2 + .3^2).
+    angle = 2 * math.atan(lr / math.sqrt(2) / 2)
     assert_close(example.angles, double(-angle, angle))
     example.step()
     # R_k' turns G_k, and between unit vectors at an angle delta the entry is sin(delta) / 2.
     entry = math.sin(math.acos(0.8) - 2 * angle) / 2
-    angle += 2 * math.atan(entry * lr / math.hypot(0.3, entry) / 2)
+    angle += 2 * math.atan(entry * lr / math.hypot(0.3, 0.3, entry) / 2)
     assert_close(example.angles, double(-angle, angle))
+
+
+def test_rotations_turn_in_every_third_step() -> None:
+    example, turned, before = Example(lr=0.0, turn_every=3), [], double(0, 0)
+    for _ in range(8):
+        example.step()
+        turned.append(not torch.equal(example.angles, before))
+        before = example.angles
+    assert turned == [False, False, False, True, False, False, True, False]
+
+
+def test_agreement_of_multiples_of_one_gradient() -> None:
+    agreement, S = Agreement(1, 2), double((0, -1), (1, 0))[None]
+    # Cosines of +-1, weighted with the products of the norms: 2, then 2 * 3, ...
+    wanted = [(1, 0.0), (2, 1.0), (0, 1.0), (-3, 0.0), (-4, (0.9 * (0.9 * 2 - 6) + 12) / (0.9 * (0.9 * 2 + 6) + 12))]
+    for factor, expected in wanted:
+        assert_close(agreement.update(factor * S), double(expected))
+
+
+def test_size_of_a_step() -> None:
+    size = step_size(double(9, 9, 0, 9), double(1, 1e3, 0, 0), m=3, lr=0.5)
+    assert_close(size, double(0.5 * math.sqrt(3 / 9), math.sqrt(2) / 1e3, 0, 0))
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
         pytest.param({"rotation_lr": 10.0}, (-0.3, 0.3), id="capped at the gradient"),
-        pytest.param({"rotation_lr": 0.06, "rotate": (True, False)}, (-0.06, 0), id="frozen"),
-        pytest.param({"rotation_optimizer": lambda p: SGD(p, lr=0.1)}, (-0.03, 0.03), id="SGD"),
+        pytest.param({"rotation_lr": 0.06, "rotate": (True, False)}, (-0.06 / math.sqrt(2), 0), id="frozen"),
     ],
 )
-def test_rotation_options(options: dict[str, Any], expected: tuple[float, float]) -> None:
-    example = Example(**options)
+def test_options_of_the_second_step(options: dict[str, Any], expected: tuple[float, float]) -> None:
+    example = Example(lr=0.0, **options)
+    example.step()
+    example.step()
+    assert_close(example.angles, 2 * torch.atan(double(*expected) / 2))
+
+
+def test_rotation_optimizer_steps_at_once() -> None:
+    example, expected = Example(turn_every=8, rotation_optimizer=lambda p: SGD(p, lr=0.1)), (-0.03, 0.03)
     example.step()
     assert_close(example.angles, 2 * torch.atan(double(*expected) / 2))
 
@@ -233,7 +266,7 @@ def test_positions_of_a_map_are_samples() -> None:
     matrices = []
     for backbone, batch, dim in ((per_pixel, x, 1), (per_row, x.movedim(1, -1).reshape(-1, 3), -1)):
         optimizer = SGD(backbone.parameters(), lr=1e-4)
-        oracle = Oracle(backbone, [nn.Identity()] * 2, optimizer, dim=dim, rotation_lr=0.1)
+        oracle = Oracle(backbone, [nn.Identity()] * 2, optimizer, dim=dim, rotation_lr=0.1, turn_every=1)
         for _ in range(3):
             oracle.step(batch, [lambda r: r.pow(3).sum(), lambda r: r.exp().sum()])
         matrices.append(oracle.matrices)

@@ -22,6 +22,7 @@ from tests.contract.models import (
     wrap,
 )
 
+pytestmark = pytest.mark.usefixtures("every_step")
 IDLE = r"heads should have run in training mode before step\(\), got two steps and no head that ran. Either \(a\)"
 FROZEN = r"The representation should require grad, got one that does not. Either \(a\) the backbone is frozen"
 

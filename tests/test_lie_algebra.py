@@ -1,0 +1,114 @@
+"""The rotations under an optimizer of the user's: geotorch's recipe, and the chain rule it rests on."""
+
+from functools import partial
+from typing import Any
+
+import geotorch
+import pytest
+import torch
+from geotorch.utils import update_base
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim import SGD, Adam, Optimizer
+from torch.testing import assert_close
+
+from rotoopt.lie_algebra import LieAlgebraStep, coordinate_gradient
+from tests.asserts import assert_rotations, assert_same_bits, relative_error
+from tests.oracle import cayley_step
+from tests.samplers import DTYPES, NUM_TASKS, SEEDS, SIZES, Bench, Sampler, haar, views
+
+OPTIMIZERS: dict[str, Any] = {"SGD": partial(SGD, lr=0.3, momentum=0.9), "Adam": partial(Adam, lr=0.05)}
+TRUE = torch.tensor(True)
+
+
+@given(n=st.integers(1, 6), m=SIZES, rest=st.integers(0, 3), seed=SEEDS)
+def test_coordinate_gradient_is_that_of_the_objective(n: int, m: int, rest: int, seed: int) -> None:
+    units, target = Sampler(seed).directions(2, n, m + rest)
+    coordinates, identity = torch.zeros(2, m, m, dtype=torch.float64, requires_grad=True), torch.eye(m).double()
+    S = coordinates.tril(-1) - coordinates.tril(-1).mT
+    turned = torch.stack([units[k, :, :m] @ cayley_step(identity, S[k]) for k in range(2)])  # rows: cay(S)' u
+    (expected,) = torch.autograd.grad(-(turned * target[:, :m]).sum(), coordinates)
+    assert_close(coordinate_gradient(*views(units, target), m), expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@given(K=NUM_TASKS, n=st.integers(1, 8), m=SIZES, seed=SEEDS)
+def test_steps_are_those_of_geotorch_with_updates_of_its_base(name: str, K: int, n: int, m: int, seed: int) -> None:
+    sampler, rotations = Sampler(seed), haar(K, m, torch.float64)
+    step = LieAlgebraStep(rotations, OPTIMIZERS[name])
+    layer = nn.Module()
+    layer.weight = nn.Parameter(rotations.matrices.clone())
+    manifold = geotorch.SO((K, m, m), triv="cayley").double()
+    nn.utils.parametrize.register_parametrization(layer, "weight", manifold)
+    layer.weight = rotations.matrices.clone()
+    twin: Optimizer = OPTIMIZERS[name](layer.parameters())
+    for _ in range(5):
+        at_heads = sampler.normal(K, n, m)
+        at_heads /= at_heads.norm(dim=(1, 2), keepdim=True)
+        units = at_heads @ rotations.matrices
+        target = units.mean(dim=0)
+        step.collect(*views(units, target), TRUE)
+        step.step()
+        twin.zero_grad()
+        torch.autograd.backward(-((at_heads @ layer.weight) * target).sum())
+        twin.step()
+        update_base(layer, "weight")
+        assert relative_error(rotations.matrices, layer.weight.detach()) <= 1e-12
+
+
+@given(K=NUM_TASKS, m=SIZES, seed=SEEDS, passes=st.integers(1, 4))
+def test_several_backwards_are_averaged(K: int, m: int, seed: int, passes: int) -> None:
+    sampler = Sampler(seed)
+    bench = Bench((4, m), K, torch.float64, rotation_optimizer=partial(SGD, lr=0.1))
+    (coordinates,) = bench.optimizer.rotation_optimizer.param_groups[0]["params"]
+    expected = torch.zeros(K, m, m).double()
+    for _ in range(passes):
+        grads = sampler.normal(K, 4, m)  # also those at the representation: the rotations are identities
+        bench.backward(list(grads))
+        units = grads / grads.norm(dim=(1, 2), keepdim=True)
+        expected += coordinate_gradient(*views(units, units.mean(dim=0)), m) / passes
+    assert_close(coordinates.grad, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@given(K=NUM_TASKS, m=SIZES, seed=SEEDS)
+def test_rotations_turn_in_every_step_by_the_update(name: str, K: int, m: int, seed: int) -> None:
+    sampler = Sampler(seed)
+    bench = Bench((4, m), K, torch.float64, rotation_optimizer=OPTIMIZERS[name])
+    update = torch.zeros(K, m, m).double()  # what the same optimizer does to a free parameter
+    twin: Optimizer = OPTIMIZERS[name]([update])
+    for _ in range(3):
+        old = bench.matrices if bench.optimizer.rotations.size else torch.eye(m).double().expand(K, m, m)
+        grads = sampler.normal(K, 4, m)
+        units = grads @ old
+        units = units / units.norm(dim=(1, 2), keepdim=True)
+        update.grad = coordinate_gradient(*views(units, units.mean(dim=0)), m)
+        update.zero_()
+        twin.step()
+        bench.step(list(grads))
+        S = update.tril(-1) - update.tril(-1).mT
+        assert relative_error(bench.matrices, torch.stack(list(map(cayley_step, old, S)))) <= 1e-12
+
+
+@given(K=NUM_TASKS, m=SIZES, seed=SEEDS)
+def test_momentum_does_not_turn_where_nothing_was_usable(K: int, m: int, seed: int) -> None:
+    sampler = Sampler(seed)
+    bench = Bench((4, m), K, torch.float64, rotation_optimizer=OPTIMIZERS["Adam"])
+    bench.step(list(sampler.normal(K, 4, m)))
+    before, alone = bench.matrices, sampler.integer(K)
+    bench.step([sampler.normal(4, m) if task == alone else None for task in range(K)])
+    assert_same_bits(bench.matrices, before)
+    bench.step(list(sampler.normal(K, 4, m) * float("nan")))
+    assert_same_bits(bench.matrices, before)
+
+
+@given(m=SIZES, seed=SEEDS, log_lr=st.floats(0, 6), dtype=DTYPES)
+def test_rotations_stay_rotations_under_a_reckless_optimizer(
+    m: int, seed: int, log_lr: float, dtype: torch.dtype
+) -> None:
+    sampler = Sampler(seed, dtype)
+    bench = Bench((4, m), 3, dtype, rotation_optimizer=lambda params: SGD(params, lr=10**log_lr))
+    for _ in range(3):
+        bench.step(list(sampler.normal(3, 4, m)))
+    assert_rotations(bench.matrices)
