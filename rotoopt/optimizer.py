@@ -75,8 +75,8 @@ class RotoGradOptimizer(OptimizerWrapper):
         normalize_losses: Back-propagate ``L_k / |L_k(t0)|`` instead of L_k. Needs ``step(losses)`` or
             ``backward(losses)``: in your own ``sum(losses).backward()`` the losses are what you make them.
         burn_in_period: Step at which L_k(t0) and the norms ||G_k(t0)|| are taken anew.
-        rotation_lr: Learning rate of the built-in rotation step, in radians per coordinate at the first step; it
-            decays by itself, as 1/sqrt(t). See :class:`~rotoopt.rotation_step.NormalizedStep`.
+        rotation_lr: Learning rate of the built-in rotation step, in radians per coordinate at the first turn; it
+            decays by itself, as 1/sqrt(t). See :class:`~rotoopt.rotation_step.CayleyStep`.
         rotation_optimizer: A callable ``params -> torch.optim.Optimizer`` on the Lie-algebra coordinates, instead
             of the built-in step. The official recipe is ``lambda params: torch.optim.Adam(params, lr=...)``.
         init: ``"identity"``: the model computes what it did before wrapping. ``"haar"``: uniformly random rotations,

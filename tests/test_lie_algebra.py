@@ -112,3 +112,25 @@ def test_rotations_stay_rotations_under_a_reckless_optimizer(
     for _ in range(3):
         bench.step(list(sampler.normal(3, 4, m)))
     assert_rotations(bench.matrices)
+
+
+def everywhere(params: list[nn.Parameter]) -> Optimizer:
+    """Make an optimizer that moves all coordinates, as one that adds noise does, also those without a gradient."""
+
+    def move(*_: Any) -> None:
+        for param in params:
+            param.data += torch.arange(param.numel()).view_as(param) / param.numel()
+
+    optimizer = SGD(params, lr=0.0)
+    optimizer.register_step_post_hook(move)
+    return optimizer
+
+
+@given(K=NUM_TASKS, m=SIZES, seed=SEEDS)
+def test_only_the_lower_triangle_of_an_update_counts(K: int, m: int, seed: int) -> None:
+    bench = Bench((4, m), K, torch.float64, rotation_optimizer=everywhere)
+    bench.step(list(Sampler(seed).normal(K, 4, m)))
+    update = (torch.arange(K * m * m).view(K, m, m) / (K * m * m)).double().tril(-1)
+    identity = torch.eye(m).double()
+    expected = torch.stack([cayley_step(identity, S) for S in update - update.mT])
+    assert relative_error(bench.matrices, expected) <= 1e-12
