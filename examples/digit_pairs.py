@@ -11,12 +11,12 @@ they are idle (it keeps one of them busy) and should end with these numbers, mea
 deviation of 3 seeds:
 
     test metric                      one network each       plain sum        RotoGrad
-    left digit (% correct)                 96.8 ± 1.1     73.2 ± 13.8      93.0 ± 2.1
-    right digit (% correct)                96.0 ± 1.2      70.2 ± 7.8      91.1 ± 3.1
-    parity of product (% correct)          97.0 ± 0.9      81.7 ± 3.4      94.0 ± 1.2
-    sum of digits (MSE)                   3.38 ± 0.06     3.32 ± 0.16     4.14 ± 0.64
-    active pixels (MSE / 1e-4)            1.85 ± 0.12     5.65 ± 0.24     2.73 ± 0.31
-    Delta-m (%)                                           -54.4 ± 7.3     -16.5 ± 5.1
+    left digit (% correct)                 96.8 ± 1.1     73.2 ± 13.8      93.9 ± 1.9
+    right digit (% correct)                96.0 ± 1.2      70.2 ± 7.8      92.7 ± 2.9
+    parity of product (% correct)          97.0 ± 0.9      81.7 ± 3.4      93.8 ± 1.9
+    sum of digits (MSE)                   3.38 ± 0.06     3.32 ± 0.16     4.02 ± 0.68
+    active pixels (MSE / 1e-4)            1.85 ± 0.12     5.65 ± 0.24     2.34 ± 0.30
+    Delta-m (%)                                           -54.4 ± 7.3     -11.0 ± 5.3
 
 So four tasks gain and one pays: the sum of the digits no longer has the backbone to itself.
 The common magnitude does all of it: without the rotations (`rotate=False`) the last column is 94.3,

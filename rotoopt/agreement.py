@@ -34,7 +34,7 @@ class Agreement:
             self._latest, self._inner = torch.zeros_like(seen), seen.new_zeros(len(seen))
             self._norms = self._inner
         norms, latest = _norms(seen), self._latest
-        known = norms > 0
+        known = skew.half_squared_norm() > 0
         self._inner = torch.where(known, MEMORY * self._inner + (seen * latest).sum((-2, -1)), self._inner)
         self._norms = torch.where(known, MEMORY * self._norms + norms * _norms(latest), self._norms)
         self._latest = torch.where(known[:, None, None], seen, latest)

@@ -15,7 +15,7 @@ class Skew(Protocol):
     r"""K skew matrices :math:`S_k = N_k - N_k^\top` with :math:`N_k = W_k V^\top`."""
 
     def half_squared_norm(self) -> Tensor:
-        r"""Return :math:`\tfrac12 \lVert S_k \rVert_F^2`, the squared norm of the lower triangle. Shape ``(K,)``."""
+        r"""Return :math:`\tfrac12 \lVert S_k \rVert_F^2`, or zero where S_k is but rounding. Shape ``(K,)``."""
 
     def times(self, columns: Tensor) -> Tensor:
         """Return S_k times ``columns``, shape ``(m, p)``. Shape ``(K, m, p)``."""
@@ -46,8 +46,8 @@ class SampleSkew:
 
     def half_squared_norm(self) -> Tensor:
         """From inner products of samples."""
-        value = (self._VV * self._WW).sum((-2, -1)) - (self._VW * self._VW.mT).sum((-2, -1))
-        return value.clamp(min=0.0)  # W almost parallel to V: the difference is rounding
+        whole = (self._VV * self._WW).sum((-2, -1))  # the squared norm of N
+        return _unless_rounding(whole - (self._VW * self._VW.mT).sum((-2, -1)), whole)
 
     def times(self, columns: Tensor) -> Tensor:
         """In O(n m p)."""
@@ -75,10 +75,11 @@ class DenseSkew:
 
     def __init__(self, correlation: Tensor) -> None:
         self._S = correlation - correlation.mT
+        self._whole = correlation.square().sum((-2, -1))
 
     def half_squared_norm(self) -> Tensor:
         """From the entries."""
-        return 0.5 * self._S.square().sum((-2, -1))
+        return _unless_rounding(0.5 * self._S.square().sum((-2, -1)), self._whole)
 
     def times(self, columns: Tensor) -> Tensor:
         """In O(m^2 p)."""
@@ -87,6 +88,11 @@ class DenseSkew:
     def turn_(self, matrices: Tensor, step: Tensor) -> None:
         """In O(m^3)."""
         matrices.add_(matrices @ cayley_delta(self._S * step[:, None, None]))
+
+
+def _unless_rounding(half_squared_norm: Tensor, whole: Tensor) -> Tensor:
+    """Return zero where N is symmetric but for rounding, as that of an aligned task: its S has no direction."""
+    return torch.where(half_squared_norm > 4 * torch.finfo(whole.dtype).eps * whole, half_squared_norm, 0.0)
 
 
 def cayley_delta(skew: Tensor) -> Tensor:

@@ -229,6 +229,10 @@ class Oracle:
         if self.rotation_optimizer is None:
             if self.t % self.turn_every:
                 return
+            whole = torch.zeros(len(S)).double()
+            whole[present] = (units.mT @ units.mean(dim=0)).norm(dim=(1, 2))
+            rounding = (4 * torch.finfo(S.dtype).eps) ** 0.5 * whole  # a task that is aligned has no S
+            S *= (S.norm(dim=(1, 2)) / 2**0.5 > rounding).view(-1, 1, 1)
             norms = S.norm(dim=(1, 2))
             self.squares += norms.square() / 2
             S = S * (step_size(self.squares, norms, m, self.rotation_lr) * self.agreement.update(S)).view(-1, 1, 1)
