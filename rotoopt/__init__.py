@@ -8,10 +8,11 @@
 ``sum(losses).backward(); optimizer.step()``. The weightings say how K task gradients become one.
 """
 
+from rotoopt.gradnorm import GradNorm
 from rotoopt.homogenize import StepRecord
 from rotoopt.optimizer import RotoGradOptimizer
 from rotoopt.rotations import Rotations
-from rotoopt.weighting import EqualWeighting, GradNorm, RotoGradWeighting, Weighting
+from rotoopt.weighting import EqualWeighting, RotoGradWeighting, Weighting
 
 __all__ = [
     "EqualWeighting",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # 2**e for every e in between is a normal float32 number, so scaling by it is exact.
 MIN_EXPONENT, MAX_EXPONENT = -126, 126
@@ -24,27 +29,34 @@ class TaskGradients:
         scaled: The gradients without their scale, one row per task, zero for an absent one. Shape ``(K, n)``,
             float32 or float64.
         scale: s. Shape ``(K,)``.
-        tasks: The tasks that are present, in order.
+        tasks: The tasks that are present, in order; None where only the device knows.
         present: The same as a mask. Shape ``(K,)``, bool.
+        gram: Inner products :math:`\langle \hat G_i, \hat G_j \rangle`. Shape ``(K, K)``.
     """
 
     scaled: Tensor
     scale: Tensor
-    tasks: tuple[int, ...]
+    tasks: tuple[int, ...] | None
     present: Tensor
+    gram: Tensor
 
     @classmethod
     def of(cls, grads: Tensor, tasks: tuple[int, ...], present: Tensor) -> TaskGradients:
         """Measure ``grads``, shape ``(K, n)``, which is scaled in place."""
-        peak = grads.abs().amax(dim=1)
+        peak = grads.abs().amax(dim=1) if grads.shape[1] else grads.sum(dim=1)  # a batch may be empty
         exponent = torch.frexp(peak).exponent.clamp(MIN_EXPONENT, MAX_EXPONENT)
         scale = torch.where(peak.isfinite() & (peak > 0), torch.ldexp(torch.ones_like(peak), exponent), 1.0)
-        return cls(grads.div_(scale[:, None]), scale, tasks, present)
+        scaled = grads.div_(scale[:, None])
+        return TaskGradients(scaled, scale, tasks, present, scaled @ scaled.mT)
+
+    def divided_by(self, divisor: Tensor | float) -> Self:
+        """Return :math:`G_k / c` with ``divisor`` c."""
+        return replace(self, scale=self.scale / divisor)
 
     @cached_property
-    def gram(self) -> Tensor:
-        r"""Inner products :math:`\langle \hat G_i, \hat G_j \rangle`. Shape ``(K, K)``."""
-        return self.scaled @ self.scaled.mT
+    def num_present(self) -> Tensor:
+        """Number of present tasks. Shape ``()``."""
+        return self.present.sum()
 
     @cached_property
     def scaled_norms(self) -> Tensor:
@@ -75,11 +87,28 @@ class TaskGradients:
     def rows(self) -> Tensor:
         """Return the gradients of the present tasks, unscaled. Shape ``(|P|, n)``."""
         grads = self.scaled * self.scale[:, None]
+        if self.tasks is None:
+            return grads[self.present]
         return grads if len(self.tasks) == len(grads) else grads[list(self.tasks)]
+
+    def aggregate(self, aggregator: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what ``aggregator`` makes of the ``(|P|, n)`` gradients of the present tasks. Shape ``(n,)``."""
+        return aggregator(self.rows())
 
     def combine(self, weights: Tensor) -> Tensor:
         r"""Return :math:`\sum_k w_k G_k`. ``weights``: shape ``(K,)``, finite. Shape ``(n,)``."""
         return (weights * self.scale) @ self.scaled
+
+    def combine_with_norm(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return :math:`\sum_k w_k G_k`, shape ``(n,)``, and its norm over the whole batch, shape ``()``."""
+        largest = torch.where(self.scaled_norms == 0, 0.0, self.scale).amax()
+        largest = torch.where(largest > 0, largest, 1.0)  # the norm is taken at this scale: huge squares overflow
+        vector = (weights * self.scale / largest) @ self.scaled
+        return vector * largest, self._norm(vector) * largest
+
+    def _norm(self, vector: Tensor) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(vector)
+        return norm
 
     def directions(self) -> Tensor:
         r"""Return the unit gradients :math:`U_k = G_k / \lVert G_k \rVert`, zero for a zero gradient. ``(K, n)``."""

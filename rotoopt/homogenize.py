@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotoopt.distributed import JoinedGradients, Processes
 from rotoopt.gradients import TaskGradients
 from rotoopt.normalization import Reference
 from rotoopt.representation import RotatedDims
@@ -55,6 +56,7 @@ class Homogenizer:
         weighting: How K gradients become one.
         rotation_step: What turns the rotations.
         burn_in_period: Step at which the references are taken anew.
+        processes: Those that share a batch.
         needs_losses: Whether gradients without losses are an error, whatever the weighting needs.
     """
 
@@ -64,6 +66,7 @@ class Homogenizer:
         weighting: Weighting,
         rotation_step: RotationStep,
         burn_in_period: int,
+        processes: Processes,
         *,
         needs_losses: bool = False,
     ) -> None:
@@ -71,30 +74,47 @@ class Homogenizer:
         self.weighting = weighting
         self.rotation_step = rotation_step
         self.burn_in_period = burn_in_period
+        self.processes = processes
         self.needs_losses = needs_losses or weighting.needs_losses
         self.num_steps = 0
         self.norm_reference = Reference.unknown(num_tasks, rotations.device, rotations.dtype)
         self.loss_reference = Reference.unknown(num_tasks, rotations.device, rotations.dtype)
         self.record: StepRecord | None = None
         self.pending = False
+        self._processes_checked = False
         self._losses: Tensor | None = None
+        self._loss_scale: Tensor | None = None
 
-    def expect(self, losses: Mapping[int, Tensor] | None) -> Tensor:
+    def expect(self, losses: Mapping[int, Tensor], loss_scale: Tensor | None = None) -> Tensor:
         """Note the losses of the backward pass to come.
 
         Args:
-            losses: L_k of the present tasks; None if they are not known.
+            losses: L_k of the present tasks.
+            loss_scale: What they will be multiplied by, as by a ``GradScaler``. Shape ``()``.
 
         Returns:
             |L_k(t0)|, by which normalized losses are divided; one where there is none yet. Shape ``(K,)``.
         """
-        self._losses = None
-        if losses is not None:
-            self._losses = torch.full_like(self.loss_reference.values, float("nan"))
-            for task, loss in losses.items():
-                self._losses[task] = loss.detach().squeeze()
-        values = self._next_loss_reference().values
-        return torch.where(values.isnan(), 1.0, values)
+        self._loss_scale = loss_scale
+        values = torch.full_like(self.loss_reference.values, float("nan"))
+        for task, loss in losses.items():
+            values[task] = loss.detach().squeeze()
+        if self.processes.count > 1:
+            values = self.processes.mean(values, self._mask(losses))
+        self._losses = values
+        references = self._next_loss_reference().values
+        return torch.where(references.isnan(), 1.0, references)
+
+    def expect_nothing(self) -> None:
+        """Note that the losses of the backward passes to come are not known."""
+        self._losses = self._loss_scale = None
+
+    def _mask(self, tasks: Collection[int]) -> Tensor:
+        """Return ``tasks`` as a mask, made without a copy from the host. Shape ``(K,)``, bool."""
+        mask = torch.ones_like(self.loss_reference.settled)
+        for task in set(range(len(mask))) - set(tasks):
+            mask[task] = False
+        return mask
 
     def _next_loss_reference(self) -> Reference:
         if self._losses is None:
@@ -132,23 +152,37 @@ class Homogenizer:
                 "optimizer.backward(losses) instead of your own sum(losses).backward()."
             )
         shape = grads.shape[1:]
-        present = torch.ones(len(grads), dtype=torch.bool, device=grads.device)
-        for task in set(range(len(grads))) - set(tasks):
-            present[task] = False
         with torch.autocast(grads.device.type, enabled=False):
-            gradients = TaskGradients.of(grads.flatten(1), tasks, present)
+            gradients, magnified = self._measure(grads.flatten(1), tasks)
             finite = gradients.finite
             if self._losses is not None:
-                finite = finite & (self._losses.isfinite() | ~present).all()
+                finite = finite & (self._losses.isfinite() | ~gradients.present).all()
             references = self._references(gradients, finite)
             combined = self.weighting.combine(gradients, self._progress(gradients, finite, *references))
             self.norm_reference, self.loss_reference = references
-            # Alone, a task is its own target.
-            if len(tasks) > 1 and self.rotation_step.is_due(self.num_steps):
+            # Alone, a task is its own target. What other processes have, the host does not know.
+            alone = len(tasks) == 1 and self.processes.count == 1
+            if not alone and self.rotation_step.is_due(self.num_steps):
                 self._collect(gradients, shape, dims, finite)
-        self.record = StepRecord(self._losses, gradients.norms, combined.weights, gradients.cosines, present, finite)
+        self.record = StepRecord(
+            self._losses, gradients.norms, combined.weights, gradients.cosines, gradients.present, finite
+        )
         self.pending = True
-        return combined.vector.reshape(shape)
+        vector = combined.vector if magnified is None else combined.vector * magnified
+        return vector.reshape(shape)
+
+    def _measure(self, grads: Tensor, tasks: tuple[int, ...]) -> tuple[TaskGradients, Tensor | float | None]:
+        """Return the gradients of the batch of all processes, and how many times larger ``grads`` are."""
+        own = TaskGradients.of(grads, tasks, self._mask(tasks))
+        scale = self._loss_scale
+        if self.processes.count == 1:
+            return (own, None) if scale is None else (own.divided_by(scale), scale)
+        if not self._processes_checked:
+            self.processes.check_same(self.rotation_step.rotations.matrices)
+            self._processes_checked = True
+        # The loss of the joined batch is the mean over the processes, which DistributedDataParallel takes afterwards.
+        magnified = self.processes.count if scale is None else scale * self.processes.count
+        return JoinedGradients.join(own, self.processes).divided_by(magnified), magnified
 
     def _references(self, gradients: TaskGradients, finite: Tensor) -> tuple[Reference, Reference]:
         """Return the references of norms and losses, those that are due taken anew."""
@@ -165,7 +199,7 @@ class Homogenizer:
 
     def _collect(self, gradients: TaskGradients, shape: torch.Size, dims: RotatedDims, finite: Tensor) -> None:
         directions = gradients.directions()
-        target = directions.sum(0) / len(gradients.tasks)
+        target = directions.sum(0) / gradients.num_present
         stacked = dims.view_stacked(directions.view(-1, *shape))
         self.rotation_step.collect(stacked, dims.view(target.view(shape)), finite)
 

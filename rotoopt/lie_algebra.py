@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rotoopt.distributed import Processes
 from rotoopt.representation import correlate
 from rotoopt.rotations import Rotations
 
@@ -44,12 +45,13 @@ class LieAlgebraStep:
     Args:
         rotations: The rotations to turn.
         make_optimizer: Makes the optimizer of the coordinates.
+        processes: Those that share a batch.
     """
 
-    def __init__(self, rotations: Rotations, make_optimizer: RotationOptimizer) -> None:
+    def __init__(self, rotations: Rotations, make_optimizer: RotationOptimizer, processes: Processes) -> None:
         self.rotations = rotations
-        self._num_gradients = 0
-        self._usable: Tensor | None = None
+        self._processes = processes
+        self._num_usable: Tensor | None = None  # of the gradients that the present one is the sum of
         # Sized by the first gradient: the optimizer, and schedulers on it, exist before the rotations do.
         empty = torch.zeros(rotations.num_tasks, 0, 0, device=rotations.device, dtype=rotations.dtype)
         self._coordinates = nn.Parameter(empty)
@@ -73,21 +75,23 @@ class LieAlgebraStep:
             self._coordinates.data = torch.zeros_like(matrices)
         grad = coordinate_gradient(directions, target, matrices.shape[-1])
         grad = torch.where(usable & self.rotations.rotates[:, None, None], grad, 0.0)
-        self._usable = usable if self._usable is None else self._usable | usable
-        self._num_gradients += 1
-        if self._coordinates.grad is None:
-            self._coordinates.grad = grad
+        if self._num_usable is None or self._coordinates.grad is None:
+            self._num_usable, self._coordinates.grad = usable.to(grad), grad
         else:
-            self._coordinates.grad += (grad - self._coordinates.grad) / self._num_gradients
+            self._num_usable += usable
+            mean = self._coordinates.grad
+            mean += usable * (grad - mean) / self._num_usable.clamp(min=1)
 
     @torch.no_grad()
     def step(self) -> None:
         """Turn the rotations by what the optimizer makes of the gradients."""
-        if self._usable is None:
+        if self._num_usable is None:
             return
+        if self._processes.count > 1 and self._coordinates.grad is not None:
+            self._processes.sum_(self._coordinates.grad)
         self.optimizer.step()
         # Where nothing was usable, what moved the coordinates is momentum.
-        skew = torch.where(self._usable, self._coordinates.tril(-1), 0.0)
+        skew = torch.where(self._num_usable > 0, self._coordinates.tril(-1), 0.0)
         self.rotations.turn_(skew - skew.mT)
         self._coordinates.zero_()
         self.clear()
@@ -95,8 +99,7 @@ class LieAlgebraStep:
     def clear(self) -> None:
         """Forget what was collected since the last step."""
         self._coordinates.grad = None
-        self._num_gradients = 0
-        self._usable = None
+        self._num_usable = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizer of the coordinates."""

@@ -9,6 +9,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from rotoopt.arguments import (
@@ -25,6 +26,7 @@ from rotoopt.arguments import (
     warn_user,
 )
 from rotoopt.capture import Capture
+from rotoopt.distributed import Processes
 from rotoopt.homogenize import Homogenizer, StepRecord
 from rotoopt.lie_algebra import LieAlgebraStep, RotationOptimizer
 from rotoopt.representation import RotatedDims
@@ -81,6 +83,9 @@ class RotoGradOptimizer(OptimizerWrapper):
             of the built-in step. The official recipe is ``lambda params: torch.optim.Adam(params, lr=...)``.
         init: ``"identity"``: the model computes what it did before wrapping. ``"haar"``: uniformly random rotations,
             what the official code does in effect; for heads trained from scratch only.
+        process_group: The processes that share a batch under DistributedDataParallel or FSDP2: their gradients are
+            measured together, so that N processes do what one with the joined batch does. ``None``: the default group,
+            if there is one. Give a group of one process to keep it out of this.
 
     Raises:
         TypeError: If ``optimizer`` is no built torch optimizer, or a head no module.
@@ -121,6 +126,7 @@ class RotoGradOptimizer(OptimizerWrapper):
         rotation_lr: float = DEFAULT_ROTATION_LR,
         rotation_optimizer: RotationOptimizer | None = None,
         init: Init = "identity",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if isinstance(optimizer, RotoGradOptimizer):
             raise TypeError(
@@ -144,15 +150,19 @@ class RotoGradOptimizer(OptimizerWrapper):
             flags = (False,)  # a single task agrees with itself: R = I for ever, so do not even multiply by it
         param = next(param for group in optimizer.param_groups for param in group["params"])
         dtype = torch.promote_types(param.dtype, torch.float32) if param.is_floating_point() else torch.float32
-        rotations = Rotations(len(names), rotation_size, rotate=flags, init=init, device=param.device, dtype=dtype)
+        processes = Processes(process_group)
+        seed = processes.shared_seed() if init == "haar" and processes.count > 1 else None
+        rotations = Rotations(
+            len(names), rotation_size, rotate=flags, init=init, seed=seed, device=param.device, dtype=dtype
+        )
         rotation_step: RotationStep = (
-            CayleyStep(rotations, rotation_lr)
+            CayleyStep(rotations, rotation_lr, processes)
             if rotation_optimizer is None
-            else LieAlgebraStep(rotations, rotation_optimizer)
+            else LieAlgebraStep(rotations, rotation_optimizer, processes)
         )
         used_weighting.bind(len(names), param.device, dtype)
         homogenizer = Homogenizer(
-            len(names), used_weighting, rotation_step, burn_in_period, needs_losses=normalize_losses
+            len(names), used_weighting, rotation_step, burn_in_period, processes, needs_losses=normalize_losses
         )
         capture = Capture(rotations, dims, homogenizer.receive)
         self._wrap(_Core(optimizer, names, heads is None, normalize_losses, capture, homogenizer))
@@ -161,7 +171,14 @@ class RotoGradOptimizer(OptimizerWrapper):
 
     # ------------------------------------------------------------------ training
 
-    def backward(self, losses: Losses, rep: Tensor | None = None, *, backbone_loss: Tensor | None = None) -> None:
+    def backward(
+        self,
+        losses: Losses,
+        rep: Tensor | None = None,
+        *,
+        backbone_loss: Tensor | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
         """Fill every ``.grad`` and collect what the rotation step needs: all of ``step`` but the updates.
 
         Args:
@@ -171,6 +188,7 @@ class RotoGradOptimizer(OptimizerWrapper):
                 given here; ``rep`` is compared with it, and may be left out.
             backbone_loss: A loss of the backbone alone (a regularizer). Added to the gradient as it is: never
                 normalized, scaled or rotated.
+            scaler: Multiplies what is back-propagated. Go on with ``scaler.step(optimizer); scaler.update()``.
 
         Raises:
             ValueError: If the losses are not K scalars with graphs, or ``rep`` has another shape than what the heads
@@ -194,12 +212,14 @@ class RotoGradOptimizer(OptimizerWrapper):
             check_wiring(present, core.names, backbone_loss)
             core.wiring_checked = True
         try:
-            divisors = homogenizer.expect(present)
+            scale = None if scaler is None else _scale_of(scaler, next(iter(present.values())).device)
+            divisors = homogenizer.expect(present, scale)
             normalize = core.normalize_losses and not frozen
             roots = [loss / divisors[task] if normalize else loss for task, loss in present.items()]
-            torch.autograd.backward(roots if backbone_loss is None else [*roots, backbone_loss])
+            roots = roots if backbone_loss is None else [*roots, backbone_loss]
+            torch.autograd.backward(roots if scale is None else [root * scale for root in roots])
         finally:
-            homogenizer.expect(None)
+            homogenizer.expect_nothing()
             capture.start_over()
 
     @overload
@@ -378,3 +398,9 @@ class RotoGradOptimizer(OptimizerWrapper):
         if message not in self._core.warnings:
             self._core.warnings.add(message)
             warn_user(message)
+
+
+def _scale_of(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
+    """Return what ``scaler`` multiplies by, where no host has to wait for it."""
+    scale: Tensor = scaler.scale(torch.ones((), device=device))
+    return scale

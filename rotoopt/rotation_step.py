@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rotoopt.agreement import Agreement
+from rotoopt.distributed import Processes
 from rotoopt.representation import correlate
 from rotoopt.rotations import Rotations
 from rotoopt.turn import DenseSkew, SampleSkew, Skew, repair_columns_
@@ -38,7 +39,7 @@ class RotationStep(Protocol):
             directions: U, the unit gradients of the tasks at the representation, zero for absent ones.
                 Shape ``(K, L, d, P)``.
             target: V, their mean. Shape ``(L, d, P)``.
-            usable: Whether everything in this pass was finite; if not, it counts as zero. Shape ``()``, bool.
+            usable: Whether everything in this pass was finite; if not, the pass does not count. Shape ``()``, bool.
         """
 
     def step(self) -> None:
@@ -109,14 +110,16 @@ class CayleyStep:
     Args:
         rotations: The rotations to turn.
         lr: Learning rate of :class:`NormalizedStep`.
+        processes: Those that share a batch.
     """
 
-    def __init__(self, rotations: Rotations, lr: float) -> None:
+    def __init__(self, rotations: Rotations, lr: float, processes: Processes) -> None:
         self.rotations = rotations
+        self._processes = processes
         self._sizes = nn.Parameter(torch.zeros(rotations.num_tasks, device=rotations.device, dtype=rotations.dtype))
         self.optimizer: Optimizer = NormalizedStep([self._sizes], lr)
         self._agreement = Agreement()
-        self._passes: list[tuple[Tensor, Tensor]] = []
+        self._passes: list[tuple[Tensor, Tensor, Tensor]] = []
         self._num_turns = 0
 
     def is_due(self, num_steps: int) -> bool:
@@ -125,7 +128,7 @@ class CayleyStep:
 
     def collect(self, directions: Tensor, target: Tensor, usable: Tensor) -> None:
         """Keep the gradients for the step; nothing is computed yet."""
-        self._passes.append((torch.where(usable, directions, 0.0), torch.where(usable, target, 0.0)))
+        self._passes.append((torch.where(usable, directions, 0.0), torch.where(usable, target, 0.0), usable))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -150,14 +153,20 @@ class CayleyStep:
         self.clear()
 
     def _skew(self, m: int) -> Skew:
-        """Return the mean of the collected gradients, in the form that is cheaper to turn by."""
-        share = 1.0 / len(self._passes)
-        num_samples = sum(target.shape[0] * target.shape[2] for _, target in self._passes)
-        if num_samples >= DENSE_FROM * m:
-            return DenseSkew(torch.stack([correlate(U, V, m) for U, V in self._passes]).mean(0))
-        tasks = torch.cat([_columns(U, m) for U, _ in self._passes], dim=-1)
-        target = torch.cat([_columns(V, m) for _, V in self._passes], dim=-1)
-        return SampleSkew(tasks * share if share < 1 else tasks, target)
+        """Return the mean of the usable gradients, in the form that is cheaper to turn by."""
+        directions, targets, usable = zip(*self._passes, strict=True)
+        share = 1.0 / torch.stack(usable).sum().clamp(min=1).to(targets[0])
+        num_samples = sum(target.shape[0] * target.shape[2] for target in targets)
+        distributed = self._processes.count > 1  # their joined samples are many, and their number is not known here
+        if distributed or num_samples >= DENSE_FROM * m:
+            correlations = [correlate(U, V, m) for U, V in zip(directions, targets, strict=True)]
+            correlation = torch.stack(correlations).sum(0) * share
+            if distributed:
+                self._processes.sum_(correlation)
+            return DenseSkew(correlation)
+        tasks = torch.cat([_columns(U, m) for U in directions], dim=-1)
+        target = torch.cat([_columns(V, m) for V in targets], dim=-1)
+        return SampleSkew(tasks if len(usable) == 1 else tasks * share, target)
 
     def clear(self) -> None:
         """Forget what was collected since the last step."""

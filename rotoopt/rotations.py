@@ -33,6 +33,7 @@ class Rotations(nn.Module):
         rotate: One flag per task. A task whose flag is False keeps R_k = I.
         init: ``"identity"``, or ``"haar"`` for rotations drawn uniformly from SO(m) (this takes numbers from
             torch's global generator).
+        seed: Draws them from a generator of this seed instead.
         device: Where the rotations live.
         dtype: ``torch.float32`` or ``torch.float64``.
     """
@@ -48,6 +49,7 @@ class Rotations(nn.Module):
         init: Init,
         device: torch.device,
         dtype: torch.dtype,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.num_tasks = num_tasks
@@ -56,6 +58,7 @@ class Rotations(nn.Module):
         # The flags where the step needs them, so that no step copies anything to the device.
         self.register_buffer("rotates", torch.tensor(self.rotate, device=device), persistent=False)
         self.init: Init = init
+        self.seed = seed
         self.device = device
         self.dtype = dtype
         self.manifold: geotorch.SO | None = None
@@ -91,7 +94,10 @@ class Rotations(nn.Module):
         manifold.to(self.dtype).to_empty(device=self.device)
         self.manifold = manifold
         if self.init == "haar":
-            self._assign(_haar(self.num_tasks, size))
+            with torch.random.fork_rng([], enabled=self.seed is not None):
+                if self.seed is not None:
+                    torch.manual_seed(self.seed)
+                self._assign(_haar(self.num_tasks, size))
         else:
             self._assign(torch.eye(size).expand(self.num_tasks, size, size))
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.testing import assert_close
 
+from rotoopt.distributed import Processes
 from rotoopt.lie_algebra import LieAlgebraStep, coordinate_gradient
 from tests.asserts import assert_rotations, assert_same_bits, relative_error
 from tests.oracle import cayley_step
@@ -36,7 +37,7 @@ def test_coordinate_gradient_is_that_of_the_objective(n: int, m: int, rest: int,
 @given(K=NUM_TASKS, n=st.integers(1, 8), m=SIZES, seed=SEEDS)
 def test_steps_are_those_of_geotorch_with_updates_of_its_base(name: str, K: int, n: int, m: int, seed: int) -> None:
     sampler, rotations = Sampler(seed), haar(K, m, torch.float64)
-    step = LieAlgebraStep(rotations, OPTIMIZERS[name])
+    step = LieAlgebraStep(rotations, OPTIMIZERS[name], Processes())
     layer = nn.Module()
     layer.weight = nn.Parameter(rotations.matrices.clone())
     manifold = geotorch.SO((K, m, m), triv="cayley").double()

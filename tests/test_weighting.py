@@ -13,7 +13,8 @@ from torch.optim import SGD
 from torch.testing import assert_close
 
 from rotoopt import EqualWeighting, GradNorm
-from rotoopt.weighting import gradient_shares, gradnorm_gradient
+from rotoopt.gradnorm import gradnorm_gradient
+from rotoopt.weighting import gradient_shares
 from tests.asserts import eps
 from tests.oracle import shares
 from tests.samplers import DTYPES, LAYOUTS, NUM_TASKS, SEEDS, Bench, Layout, Sampler

@@ -1,0 +1,119 @@
+"""Distributed training: what makes N processes, each with its share of the batch, equal to one with all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rotoopt.gradients import TaskGradients
+
+
+class Processes:
+    """The processes that train one model on different data, as DistributedDataParallel and FSDP2 do.
+
+    Every method is a collective: all processes call it, in the same order, whatever their data is. What they get
+    has the same bits on each.
+
+    Args:
+        group: The process group. ``None``: the default group if there is one by the time, else this process alone.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+
+    @property
+    def count(self) -> int:
+        """N, which is 1 outside of distributed training."""
+        return dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        """Which of the N this process is."""
+        return dist.get_rank(self.group)
+
+    def gather(self, local: Tensor) -> Tensor:
+        """Return the tensors of all processes, which have one shape. Shape ``(N, *local.shape)``."""
+        gathered = [torch.empty_like(local) for _ in range(self.count)]
+        dist.all_gather(gathered, local.contiguous(), group=self.group)
+        return torch.stack(gathered)
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Add up the tensors of all processes, in place."""
+        dist.all_reduce(tensor, group=self.group)
+
+    def mean(self, losses: Tensor, present: Tensor) -> Tensor:
+        """Return the mean losses of the tasks over all processes, NaN for a task that is absent on all.
+
+        A task that is absent on some counts as zero there: this is the loss whose gradient
+        DistributedDataParallel computes.
+
+        Args:
+            losses: L_k on this process. Shape ``(K,)``.
+            present: Which tasks are present on this process. Shape ``(K,)``, bool.
+        """
+        values, counts = self.gather(torch.stack([torch.where(present, losses, 0.0), present.to(losses)])).sum(0)
+        return torch.where(counts > 0, values / self.count, float("nan"))
+
+    def shared_seed(self) -> int:
+        """Return a random number."""
+        box = [int(torch.randint(2**31, ()))]
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
+        return box[0]
+
+    def check_same(self, matrices: Tensor) -> None:
+        """Raise, on all processes, unless ``matrices`` are the same on all; waits for the device."""
+        gathered = self.gather(matrices[:, 0])
+        if not torch.equal(gathered, gathered[:1].expand_as(gathered)):
+            raise RuntimeError(
+                "The rotations must be the same on all processes, got different ones. Either (a) a checkpoint was "
+                "loaded on some processes only, or (b) init='haar' drew different numbers on each, since the optimizer "
+                "was built before torch.distributed.init_process_group(): build it afterwards."
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
+        return Processes(self.group)  # a group belongs to its process and is not copied
+
+
+@dataclass(frozen=True)
+class JoinedGradients(TaskGradients):
+    """The gradients of the joined batch: ``scaled`` has the samples of this process, all else is that of all.
+
+    Attributes:
+        processes: The processes that share the batch.
+    """
+
+    processes: Processes
+
+    @classmethod
+    def join(cls, own: TaskGradients, processes: Processes) -> JoinedGradients:
+        """Join the gradients of all processes, by exchanging K (K + 2) numbers."""
+        K = len(own.scale)
+        told = processes.gather(torch.cat([own.gram.flatten(), own.scale, own.present.to(own.scale)]))
+        grams, scales, present = torch.split(told, [K * K, K, K], dim=1)
+        grams = grams.view(-1, K, K)
+        # Where a process has no gradient of a task, its scale means nothing.
+        zero = grams.diagonal(dim1=1, dim2=2) == 0
+        scale = torch.where(zero, 0.0, scales).amax(0)
+        scale = torch.where(scale > 0, scale, 1.0)
+        ratios = torch.where(zero, 0.0, scales / scale)
+        gram = (ratios[:, :, None] * grams * ratios[:, None, :]).sum(0)
+        return cls(own.scaled.mul_((own.scale / scale)[:, None]), scale, None, present.any(0), gram, processes)
+
+    def aggregate(self, aggregator: Callable[[Tensor], Tensor]) -> Tensor:
+        """Let every process see the gradients of all samples, and keep its own part; waits for the device."""
+        own = self.rows()
+        sizes = [int(size) for size in self.processes.gather(torch.tensor([own.shape[1]], device=own.device))]
+        padded = torch.nn.functional.pad(own, (0, max(sizes) - own.shape[1]))
+        gathered = self.processes.gather(padded)
+        joined = torch.cat([rows[:, :size] for rows, size in zip(gathered, sizes, strict=True)], dim=1)
+        start = sum(sizes[: self.processes.rank])
+        return aggregator(joined)[start : start + own.shape[1]]
+
+    def _norm(self, vector: Tensor) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(self.processes.gather(super()._norm(vector)))
+        return norm

@@ -1,0 +1,71 @@
+"""Two processes of one gloo group, which wait for functions to run: starting them takes longer than most tests."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+COUNT = 2
+TIMEOUT = 60.0  # seconds, for a function on both ranks: a deadlock is to fail, not to hang
+
+
+class Ranks:
+    """Runs a function on both ranks at once.
+
+    Args:
+        rendezvous: A file where the processes can meet.
+    """
+
+    def __init__(self, rendezvous: Path) -> None:
+        context = mp.get_context("spawn")
+        pipes = [context.Pipe() for _ in range(COUNT)]
+        self._connections = [own for own, _ in pipes]
+        self._processes = [
+            context.Process(target=_serve, args=(rank, rendezvous, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Return ``function(rank, *args)`` of both ranks; raises what one of them raised."""
+        for connection in self._connections:
+            connection.send((function, args))
+        results = []
+        for rank, connection in enumerate(self._connections):
+            assert connection.poll(TIMEOUT), f"rank {rank} did not answer: a deadlock?"
+            succeeded, result = connection.recv()
+            results.append(result)
+            assert succeeded, f"on rank {rank}:\n{result}"
+        return results
+
+    def stop(self) -> None:
+        """End the processes."""
+        for connection in self._connections:
+            connection.send(None)
+        for process in self._processes:
+            process.join(10)
+            process.kill()
+
+
+def _serve(rank: int, rendezvous: Path, connection: Connection) -> None:
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=TIMEOUT / 2)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=COUNT, timeout=timeout)
+    while (job := connection.recv()) is not None:
+        function, args = job
+        try:
+            torch.manual_seed(rank)
+            connection.send((True, function(rank, *args)))
+        except Exception:
+            connection.send((False, traceback.format_exc()))
+    dist.barrier()
+    dist.destroy_process_group()
