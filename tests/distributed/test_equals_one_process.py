@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rotoopt import rotation_step
 from tests.distributed.ranks import Ranks
 from tests.distributed.training import OPTIONS, Result, Setup, train
 
@@ -13,11 +12,6 @@ pytestmark = pytest.mark.distributed
 
 # Rounding: sums over the batch have another order. Measured after 25 steps: 3e-7 and 5e-16.
 BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12}
-
-
-@pytest.fixture(autouse=True)
-def restore(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotation_step, "TURN_EVERY", rotation_step.TURN_EVERY)
 
 
 def assert_equal(actual: Result, expected: Result, bound: float) -> None:
