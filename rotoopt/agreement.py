@@ -40,6 +40,11 @@ class Agreement:
         self._latest = torch.where(known[:, None, None], seen, latest)
         return torch.where(self._norms > 0, self._inner / self._norms, 0.0).clamp(0.0, 1.0)
 
+    def to(self, device: torch.device) -> None:
+        """Move what is remembered to ``device``."""
+        self._latest = None if self._latest is None else self._latest.to(device)
+        self._inner, self._norms = self._inner.to(device), self._norms.to(device)
+
     def state_dict(self) -> dict[str, Tensor | None]:
         """Return what is needed to resume."""
         return {"latest": self._latest, "inner": self._inner, "norms": self._norms}

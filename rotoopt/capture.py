@@ -217,11 +217,9 @@ class Capture:
         if not isinstance(rep, Tensor) or not rep.is_floating_point():
             found = rep.dtype if isinstance(rep, Tensor) else type(rep).__name__
             raise TypeError(f"The representation must be a floating-point tensor, got {found}.")
-        if rep.device != self.rotations.device:
-            raise ValueError(
-                f"The representation must be on the device of the rotations, {self.rotations.device}, got "
-                f"{rep.device}. Move the model to its device before the optimizer is built."
-            )
+        if rep.device != self.rotations.device:  # the model was moved after the optimizer was built
+            with torch.inference_mode(False):
+                self.rotations.to(rep.device)
         d, m = self.dims.size(rep), self.rotations.size
         if m is None:
             with torch.inference_mode(False):  # a check before training may be the first forward pass

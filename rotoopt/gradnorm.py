@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rotoopt.devices import move_
 from rotoopt.gradients import TaskGradients
 from rotoopt.weighting import Combined, Progress, Weighting
 
@@ -119,6 +120,10 @@ class GradNorm(Weighting):
         logits.grad = grad if logits.grad is None else logits.grad + grad
         self._usable = progress.finite if self._usable is None else self._usable | progress.finite
         return Combined(vector, used)
+
+    def to(self, device: torch.device) -> None:
+        """Move the logits and the state of their optimizer to ``device``."""
+        move_(self.logits, self.optimizer, device)
 
     def step(self) -> None:
         """Train the weights by one step; a no-op when nothing was usable."""

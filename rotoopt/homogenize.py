@@ -95,6 +95,7 @@ class Homogenizer:
         Returns:
             |L_k(t0)|, by which normalized losses are divided; one where there is none yet. Shape ``(K,)``.
         """
+        self._follow_rotations()
         self._loss_scale = loss_scale
         values = torch.full_like(self.loss_reference.values, float("nan"))
         for task, loss in losses.items():
@@ -108,6 +109,14 @@ class Homogenizer:
     def expect_nothing(self) -> None:
         """Note that the losses of the backward passes to come are not known."""
         self._losses = self._loss_scale = None
+
+    def _follow_rotations(self) -> None:
+        """Move to the device of the rotations, which follow the representation."""
+        device = self.rotation_step.rotations.device
+        if self.norm_reference.values.device != device:
+            self.norm_reference, self.loss_reference = self.norm_reference.to(device), self.loss_reference.to(device)
+            self.weighting.to(device)
+            self.rotation_step.to(device)
 
     def _mask(self, tasks: Collection[int]) -> Tensor:
         """Return ``tasks`` as a mask, made without a copy from the host. Shape ``(K,)``, bool."""
@@ -151,6 +160,7 @@ class Homogenizer:
                 "GradNorm and normalize_losses=True must see the losses, got none. Call optimizer.step(losses) or "
                 "optimizer.backward(losses) instead of your own sum(losses).backward()."
             )
+        self._follow_rotations()
         shape = grads.shape[1:]
         with torch.autocast(grads.device.type, enabled=False):
             gradients, magnified = self._measure(grads.flatten(1), tasks)

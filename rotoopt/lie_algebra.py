@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rotoopt.devices import move_
 from rotoopt.distributed import Processes
 from rotoopt.representation import correlate
 from rotoopt.rotations import Rotations
@@ -100,6 +101,10 @@ class LieAlgebraStep:
         """Forget what was collected since the last step."""
         self._coordinates.grad = None
         self._num_usable = None
+
+    def to(self, device: torch.device) -> None:
+        """Move the state to ``device``."""
+        move_(self._coordinates, self.optimizer, device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizer of the coordinates."""

@@ -57,6 +57,10 @@ class Reference:
         """Return ``current`` over the references, NaN where there is none. Shape ``(K,)``."""
         return current / self.values
 
+    def to(self, device: torch.device) -> Reference:
+        """Return these references on ``device``."""
+        return Reference(self.values.to(device), self.settled.to(device))
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the tensors."""
         return {"values": self.values.clone(), "settled": self.settled.clone()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rotoopt.agreement import Agreement
+from rotoopt.devices import move_
 from rotoopt.distributed import Processes
 from rotoopt.representation import correlate
 from rotoopt.rotations import Rotations
@@ -47,6 +48,9 @@ class RotationStep(Protocol):
 
     def clear(self) -> None:
         """Forget what was collected since the last step."""
+
+    def to(self, device: torch.device) -> None:
+        """Move the state to ``device``; the rotations are moved by others."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to resume."""
@@ -172,6 +176,11 @@ class CayleyStep:
         """Forget what was collected since the last step."""
         self._passes.clear()
         self._sizes.grad = None
+
+    def to(self, device: torch.device) -> None:
+        """Move the state to ``device``."""
+        move_(self._sizes, self.optimizer, device)
+        self._agreement.to(device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizer, the agreement so far, and where the repair is."""

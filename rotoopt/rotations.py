@@ -59,11 +59,15 @@ class Rotations(nn.Module):
         self.register_buffer("rotates", torch.tensor(self.rotate, device=device), persistent=False)
         self.init: Init = init
         self.seed = seed
-        self.device = device
         self.dtype = dtype
         self.manifold: geotorch.SO | None = None
         if size is not None:
             self.create(size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rotations live: on the device of the latest representation."""
+        return self.rotates.device
 
     @property
     def size(self) -> int | None:

@@ -55,6 +55,9 @@ class Weighting(ABC):
     def bind(self, num_tasks: int, device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027 - optional, most have no state
         """Make the state for ``num_tasks`` tasks; called once, by the optimizer that uses this weighting."""
 
+    def to(self, device: torch.device) -> None:  # noqa: B027
+        """Move the state to ``device``."""
+
     def step(self) -> None:  # noqa: B027
         """Update trained weights; called once per optimizer step, after the gradients were used."""
 

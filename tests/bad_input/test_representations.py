@@ -39,11 +39,6 @@ REPRESENTATIONS = {
     ),
     "integers": Case(TypeError, f"{FLOAT} torch.int64", lambda m, o: lambda: left(m)(torch.ones(5, 6).long())),
     "complex": Case(TypeError, f"{FLOAT} torch.complex64", lambda m, o: lambda: left(m)(torch.ones(5, 6) + 1j)),
-    "other device": Case(
-        ValueError,
-        "must be on the device of the rotations, cpu, got meta. Move the model to its device before",
-        lambda m, o: lambda: left(m)(torch.ones(5, 6, device="meta")),
-    ),
     "tuple": Case(
         TypeError,
         "The first input of a head must be the representation, a tensor, got tuple. For other inputs give num_tasks=K",

@@ -1,0 +1,19 @@
+"""Moving what an optimizer trains to another device, optimizer state included."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+
+def move_(param: nn.Parameter, optimizer: Optimizer, device: torch.device) -> None:
+    """Move ``param`` and its state in ``optimizer``, which knows it as the same object afterwards.
+
+    Args:
+        param: A parameter that is in no graph.
+        optimizer: The optimizer that trains it, and nothing else.
+        device: Where to.
+    """
+    torch.utils.swap_tensors(param, nn.Parameter(param.detach().to(device)))  # type: ignore[no-untyped-call]
+    optimizer.load_state_dict(optimizer.state_dict())  # torch puts loaded state where the parameter is

@@ -1,0 +1,117 @@
+"""The method follows the representation to its device, and never makes the host wait for it.
+
+The device is "meta", where tensors have a shape and no values: whatever would copy a number to the host, as
+``.item()`` or ``if tensor:`` do on a GPU, raises there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+
+from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer
+
+K, META = 3, torch.device("meta")
+OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "default": dict,
+    "EqualWeighting": lambda: {"weighting": EqualWeighting()},
+    "GradNorm": lambda: {"weighting": GradNorm()},
+    "callable": lambda: {"weighting": lambda grads: grads.mean(0)},
+    "normalize_losses": lambda: {"normalize_losses": True},
+    "rotation_size": lambda: {"rotation_size": 5},
+    "haar": lambda: {"init": "haar", "rotation_size": 5},
+    "rotate": lambda: {"rotate": [True, False, True]},
+    "Adam": lambda: {"rotation_optimizer": partial(Adam, lr=0.1), "rotation_size": 8},
+}
+
+pytestmark = pytest.mark.usefixtures("every_step")
+
+
+@pytest.fixture(autouse=True)
+def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast does not know this device, and switching it off there is an error."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+
+
+def wrap(options: str) -> RotoGradOptimizer:
+    return RotoGradOptimizer(SGD([nn.Parameter(torch.zeros(2))], lr=0.1), num_tasks=K, **OPTIONS[options]())
+
+
+def step(optimizer: RotoGradOptimizer, device: torch.device, *, absent: int | None = None) -> None:
+    rep = torch.randn(4, 8, device=device, requires_grad=True)
+    losses = [rotated.square().sum() for rotated in optimizer.rotate(rep)]
+    optimizer.zero_grad()
+    optimizer.backward([None if task == absent else loss for task, loss in enumerate(losses)], rep)
+    optimizer.step()
+
+
+def tensors(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a state dict, but for the number of steps, which torch keeps on the host."""
+    if isinstance(tree, Tensor) and not path.endswith(".step"):
+        yield path, tree
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        yield from tensors(value, f"{path}.{key}")
+
+
+def assert_all_on(device: torch.device, optimizer: RotoGradOptimizer) -> None:
+    found = dict(tensors(optimizer.state_dict()["rotograd"]))
+    assert len(found) > 4
+    assert {path for path, tensor in found.items() if tensor.device != device} == set()
+    record = optimizer.last_step
+    assert record is not None
+    assert record.alignment.device == device
+    assert optimizer.task_weights.device == device
+
+
+@pytest.mark.parametrize("num_before", [0, 2])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_no_step_waits_for_the_device(options: str, num_before: int) -> None:
+    optimizer = wrap(options)
+    for _ in range(num_before):
+        step(optimizer, torch.device("cpu"))
+    for absent in (None, 1, None):
+        step(optimizer, META, absent=absent)
+    assert_all_on(META, optimizer)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_state_that_was_loaded_follows(options: str) -> None:
+    saved, optimizer = wrap(options), wrap(options)
+    for _ in range(2):
+        step(saved, torch.device("cpu"))
+    optimizer.load_state_dict(saved.state_dict())
+    step(optimizer, META)
+    assert_all_on(META, optimizer)
+
+
+def test_forward_under_inference_mode_moves_what_training_can_use() -> None:
+    optimizer = wrap("rotation_size")
+    step(optimizer, torch.device("cpu"))
+    with torch.inference_mode():
+        optimizer.rotate(torch.randn(4, 8, device=META))
+    step(optimizer, META)
+    assert_all_on(META, optimizer)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", OPTIONS)
+def test_steps_on_a_gpu_are_those_on_the_cpu(options: str) -> None:
+    matrices = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        optimizer = wrap(options)
+        grads = torch.randn(3, K, 4, 8)
+        for batch in grads:
+            rep = torch.zeros(4, 8, device=device, requires_grad=True)
+            rotated = optimizer.rotate(rep)
+            losses = [(r * grad.to(device)).sum() + 1 for r, grad in zip(rotated, batch, strict=True)]
+            optimizer.step(losses, rep)
+        matrices.append(optimizer.rotations.matrices.cpu())
+    torch.testing.assert_close(*matrices, rtol=0.0, atol=1e-5)
