@@ -26,6 +26,7 @@ from rotoopt.arguments import (
     warn_user,
 )
 from rotoopt.capture import Capture
+from rotoopt.checkpoint import RotoGradState
 from rotoopt.distributed import Processes
 from rotoopt.homogenize import Homogenizer, StepRecord
 from rotoopt.lie_algebra import LieAlgebraStep, RotationOptimizer
@@ -51,6 +52,7 @@ class _Core:
     homogenizer: Homogenizer
     wiring_checked: bool = False
     idle_steps: int = 0
+    rotograd_loaded: bool = False  # since the latest step
     warnings: set[str] = field(default_factory=set)
 
 
@@ -281,16 +283,23 @@ class RotoGradOptimizer(OptimizerWrapper):
         elif rep is not None or backbone_loss is not None:
             raise TypeError("`rep` and `backbone_loss` must come with `losses`, got none.")
         result = core.optimizer.step() if closure is None else core.optimizer.step(closure)
-        if not core.homogenizer.pending and core.capture.last_shape is None:
-            core.idle_steps += 1
-            if core.idle_steps == 2:  # one may be a checkpointing library that makes the optimizer's state
-                self._warn_once(
-                    "The heads should have run in training mode before step(), got two steps and no head that ran. "
-                    "Either (a) the model that is trained is not the one whose heads were given, (b) it stays in eval "
-                    "mode, or (c) it was compiled and run before the optimizer was built: build it first."
-                )
+        if core.homogenizer.pending:
+            core.rotograd_loaded = False
+        elif core.capture.last_shape is None:
+            self._note_idle_step()
         core.homogenizer.finish_step()
         return result
+
+    def _note_idle_step(self) -> None:
+        # torch.distributed.checkpoint makes the optimizer's state by a step with a learning rate of zero.
+        if any(group.get("lr", 1.0) for group in self.param_groups):
+            self._core.idle_steps += 1
+        if self._core.idle_steps == 2:
+            self._warn_once(
+                "The heads should have run in training mode before step(), got two steps and no head that ran. "
+                "Either (a) the model that is trained is not the one whose heads were given, (b) it stays in eval "
+                "mode, or (c) it was compiled and run before the optimizer was built: build it first."
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the parameters, and what was collected for the rotations."""
@@ -378,21 +387,37 @@ class RotoGradOptimizer(OptimizerWrapper):
         """
         super().load_state_dict(state_dict)
 
+    @property
+    def rotograd_state(self) -> RotoGradState:
+        """Rotations, references, trained weights and counters, for ``torch.distributed.checkpoint``.
+
+        Its ``get_optimizer_state_dict`` keeps moments and groups only, so this is an entry of its own:
+        ``dcp.save({"model": ..., "optimizer": ..., "rotograd": optimizer.rotograd_state})``. Load it the same way,
+        before ``set_optimizer_state_dict``.
+        """
+        return RotoGradState(self._core.homogenizer.state_dict, self._load_rotograd)
+
     def _save(self) -> dict[str, Any]:
         return {**super()._save(), "rotograd": self._core.homogenizer.state_dict()}
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         own = state_dict.pop("rotograd", None)
         if own is not None:
-            self._core.homogenizer.check_state_dict(own)
+            self._core.homogenizer.check_state_dict(own)  # before anything changes
         super()._load(state_dict)
         if own is not None:
-            self._core.homogenizer.load_state_dict(own)
-        else:
+            self._load_rotograd(own)
+        elif not self._core.rotograd_loaded:
             warn_user(
-                "The state dict should have an entry 'rotograd', got one without (of a bare optimizer?). Rotations, "
-                "references and trained weights stay as they are."
+                "The state dict should have an entry 'rotograd', got one without. Rotations, references and trained "
+                "weights stay as they are. Either (a) it is that of a bare optimizer, or (b) it comes from "
+                "torch.distributed.checkpoint: save and load optimizer.rotograd_state, too, and load it first."
             )
+
+    def _load_rotograd(self, state_dict: dict[str, Any]) -> None:
+        self._core.homogenizer.check_state_dict(state_dict)
+        self._core.homogenizer.load_state_dict(state_dict)
+        self._core.rotograd_loaded = True
 
     def _warn_once(self, message: str) -> None:
         if message not in self._core.warnings:
