@@ -36,19 +36,19 @@ def make(options: str) -> tuple[TwoTasks, RotoGradOptimizer]:
     return wrap(adam, burn_in_period=4, **chosen)
 
 
-def save(model: TwoTasks, optimizer: RotoGradOptimizer, folder: Path) -> None:
+def entries(model: TwoTasks, optimizer: RotoGradOptimizer) -> dict[str, Any]:
     network, optim = get_state_dict(model, optimizer)
-    state_dict_saver.save(
-        {"network": network, "optimizer": optim, "rotograd": optimizer.rotograd_state}, checkpoint_id=folder
-    )
+    return {"network": network, "optimizer": optim, "rotograd": optimizer.rotograd_state}
+
+
+def save(model: TwoTasks, optimizer: RotoGradOptimizer, folder: Path) -> None:
+    state_dict_saver.save(entries(model, optimizer), checkpoint_id=folder)
 
 
 def load(model: TwoTasks, optimizer: RotoGradOptimizer, folder: Path) -> None:
-    network, optim = get_state_dict(model, optimizer)
-    state_dict_loader.load(
-        {"network": network, "optimizer": optim, "rotograd": optimizer.rotograd_state}, checkpoint_id=folder
-    )
-    set_state_dict(model, optimizer, model_state_dict=network, optim_state_dict=optim)
+    state = entries(model, optimizer)
+    state_dict_loader.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["network"], optim_state_dict=state["optimizer"])
 
 
 @pytest.mark.parametrize("num_steps", [0, 2, 6])

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from rotoopt import GradNorm, RotoGradOptimizer, rotation_step
@@ -112,6 +113,22 @@ def load_on_one_rank(rank: int) -> str:
 def test_different_rotations_are_an_error_on_all_ranks(ranks: Ranks) -> None:
     for message in ranks.run(load_on_one_rank):
         assert "must be the same on all processes, got different ones. Either (a) a checkpoint was loaded" in message
+
+
+def shard_too_late(rank: int) -> str:
+    model, optimizer = wrap()
+    for head in model.heads:
+        fully_shard(head)
+    losses, rep = losses_of(model, rank)
+    with pytest.raises(RuntimeError) as error:
+        optimizer.backward(losses, rep)
+    return str(error.value)
+
+
+def test_heads_that_are_sharded_after_the_optimizer_was_built_are_an_error(ranks: Ranks) -> None:
+    for message in ranks.run(shard_too_late):
+        assert "same representation tensor" in message
+        assert "(c) a wrapper was put around a head after the optimizer was built" in message
 
 
 def copy_it(rank: int) -> list[bool]:
