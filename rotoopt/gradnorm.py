@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from rotoopt.devices import move_
 from rotoopt.gradients import TaskGradients
 from rotoopt.weighting import Combined, Progress, Weighting
+
+CommonNorm = Literal["norm_of_mean", "mean_of_norms"]
 
 
 def gradnorm_gradient(weights: Tensor, norms: Tensor, targets: Tensor, present: Tensor) -> Tensor:
@@ -47,9 +49,12 @@ class GradNorm(Weighting):
         alpha: :math:`\alpha`, how strongly slow tasks are favored; 0 asks for equal norms.
         lr: Learning rate of the weights.
         optimizer: Makes the optimizer of the weights from their logits, instead of Adam with ``lr``.
+        common_norm: ``"norm_of_mean"``, as above, or ``"mean_of_norms"``: :math:`\tfrac{1}{|P|} \sum_i w_i \lVert
+            G_i \rVert` in its place, which is not smaller where tasks conflict.
 
-    Source: Chen et al., GradNorm, ICML 2018, eqs. 1-2. As in ``RotoGradNorm`` of the official RotoGrad package, the
-    common norm is that of the mean gradient (GradNorm: the mean of the norms), taken at the representation.
+    Source: Chen et al., GradNorm, ICML 2018, eqs. 1-2, which has the mean of the norms, at the last shared layer; here
+    they are taken at the representation. The norm of the mean is that of ``RotoGradNorm`` in the official RotoGrad
+    package.
     """
 
     needs_losses = True
@@ -60,10 +65,14 @@ class GradNorm(Weighting):
         *,
         lr: float = 0.025,
         optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+        common_norm: CommonNorm = "norm_of_mean",
     ) -> None:
         if not alpha >= 0:
             raise ValueError(f"`alpha` must be a non-negative number, got {alpha!r}.")
+        if common_norm not in get_args(CommonNorm):
+            raise ValueError(f"`common_norm` must be one of {get_args(CommonNorm)}, got {common_norm!r}.")
         self.alpha = alpha
+        self.common_norm: CommonNorm = common_norm
         self._make_optimizer = optimizer or _Adam(lr)
         self._trained: tuple[nn.Parameter, Optimizer] | None = None
         self._usable: Tensor | None = None
@@ -112,6 +121,8 @@ class GradNorm(Weighting):
         logits, weights = self.logits, self.weights.to(gradients.scale)
         used = weights * gradients.present
         vector, norm = gradients.combine_with_norm(used)
+        if self.common_norm == "mean_of_norms":
+            norm = (used * gradients.norms).sum()
         mean_norm = norm / gradients.num_present
         mean_ratio = torch.where(gradients.present, progress.loss_ratios, 0.0).sum() / gradients.num_present
         targets = mean_norm * (progress.loss_ratios / mean_ratio) ** self.alpha

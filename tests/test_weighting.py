@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.optim import SGD
 from torch.testing import assert_close
 
 from rotoopt import EqualWeighting, GradNorm
-from rotoopt.gradnorm import gradnorm_gradient
+from rotoopt.gradnorm import CommonNorm, gradnorm_gradient
 from rotoopt.weighting import gradient_shares
 from tests.asserts import eps
 from tests.oracle import shares
@@ -124,16 +125,18 @@ def test_gradnorm_gradient_is_that_of_its_loss(K: int, seed: int, alpha: float) 
     J, logits, present = sampler.normal(K, 12), sampler.normal(K).requires_grad_(), sampler.uniform(K) < 0.8
     present[:2] = True
     rates = sampler.uniform(K) + 0.5
-    targets = gradnorm_targets(J, logits.detach(), rates, present, alpha)
+    targets = gradnorm_targets(J, logits.detach(), rates, present, alpha, "norm_of_mean")
     (expected,) = torch.autograd.grad(gradnorm_loss(J, logits, targets, present), logits)
     weights = K * logits.detach().softmax(0)
     actual = gradnorm_gradient(weights, J.norm(dim=1), targets, present)
     assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
-def gradnorm_targets(J: Tensor, logits: Tensor, rates: Tensor, present: Tensor, alpha: float) -> Tensor:
-    weights = len(J) * logits.softmax(0)
-    length: Tensor = (weights[:, None] * J)[present].mean(dim=0).norm()
+def gradnorm_targets(
+    J: Tensor, logits: Tensor, rates: Tensor, present: Tensor, alpha: float, common_norm: CommonNorm
+) -> Tensor:
+    weighted = ((len(J) * logits.softmax(0))[:, None] * J)[present]
+    length: Tensor = weighted.mean(dim=0).norm() if common_norm == "norm_of_mean" else weighted.norm(dim=1).mean()
     return length * (rates / rates[present].mean()) ** alpha
 
 
@@ -142,16 +145,19 @@ def gradnorm_loss(J: Tensor, logits: Tensor, targets: Tensor, present: Tensor) -
     return (norms - targets)[present].abs().sum()
 
 
+@pytest.mark.parametrize("common_norm", get_args(CommonNorm))
 @given(K=NUM_TASKS, seed=SEEDS, alpha=st.floats(0, 3), absent=st.integers(0, 9))
-def test_small_gradnorm_step_lowers_its_loss(K: int, seed: int, alpha: float, absent: int) -> None:
+def test_small_gradnorm_step_lowers_its_loss(
+    common_norm: CommonNorm, K: int, seed: int, alpha: float, absent: int
+) -> None:
     sampler = Sampler(seed)
     J, rates, values = sampler.normal(K, 12), sampler.uniform(K) + 0.5, [1.0] * K
-    gradnorm = GradNorm(alpha, optimizer=lambda params: SGD(params, lr=1e-6))
+    gradnorm = GradNorm(alpha, optimizer=lambda params: SGD(params, lr=1e-6), common_norm=common_norm)
     bench = Bench((12,), K, torch.float64, weighting=gradnorm, rotate=False)
     bench.step(list(J), values)  # loss references: one
     present = torch.tensor([K == 2 or task != absent for task in range(K)])
     before = gradnorm.logits.detach().clone()
-    targets = gradnorm_targets(J, before, rates, present, alpha)
+    targets = gradnorm_targets(J, before, rates, present, alpha, common_norm)
     bench.step([grad if here else None for grad, here in zip(J, present, strict=True)], rates.tolist())
     after = gradnorm.logits.detach().clone()
     losses = [gradnorm_loss(J, logits, targets, present) for logits in (before, after)]
@@ -179,7 +185,7 @@ def test_gradnorm_uses_the_weights_before_their_update(seed: int) -> None:
     assert (gradnorm.weights != 1).any()
 
 
-AGGREGATORS = ["IMTLG", "AlignedMTL", "PCGrad", "ConFIG", "MGDA", "Mean"]  # UPGrad: needs the extra quadprog_projector
+AGGREGATORS = ["UPGrad", "IMTLG", "AlignedMTL", "PCGrad", "ConFIG", "MGDA", "Mean"]
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
