@@ -8,6 +8,7 @@ and everything that works with an ordinary backward (DDP, checkpointing, compile
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -106,6 +107,12 @@ def rotated(rep: Tensor, matrix: Tensor, dims: RotatedDims) -> Tensor:
         return dims.restore(apply_rotation(matrix.to(rep.dtype), dims.view(rep)), rep)
 
 
+def _is_transformed() -> bool:
+    """Whether the model is being exported, traced or transformed by torch.func: not run, as it is."""
+    exported = torch.compiler.is_exporting() or torch._C._is_tracing()
+    return exported or torch._C._are_functorch_transforms_active()
+
+
 class Capture:
     """Rotates representations on their way into the heads, and captures the gradients on their way back.
 
@@ -120,6 +127,7 @@ class Capture:
         self.rotations = rotations
         self.dims = dims
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.attached = False
         self.paused = False
         self.last_shape: torch.Size | None = None  # of the latest representation that was fed in training
         self._receive = receive
@@ -152,12 +160,14 @@ class Capture:
         # First of all hooks: wrappers such as FSDP's hand every head a tensor of its own, which is no longer z.
         hook = HeadHook(self, task)
         self.handles.append(head.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+        self.attached = True
 
     def detach(self) -> None:
         """Remove every hook."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        self.attached = False
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -170,17 +180,28 @@ class Capture:
 
     def feed(self, rep: Tensor, task: int, *, training: bool = True) -> Tensor:
         """Return R_k z, and capture its gradient if z is being trained."""
-        self._prepare(rep)
-        matrix = self.rotations[task] if self.rotations.rotate[task] else None
-        capturing = training and torch.is_grad_enabled() and not self.paused
-        if capturing:
-            self.last_shape = rep.shape
-            self._fed[task] = rep.requires_grad
-        if capturing and rep.requires_grad:
-            fork = self._fork(rep)
-            out: Tensor = Rotate.apply(rep, matrix, self.dims, fork, task)  # type: ignore[no-untyped-call]
-            return out
+        out: Tensor = (self._capture if training and torch.is_grad_enabled() else self._rotate)(rep, task)
+        return out
+
+    def _rotate(self, rep: Tensor, task: int) -> Tensor:
+        matrix = self._matrix_for(rep, task)
         return rep if matrix is None else rotated(rep, matrix, self.dims)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _capture(self, rep: Tensor, task: int) -> Tensor:
+        """Return R_k z and capture its gradient, unless no backward pass of ours can come.
+
+        A graph break: a fork is filled in the backward pass, where torch.compile cannot follow.
+        """
+        if self.paused or _is_transformed():
+            return self._rotate(rep, task)
+        matrix = self._matrix_for(rep, task)
+        self.last_shape = rep.shape
+        self._fed[task] = rep.requires_grad
+        if not rep.requires_grad:
+            return self._rotate(rep, task)
+        out: Tensor = Rotate.apply(rep, matrix, self.dims, self._fork(rep), task)  # type: ignore[no-untyped-call]
+        return out
 
     def _fork(self, rep: Tensor) -> Fork:
         fork: Fork | None = self._forks.get(rep)  # type: ignore[no-untyped-call]
@@ -212,25 +233,36 @@ class Capture:
         self._num_joined += 1
         return self._receive(grads, tasks, dims)
 
-    def _prepare(self, rep: Tensor) -> None:
-        """Check ``rep``; at the first one, make the rotations."""
+    def _matrix_for(self, rep: Tensor, task: int) -> Tensor | None:
+        """Check ``rep`` and return R_k, or None for a task that is not rotated."""
         if not isinstance(rep, Tensor) or not rep.is_floating_point():
             found = rep.dtype if isinstance(rep, Tensor) else type(rep).__name__
             raise TypeError(f"The representation must be a floating-point tensor, got {found}.")
-        if rep.device != self.rotations.device:  # the model was moved after the optimizer was built
-            with torch.inference_mode(False):
-                self.rotations.to(rep.device)
-        d, m = self.dims.size(rep), self.rotations.size
-        if m is None:
-            with torch.inference_mode(False):  # a check before training may be the first forward pass
-                self.rotations.create(d)
-        elif d != m if self.rotations.covers_all else d < m:
+        # Not `self.dims.size(rep)`: torch.compile does not trace its generator.
+        d, m = math.prod([rep.shape[i] for i in self.dims.resolve(rep.shape)]), self.rotations.size
+        if m is not None and (d != m if self.rotations.covers_all else d < m):
             rule = f"have {m} features" if self.rotations.covers_all else f"have at least rotation_size={m} features"
             raise ValueError(
                 f"The representation must {rule} along dim={self.dims.dim}, got {d} in shape {tuple(rep.shape)}. "
                 "Either (a) `dim` names the wrong dimension, (b) the head was fed something else than the "
                 "representation, or (c) its size changes between batches: rotate a dimension that does not."
             )
+        if m is None or rep.device != self.rotations.device:
+            self._settle(d, rep.device)
+        return self.rotations[task] if self.rotations.rotate[task] else None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _settle(self, size: int, device: torch.device) -> None:
+        """Make the rotations at the first representation; follow a model that was moved."""
+        if _is_transformed():
+            raise RuntimeError(
+                "The rotations must exist on the device of the model before it is exported, traced or transformed by "
+                "torch.func, got none there. They are made, or moved, when the model runs: run it once before."
+            )
+        with torch.inference_mode(False):  # a check before training may be the first forward pass
+            self.rotations.to(device)
+            if self.rotations.size is None:
+                self.rotations.create(size)
 
 
 class HeadHook:
@@ -244,6 +276,8 @@ class HeadHook:
         self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Rotate the first positional argument, or else the first keyword argument."""
+        if not self.capture.attached:  # a compiled model calls its hooks even after they were removed
+            return args, kwargs
         if args:
             return (self._rotate(head, args[0]), *args[1:]), kwargs
         if kwargs:

@@ -36,12 +36,52 @@ def coordinate_gradient(directions: Tensor, target: Tensor, size: int) -> Tensor
     return (correlation.mT - correlation).tril(-1)
 
 
+class Coordinates:
+    """Lie-algebra coordinates A around the present rotations, for whoever wants to step on them.
+
+    One parameter of shape ``(K, m, m)``, which is zero but between a step of its optimizer and :meth:`turn`.
+    Only its lower triangle counts.
+
+    Args:
+        rotations: The rotations to turn.
+    """
+
+    def __init__(self, rotations: Rotations) -> None:
+        self.rotations = rotations
+        # Sized by the first gradient: the optimizer, and schedulers on it, exist before the rotations do.
+        empty = torch.zeros(rotations.num_tasks, 0, 0, device=rotations.device, dtype=rotations.dtype)
+        self.parameter = nn.Parameter(empty)
+        self.fit()
+
+    def fit(self) -> None:
+        """Take on the size of the rotations, if there are any."""
+        if self.rotations.size is not None and self.parameter.shape != self.rotations.matrices.shape:
+            self.parameter.data = torch.zeros_like(self.rotations.matrices)
+
+    def gradient(self, directions: Tensor, target: Tensor, usable: Tensor) -> Tensor:
+        """Return the gradient of one backward pass, zero if it is not usable or a task is not rotated."""
+        self.fit()
+        grad = coordinate_gradient(directions, target, self.parameter.shape[-1])
+        return torch.where(usable & self.rotations.rotates[:, None, None], grad, 0.0)
+
+    @torch.no_grad()
+    def turn(self, where: Tensor | bool = True) -> None:
+        """Apply the turn, R_k <- R_k cay(A_k - A_k^T), and start again at zero.
+
+        Args:
+            where: Whether to apply it. Shape ``()``, bool.
+        """
+        skew = self.parameter.tril(-1)
+        skew = torch.where(torch.as_tensor(where, device=skew.device), skew, 0.0)
+        self.rotations.turn_(skew - skew.mT)
+        self.parameter.zero_()
+
+
 class LieAlgebraStep:
     """A rotation step by an optimizer of the user's, in every step.
 
-    The optimizer sees one parameter, the Lie-algebra coordinates A of shape ``(K, m, m)`` around the present
-    rotations, with its gradient in the lower triangle. After its step the turn is applied, R_k <- R_k cay(A - A^T),
-    and A starts again at zero; its own state (moments) lives on.
+    The optimizer sees one parameter, the :class:`Coordinates`, with its gradient in the lower triangle. After its step
+    the turn is applied, and the coordinates start again at zero; its own state (moments) lives on.
 
     Args:
         rotations: The rotations to turn.
@@ -52,11 +92,9 @@ class LieAlgebraStep:
     def __init__(self, rotations: Rotations, make_optimizer: RotationOptimizer, processes: Processes) -> None:
         self.rotations = rotations
         self._processes = processes
-        self._num_usable: Tensor | None = None  # of the gradients that the present one is the sum of
-        # Sized by the first gradient: the optimizer, and schedulers on it, exist before the rotations do.
-        empty = torch.zeros(rotations.num_tasks, 0, 0, device=rotations.device, dtype=rotations.dtype)
-        self._coordinates = nn.Parameter(empty)
-        self.optimizer = make_optimizer([self._coordinates])
+        self._num_usable: Tensor | None = None  # of the gradients that the present one is the mean of
+        self._coordinates = Coordinates(rotations)
+        self.optimizer = make_optimizer([self._coordinates.parameter])
         if not isinstance(self.optimizer, Optimizer):
             raise TypeError(
                 "`rotation_optimizer` must be a callable from parameters to a torch.optim.Optimizer, "
@@ -71,40 +109,33 @@ class LieAlgebraStep:
     @torch.no_grad()
     def collect(self, directions: Tensor, target: Tensor, usable: Tensor) -> None:
         """Add the gradient of one backward pass; several before a step are averaged."""
-        matrices = self.rotations.matrices
-        if self._coordinates.shape != matrices.shape:
-            self._coordinates.data = torch.zeros_like(matrices)
-        grad = coordinate_gradient(directions, target, matrices.shape[-1])
-        grad = torch.where(usable & self.rotations.rotates[:, None, None], grad, 0.0)
-        if self._num_usable is None or self._coordinates.grad is None:
-            self._num_usable, self._coordinates.grad = usable.to(grad), grad
+        grad, param = self._coordinates.gradient(directions, target, usable), self._coordinates.parameter
+        if self._num_usable is None or param.grad is None:
+            self._num_usable, param.grad = usable.to(grad), grad
         else:
             self._num_usable += usable
-            mean = self._coordinates.grad
-            mean += usable * (grad - mean) / self._num_usable.clamp(min=1)
+            param.grad += usable * (grad - param.grad) / self._num_usable.clamp(min=1)
 
     @torch.no_grad()
     def step(self) -> None:
         """Turn the rotations by what the optimizer makes of the gradients."""
         if self._num_usable is None:
             return
-        if self._processes.count > 1 and self._coordinates.grad is not None:
-            self._processes.sum_(self._coordinates.grad)
+        grad = self._coordinates.parameter.grad
+        if self._processes.count > 1 and grad is not None:
+            self._processes.sum_(grad)
         self.optimizer.step()
-        # Where nothing was usable, what moved the coordinates is momentum.
-        skew = torch.where(self._num_usable > 0, self._coordinates.tril(-1), 0.0)
-        self.rotations.turn_(skew - skew.mT)
-        self._coordinates.zero_()
+        self._coordinates.turn(self._num_usable > 0)  # where nothing was usable, what moved them is momentum
         self.clear()
 
     def clear(self) -> None:
         """Forget what was collected since the last step."""
-        self._coordinates.grad = None
+        self._coordinates.parameter.grad = None
         self._num_usable = None
 
     def to(self, device: torch.device) -> None:
         """Move the state to ``device``."""
-        move_(self._coordinates, self.optimizer, device)
+        move_(self._coordinates.parameter, self.optimizer, device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizer of the coordinates."""
@@ -112,6 +143,5 @@ class LieAlgebraStep:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""
-        if self.rotations.size is not None:  # state tensors are matched with the shape of the coordinates
-            self._coordinates.data = torch.zeros_like(self.rotations.matrices)
+        self._coordinates.fit()  # state tensors are matched with the shape of the coordinates
         self.optimizer.load_state_dict(state_dict)

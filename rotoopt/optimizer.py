@@ -4,37 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from rotoopt.arguments import (
     Heads,
     Losses,
-    check_backbone_loss,
     check_heads,
-    check_losses,
     check_optimizer,
     check_options,
-    check_rep,
     check_rotate,
     warn_of_missing_parameters,
     warn_user,
 )
+from rotoopt.backward import BackwardPass
 from rotoopt.capture import Capture
 from rotoopt.checkpoint import RotoGradState
+from rotoopt.deploy import fold, refresh
 from rotoopt.distributed import Processes
 from rotoopt.homogenize import Homogenizer, StepRecord
 from rotoopt.lie_algebra import LieAlgebraStep, RotationOptimizer
 from rotoopt.representation import RotatedDims
-from rotoopt.rotation_step import CayleyStep, RotationStep
+from rotoopt.rotation_step import CayleyStep
 from rotoopt.rotations import Init, Rotations
 from rotoopt.weighting import Aggregator, Weighting, as_weighting
-from rotoopt.wiring import check_unhooked, check_wiring
+from rotoopt.wiring import check_unhooked
 from rotoopt.wrapper import OptimizerWrapper
 
 DEFAULT_ROTATION_LR = 5e-4
@@ -45,15 +44,15 @@ class _Core:
     """Everything mutable; see :class:`~rotoopt.wrapper.Core`."""
 
     optimizer: Optimizer
+    heads: list[nn.Module]
     names: list[str]
     functional: bool
-    normalize_losses: bool
     capture: Capture
     homogenizer: Homogenizer
-    wiring_checked: bool = False
+    back_propagate: BackwardPass
+    rotation_optimizer: Optimizer
     idle_steps: int = 0
     rotograd_loaded: bool = False  # since the latest step
-    warnings: set[str] = field(default_factory=set)
 
 
 class RotoGradOptimizer(OptimizerWrapper):
@@ -157,7 +156,7 @@ class RotoGradOptimizer(OptimizerWrapper):
         rotations = Rotations(
             len(names), rotation_size, rotate=flags, init=init, seed=seed, device=param.device, dtype=dtype
         )
-        rotation_step: RotationStep = (
+        rotation_step = (
             CayleyStep(rotations, rotation_lr, processes)
             if rotation_optimizer is None
             else LieAlgebraStep(rotations, rotation_optimizer, processes)
@@ -167,7 +166,11 @@ class RotoGradOptimizer(OptimizerWrapper):
             len(names), used_weighting, rotation_step, burn_in_period, processes, needs_losses=normalize_losses
         )
         capture = Capture(rotations, dims, homogenizer.receive)
-        self._wrap(_Core(optimizer, names, heads is None, normalize_losses, capture, homogenizer))
+        back_propagate = BackwardPass(names, capture, homogenizer, normalize_losses=normalize_losses)
+        step_optimizer = rotation_step.optimizer
+        self._wrap(
+            _Core(optimizer, modules, names, heads is None, capture, homogenizer, back_propagate, step_optimizer)
+        )
         for task, head in enumerate(modules):
             capture.attach(head, task)
 
@@ -198,31 +201,7 @@ class RotoGradOptimizer(OptimizerWrapper):
             RuntimeError: If a loss did not pass through its rotated head, the heads do not share one
                 representation, ``backbone_loss`` passes through a head, or the losses were back-propagated before.
         """
-        core = self._core
-        capture, homogenizer = core.capture, core.homogenizer
-        present = check_losses(losses, core.names)
-        check_rep(rep, capture.last_shape)
-        check_backbone_loss(backbone_loss)
-        frozen = capture.is_frozen(present)
-        if frozen:
-            self._warn_once(
-                "The representation should require grad, got one that does not. Either (a) the backbone is frozen: the "
-                "heads are trained by a plain backward; rotations and weights rest, or (b) `heads` holds the whole "
-                "model, whose input is rotated then: give the modules that consume the representation."
-            )
-        elif not core.wiring_checked or not capture.looks_complete(present):
-            check_wiring(present, core.names, backbone_loss)
-            core.wiring_checked = True
-        try:
-            scale = None if scaler is None else _scale_of(scaler, next(iter(present.values())).device)
-            divisors = homogenizer.expect(present, scale)
-            normalize = core.normalize_losses and not frozen
-            roots = [loss / divisors[task] if normalize else loss for task, loss in present.items()]
-            roots = roots if backbone_loss is None else [*roots, backbone_loss]
-            torch.autograd.backward(roots if scale is None else [root * scale for root in roots])
-        finally:
-            homogenizer.expect_nothing()
-            capture.start_over()
+        self._core.back_propagate(losses, rep, backbone_loss, scaler)
 
     @overload
     def step(
@@ -292,10 +271,11 @@ class RotoGradOptimizer(OptimizerWrapper):
 
     def _note_idle_step(self) -> None:
         # torch.distributed.checkpoint makes the optimizer's state by a step with a learning rate of zero.
-        if any(group.get("lr", 1.0) for group in self.param_groups):
-            self._core.idle_steps += 1
+        if not any(group.get("lr", 1.0) for group in self.param_groups):
+            return
+        self._core.idle_steps += 1
         if self._core.idle_steps == 2:
-            self._warn_once(
+            warn_user(
                 "The heads should have run in training mode before step(), got two steps and no head that ran. "
                 "Either (a) the model that is trained is not the one whose heads were given, (b) it stays in eval "
                 "mode, or (c) it was compiled and run before the optimizer was built: build it first."
@@ -338,6 +318,67 @@ class RotoGradOptimizer(OptimizerWrapper):
         """Remove the hooks from the heads: the model computes again without rotations."""
         self._core.capture.detach()
 
+    # ------------------------------------------------------------------ deployment
+
+    def fold(self) -> None:
+        r"""Make every rotation part of its head and remove the hooks, to use the model without this optimizer.
+
+        The first layers of head k, linear ones or convolutions, get the weights :math:`W R_k`. Predictions stay as they
+        are up to rounding, and ``model.state_dict()`` then loads into a model that was never wrapped.
+
+        A head that does not begin with such layers, needs more inputs than z, or shares its first weight with another
+        module keeps its rotation, as a buffer ``rotation`` that a forward pre-hook applies; a warning names it. So do
+        sharded (FSDP) and quantized heads. Where torch.compile or DistributedDataParallel is around a head, the head
+        inside is changed. A model that was compiled and run before needs ``torch._dynamo.reset()``.
+
+        For deployment only: moments, as Adam's, belong to the weights before. Save what training is to resume from
+        before you fold.
+
+        Raises:
+            RuntimeError: If heads are functional (``num_tasks=K``), no head ran in training mode since this optimizer
+                was built, or ``fold`` or :meth:`remove` was called before. Nothing has changed then.
+
+        Example:
+            >>> backbone, head_a, head_b = nn.Linear(3, 8), nn.Linear(8, 1), nn.Linear(8, 2)
+            >>> params = [*backbone.parameters(), *head_a.parameters(), *head_b.parameters()]
+            >>> optimizer = RotoGradOptimizer(torch.optim.SGD(params, lr=0.1), heads=[head_a, head_b], init="haar")
+            >>> z = backbone(torch.randn(5, 3))
+            >>> rotated = head_a(z)
+            >>> optimizer.fold()
+            >>> torch.allclose(head_a(z), rotated, atol=1e-6), len(head_a._forward_pre_hooks)
+            (True, 0)
+        """
+        fold(self._core.capture, self._core.heads, self._core.names)
+
+    def refresh(self, model_copy: nn.Module) -> None:
+        """Give a copy of the model the rotations of now.
+
+        A copy of the model alone, by ``copy.deepcopy`` or ``torch.optim.swa_utils.AveragedModel``, rotates as the model
+        did when it was copied. Call this after its weights were brought up to date.
+
+        Args:
+            model_copy: The copy, or a module that contains it. Its weights and modes stay as they are.
+
+        Raises:
+            ValueError: If there are no rotations in ``model_copy``, or they are of another number or size.
+            RuntimeError: If the rotations of this optimizer do not exist yet.
+
+        Example:
+            >>> import copy
+            >>> backbone, head_a, head_b = nn.Linear(3, 8), nn.Linear(8, 1), nn.Linear(8, 2)
+            >>> model = nn.ModuleList([backbone, head_a, head_b])
+            >>> optimizer = RotoGradOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), heads=[head_a, head_b])
+            >>> target = copy.deepcopy(model)
+            >>> z = backbone(torch.randn(5, 3))
+            >>> optimizer.step([head_a(z).square().mean(), head_b(z).abs().mean()], z)
+            >>> target.load_state_dict(model.state_dict())
+            <All keys matched successfully>
+            >>> optimizer.refresh(target)
+            >>> torch.equal(target[1](z), head_a(z))
+            True
+        """
+        refresh(self._core.capture.rotations, model_copy)
+
     # ------------------------------------------------------------------ what it knows
 
     @property
@@ -348,7 +389,7 @@ class RotoGradOptimizer(OptimizerWrapper):
     @property
     def rotation_optimizer(self) -> Optimizer:
         """The optimizer of the rotations; learning-rate schedulers attach to it."""
-        return self._core.homogenizer.rotation_step.optimizer
+        return self._core.rotation_optimizer
 
     @property
     def task_weights(self) -> Tensor:
@@ -418,14 +459,3 @@ class RotoGradOptimizer(OptimizerWrapper):
         self._core.homogenizer.check_state_dict(state_dict)
         self._core.homogenizer.load_state_dict(state_dict)
         self._core.rotograd_loaded = True
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._core.warnings:
-            self._core.warnings.add(message)
-            warn_user(message)
-
-
-def _scale_of(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
-    """Return what ``scaler`` multiplies by, where no host has to wait for it."""
-    scale: Tensor = scaler.scale(torch.ones((), device=device))
-    return scale

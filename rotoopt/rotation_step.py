@@ -28,7 +28,6 @@ class RotationStep(Protocol):
     """Collects rotation gradients, and turns the rotations by what an optimizer makes of them."""
 
     rotations: Rotations
-    optimizer: Optimizer
 
     def is_due(self, num_steps: int) -> bool:
         """Whether the rotations are to turn in the step after ``num_steps`` steps."""

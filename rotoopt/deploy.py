@@ -1,0 +1,154 @@
+"""Deployment: a model that computes by itself what it computed with its rotations, and copies that keep up."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rotoopt.arguments import warn_user
+from rotoopt.capture import Capture, HeadHook, rotated
+from rotoopt.first_layers import FirstLayer, UnfoldableError, find_first_layers, wide
+from rotoopt.representation import RotatedDims
+from rotoopt.rotations import Rotations
+
+
+class RotationHook:
+    """Forward pre-hook of a head that keeps its rotation: applies the buffer ``rotation`` of the head.
+
+    A buffer is moved, copied, saved and exported with the head. So is a submodule, but an ``nn.Sequential`` would run
+    it once more, as its last layer.
+    """
+
+    def __init__(self, dims: RotatedDims) -> None:
+        self.dims = dims
+
+    def __call__(
+        self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Rotate the first positional argument, or else the first keyword argument."""
+        matrix = head.get_buffer("rotation")
+        if args:
+            return (rotated(args[0], matrix, self.dims), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: rotated(kwargs[name], matrix, self.dims)}
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def fold(capture: Capture, heads: Sequence[nn.Module], names: Sequence[str]) -> None:
+    """Make every rotation part of its head, and remove the hooks.
+
+    Args:
+        capture: Rotates in front of the heads.
+        heads: The K heads; none if they are functions.
+        names: How to call the tasks.
+    """
+    _check_foldable(capture, heads)
+    rotations, shape = capture.rotations, torch.Size(capture.last_shape or ())
+    turned = {task: _unwrapped(head) for task, head in enumerate(heads) if _is_turned(rotations, task)}
+    matrices = {  # copies, where the model is now: it may have been moved since it ran
+        task: rotations[task].to(next(head.parameters(), rotations[task]).device, copy=True)
+        for task, head in turned.items()
+    }
+    plans = {task: _plan(head, shape, capture.dims, matrices[task]) for task, head in turned.items()}
+    reasons = {task: plan for task, plan in plans.items() if isinstance(plan, UnfoldableError)}
+    for task, reason in reasons.items():
+        if hasattr(turned[task], "rotation"):
+            raise RuntimeError(
+                f"fold() must be free to add a buffer `rotation` to {names[task]}, got a head with such an attribute: "
+                f"rename it. The rotation cannot be folded into the weights of this head: {reason}."
+            )
+    capture.detach()
+    for task, plan in plans.items():
+        if isinstance(plan, UnfoldableError):
+            turned[task].register_buffer("rotation", matrices[task])
+            turned[task].register_forward_pre_hook(RotationHook(capture.dims), prepend=True, with_kwargs=True)
+        else:
+            for layer in plan:
+                layer.weight.copy_(layer.folded(wide(layer.weight), matrices[task]))
+    if reasons:
+        warn_user(
+            "Every head should begin with a linear layer, to fold its rotation into, got some that do not. "
+            f"{'; '.join(f'{names[task]}: {reason}' for task, reason in reasons.items())}. They keep their rotations, "
+            "as a buffer `rotation` that a forward pre-hook applies. Predictions are the same, but the state dict has "
+            "these keys in addition, and does not load into a plain model: save the model as a whole, with torch.save "
+            "or torch.export, or begin these heads with nn.Linear or nn.Conv2d when you train again."
+        )
+
+
+def refresh(rotations: Rotations, model_copy: nn.Module) -> None:
+    """Give a copy of the model ``rotations`` as they are now."""
+    if not isinstance(model_copy, nn.Module):
+        raise TypeError(f"`model_copy` must be a module, got a {type(model_copy).__name__}.")
+    copies = [
+        hook.capture.rotations
+        for module in model_copy.modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, HeadHook)
+    ]
+    if not copies:
+        raise ValueError(
+            "`model_copy` must have rotations in front of its heads, got a module without. Either (a) the model was "
+            "copied before the optimizer was built, or after remove() or fold(), or (b) its heads are functions that "
+            "are fed by optimizer.rotate(z), which is up to date."
+        )
+    matrices = rotations.matrices
+    for copied in copies:
+        if len(copied) != len(rotations) or copied.size not in (None, rotations.size):
+            raise ValueError(
+                f"`model_copy` must be a copy of the model, with {len(rotations)} rotations of {rotations.size} "
+                f"features, got one with {len(copied)} of {copied.size}. Was it copied from another model?"
+            )
+    with torch.inference_mode(False):  # where copies are evaluated, but they are to be refreshed elsewhere as well
+        for copied in copies:
+            if copied.manifold is None:  # not by `create`, which may draw random numbers
+                copied.manifold = copy.deepcopy(rotations.manifold)
+            copied.load_matrices(matrices)
+
+
+def _check_foldable(capture: Capture, heads: Sequence[nn.Module]) -> None:
+    """Raise unless there is something to fold, and something to fold it into."""
+    if not heads:
+        raise RuntimeError(
+            "fold() must be used with `heads`, got an optimizer with num_tasks=K. It knows no layers to fold into: "
+            "multiply by optimizer.rotations[k] in front of head k."
+        )
+    if not capture.attached:
+        raise RuntimeError(
+            "fold() must find the rotations in front of the heads, got heads without. Either (a) fold() was called "
+            "before, and the model is ready, or (b) remove() was, and it computes without rotations."
+        )
+    if any(capture.rotations.rotate) and capture.last_shape is None:
+        raise RuntimeError(
+            "fold() must know the shape of the representation, got heads that did not run in training mode yet. After "
+            "a checkpoint was loaded, too, run one forward pass: model.train(); model(x)."
+        )
+
+
+def _is_turned(rotations: Rotations, task: int) -> bool:
+    """Whether R_k differs from I: a task that rests needs no folding."""
+    if not rotations.rotate[task]:
+        return False
+    return not torch.equal(rotations[task], torch.eye(len(rotations[task])).to(rotations[task]))
+
+
+def _unwrapped(head: nn.Module) -> nn.Module:
+    """Return the module that is deployed, without torch.compile and DistributedDataParallel around it."""
+    inner = getattr(head, "_orig_mod", None)
+    if isinstance(head, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        inner = head.module
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else head
+
+
+def _plan(
+    head: nn.Module, shape: torch.Size, dims: RotatedDims, rotation: Tensor
+) -> list[FirstLayer] | UnfoldableError:
+    """Return the layers to fold into, or why there are none."""
+    try:
+        return find_first_layers(head, shape, dims, rotation)
+    except UnfoldableError as reason:
+        return reason
