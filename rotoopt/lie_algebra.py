@@ -62,7 +62,7 @@ class Coordinates:
         """Return the gradient of one backward pass, zero if it is not usable or a task is not rotated."""
         self.fit()
         grad = coordinate_gradient(directions, target, self.parameter.shape[-1])
-        return torch.where(usable & self.rotations.rotates[:, None, None], grad, 0.0)
+        return torch.where(usable & self.rotations.rotates[:, None, None], grad, 0.0).to(self.parameter.dtype)
 
     @torch.no_grad()
     def turn(self, where: Tensor | bool = True) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import geotorch
@@ -104,6 +104,14 @@ class Rotations(nn.Module):
                 self._assign(_haar(self.num_tasks, size))
         else:
             self._assign(torch.eye(size).expand(self.num_tasks, size, size))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotations:
+        """Move and cast with the model they are a part of, but not below float32."""
+        before = None if self.manifold is None else self.matrices
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.manifold is not None and before is not None and self.matrices.itemsize < torch.float32.itemsize:
+            self.manifold.base = before.to(self.device, torch.float32)
+        return self
 
     @torch.no_grad()
     def _assign(self, matrices: Tensor) -> None:

@@ -1,0 +1,382 @@
+"""The official package's API on our core: the same mathematics as the optimizer's, and none of the package's faults."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+
+from rotoopt import EqualWeighting, Rotations, RotoGradOptimizer, RotoGradWeighting
+from rotoopt.modules import RotateOnly, RotoGrad, RotoGradNorm, VanillaMTL, cached
+from tests.asserts import assert_rotations
+from tests.contract.models import assert_same
+
+D, K = 6, 3
+Model = RotateOnly | RotoGrad | RotoGradNorm
+MODELS: dict[str, Callable[..., Model]] = {
+    "RotateOnly": RotateOnly,
+    "RotoGrad": RotoGrad,
+    "RotoGradNorm": partial(RotoGradNorm, alpha=1.5),
+}
+BURN_IN = 3
+
+
+def network() -> tuple[nn.Module, list[nn.Module]]:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Linear(5, D), nn.Tanh())
+    return backbone, [nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, 2)) for _ in range(K)]
+
+
+def make(name: str, **options: Any) -> Model:
+    backbone, heads = network()
+    torch.manual_seed(1)
+    return MODELS[name](backbone, heads, D, burn_in_period=BURN_IN, **options)
+
+
+def optimizers(model: Model) -> list[torch.optim.Optimizer]:
+    """Return the two of the official README."""
+    return [Adam(model.model_parameters(), lr=0.01), Adam(model.parameters(), lr=0.05)]
+
+
+def losses_of(model: nn.Module, batch: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    dtype = next(iter(model.backbone.parameters())).dtype  # type: ignore[union-attr]
+    predictions = model(torch.randn(4, 5, generator=generator).to(dtype))
+    return [(prediction - 1).square().mean() * 10.0**-task for task, prediction in enumerate(predictions)]
+
+
+def train(model: Model, steppers: list[torch.optim.Optimizer], *batches: int) -> None:
+    for batch in batches:
+        losses = losses_of(model, batch)
+        for each in steppers:
+            each.zero_grad()
+        model.backward(losses)
+        for each in steppers:
+            each.step()
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    return copy.deepcopy(dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("normalize_losses", [False, True])
+@pytest.mark.parametrize(("name", "weighting"), [("RotateOnly", EqualWeighting), ("RotoGrad", RotoGradWeighting)])
+def test_model_and_optimizer_are_one_method(name: str, weighting: Callable[[], Any], normalize_losses: bool) -> None:
+    """With the same start, the module with two optimizers does what the wrapping optimizer does, bit for bit."""
+    model = make(name, normalize_losses=normalize_losses)
+    backbone, heads = network()
+    bare = Adam([param for module in (backbone, *heads) for param in module.parameters()], lr=0.01)
+    optimizer = RotoGradOptimizer(
+        bare,
+        heads=heads,
+        rotation_size=D,
+        weighting=weighting(),
+        normalize_losses=normalize_losses,
+        burn_in_period=BURN_IN,
+        rotation_optimizer=lambda params: Adam(params, lr=0.05),
+    )
+    optimizer.rotations.load_matrices(torch.stack(list(model.rotation)))
+    steppers = optimizers(model)
+    for batch in range(7):
+        train(model, steppers, batch)
+        generator = torch.Generator().manual_seed(batch)
+        rep = backbone(torch.randn(4, 5, generator=generator))
+        losses = [(head(rep) - 1).square().mean() * 10.0**-task for task, head in enumerate(heads)]
+        optimizer.zero_grad()
+        optimizer.step(losses, rep)
+    assert_same(torch.stack(list(model.rotation)), optimizer.rotations.matrices)
+    expected = [param for module in (backbone, *heads) for param in module.parameters()]
+    assert_same([param.detach() for param in model.model_parameters()], [param.detach() for param in expected])
+    assert_rotations(optimizer.rotations.matrices)
+
+
+@pytest.mark.parametrize("cut", [1, BURN_IN, 5])
+@pytest.mark.parametrize("name", MODELS)
+def test_resumed_run_is_the_uninterrupted_one(name: str, cut: int) -> None:
+    model = make(name, normalize_losses=True)
+    steppers = optimizers(model)
+    train(model, steppers, *range(cut))
+    buffer = io.BytesIO()
+    torch.save([model.state_dict(), *(each.state_dict() for each in steppers)], buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    resumed = make(name, normalize_losses=True)
+    others = optimizers(resumed)
+    train(resumed, others, 100, 101)
+    resumed.load_state_dict(saved[0])
+    for each, own in zip(others, saved[1:], strict=True):
+        each.load_state_dict(own)
+    train(model, steppers, 20, 21, 22)
+    train(resumed, others, 20, 21, 22)
+    assert_same(state(resumed), state(model))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_copies_go_on_alike_and_apart(name: str) -> None:
+    model = make(name)
+    steppers = optimizers(model)
+    train(model, steppers, 0, 1)
+    model.rotation  # noqa: B018 - turn now, so that copies and original have nothing pending
+    before = state(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        own = optimizers(copied)
+        train(copied, own, 2)
+        assert_same(state(model), before)
+        reference = copy.deepcopy(model)
+        train(reference, optimizers(reference), 2)
+        assert_same(state(copied), state(reference))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_those_of_the_method_and_the_network(name: str) -> None:
+    model = make(name)
+    own, networks = list(model.parameters()), list(model.model_parameters())
+    assert [id(param) for param in model.mtl_parameters()] == [id(param) for param in own]
+    assert len(own) == 1 + (name == "RotoGradNorm")
+    backbone, heads = network()
+    assert len(networks) == sum(len(list(module.parameters())) for module in (backbone, *heads))
+    groups: list[dict[str, Any]] = [{"params": networks}, {"params": own, "lr": 1e-2}]
+    Adam(groups)  # no parameter in both
+    train(model, [], 0)
+    assert all(param.grad is not None for param in (*own, *networks))
+    model.zero_grad()
+    assert all(param.grad is None for param in (*own, *networks))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, nn.ModuleList])
+def test_heads_of_the_caller_stay_as_they_are(kind: Callable[[list[nn.Module]], Any]) -> None:
+    backbone, modules = network()
+    heads = kind(modules)
+    for _ in range(2):  # nothing is nested by a second model of the same heads
+        model = RotoGrad(backbone, heads, D)
+        assert list(heads) == modules
+        assert not any(head._forward_pre_hooks for head in modules)
+        assert len(model) == model.num_tasks == K
+        train(model, [], 0)
+
+
+def test_absent_task_has_no_gradient_of_an_earlier_batch() -> None:
+    model = make("RotateOnly")
+    train(model, [], 0)
+    losses = losses_of(model, 1)
+    model.zero_grad()
+    model.backward([losses[0], None, losses[2]])
+    others = list(model.backbone.parameters())
+    fresh = losses_of(model, 1)
+    expected = torch.autograd.grad(fresh[0] + fresh[2], others)
+    torch.testing.assert_close([param.grad for param in others], list(expected))
+
+
+def test_forward_without_gradients_in_training_mode() -> None:
+    model = make("RotoGrad")
+    with torch.no_grad():
+        model(torch.zeros(4, 5))
+    with pytest.raises(RuntimeError, match=r"training mode for backward\(\), got eval mode. Call model.train\(\)"):
+        model.eval().backward(losses_of(model, 0))
+
+
+def test_autocast_around_the_forward_pass_only() -> None:
+    model = make("RotoGrad")
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = losses_of(model, 0)
+    model.backward(losses)
+    assert all(param.grad is not None and param.grad.isfinite().all() for param in model.parameters())
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_first_loss_neither_flips_nor_poisons_a_gradient(value: float) -> None:
+    """The official package divides by L_k(0) as it is: a negative one turns descent into ascent."""
+    model = make("RotateOnly", normalize_losses=True)
+    grads = []
+    for shift in (None, value):
+        model = make("RotateOnly", normalize_losses=True)
+        first = losses_of(model, 0)
+        offset = 0.0 if shift is None else shift - first[0].detach()
+        model.backward([first[0] + offset, *first[1:]])
+        model.zero_grad()
+        model.backward(losses_of(model, 1))
+        grads.append([param.grad for param in model.heads[0].parameters()])
+    for plain, shifted in zip(*grads, strict=True):
+        assert plain is not None
+        assert shifted is not None
+        cosine = torch.nn.functional.cosine_similarity(plain.flatten(), shifted.flatten(), dim=0)
+        torch.testing.assert_close(cosine, torch.tensor(1.0))
+
+
+def test_rotations_turn_once_per_step_and_not_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("RotoGrad")
+    steppers = optimizers(model)
+    turns: list[None] = []
+    turn = Rotations.turn_
+
+    def counted(self: Rotations, skew: Tensor) -> None:
+        turns.append(None)
+        turn(self, skew)
+
+    monkeypatch.setattr(Rotations, "turn_", counted)
+    train(model, steppers, 0, 1, 2)
+    assert len(turns) == 2  # before the second and the third forward pass
+    model.eval()
+    for _ in range(3):
+        with cached():
+            model(torch.zeros(4, 5))
+    assert len(turns) == 3
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_several_backward_passes_add_up(name: str, set_to_none: bool) -> None:
+    found = []
+    for batches in ((0,), (1,), (0, 1)):
+        model = make(name)
+        train(model, [], 5)  # references
+        model.zero_grad(set_to_none)
+        for batch in batches:
+            model.backward(losses_of(model, batch))
+        grads = [param.grad for param in (*model.parameters(), *model.model_parameters())]
+        found.append([grad for grad in grads if grad is not None])
+    sums = [first + second for first, second in zip(found[0], found[1], strict=True)]
+    torch.testing.assert_close(found[2], sums)
+
+
+def test_optimizer_that_steps_on_data_is_seen() -> None:
+    model = make("RotateOnly")
+    before = torch.stack(list(model.rotation)).clone()
+    train(model, [], 0)
+    for param in model.parameters():
+        assert param.grad is not None
+        param.data.sub_(0.1 * param.grad)
+    assert not torch.equal(torch.stack(list(model.rotation)), before)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_outputs_are_those_of_the_rotated_heads(mode: str) -> None:
+    model = make("RotoGrad")
+    train(model, optimizers(model), 0, 1)
+    model.train(mode == "train")
+    x = torch.randn(4, 5)
+    outputs, rep = model(x), model.backbone(x)
+    backbone, heads = network()
+    del backbone
+    for task, (head, matrix) in enumerate(zip(heads, model.rotation, strict=True)):
+        head.load_state_dict(model.heads[task].head.state_dict())  # type: ignore[union-attr]
+        torch.testing.assert_close(outputs[task], head(rep @ matrix.mT))
+        assert_same(model[task](x), outputs[task])
+        assert_same(model.heads[task](rep), outputs[task])
+    if mode == "train":
+        assert_same(model.rep, rep)
+
+
+class Pair(nn.Module):
+    """Takes two inputs; returns the representation and something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, D)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.linear(x) * mask, mask
+
+
+class Two(nn.Module):
+    """Returns its prediction and something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, 2)
+
+    def forward(self, rep: Tensor) -> tuple[Tensor, str]:
+        return self.linear(rep), "extra"
+
+
+@pytest.mark.parametrize("make_model", [VanillaMTL, partial(RotoGrad, rotation_shape=D)])
+def test_several_inputs_and_outputs(make_model: Callable[..., VanillaMTL]) -> None:
+    model = make_model(Pair(), [Two(), nn.Linear(D, 2)])
+    x, mask = torch.randn(4, 5), torch.ones(4, 1)
+    predictions, extra = model(x, mask=mask)
+    assert len(predictions) == 2
+    assert extra[0] is mask
+    assert extra[1:] == [("extra",)]
+    model.backward([prediction.square().mean() for prediction in predictions])
+    assert all(param.grad is not None for param in model.model_parameters())
+    output, _ = model[0](x, mask)
+    assert_same(output, predictions[0])
+
+
+def test_vanilla_is_the_sum() -> None:
+    model = VanillaMTL(*network())
+    model.backward(losses_of(model, 0), backbone_loss=next(model.backbone.parameters()).square().sum())
+    found = [param.grad for param in model.model_parameters()]
+    model.zero_grad()
+    penalty = next(model.backbone.parameters()).square().sum()
+    expected = torch.autograd.grad(torch.stack([*losses_of(model, 0), penalty]).sum(), list(model.model_parameters()))
+    torch.testing.assert_close(found, list(expected))
+    assert list(model.parameters()) == []
+    assert isinstance(model[0], nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("rotation_shape", "post_shape", "size"), [(4, (3, 3), 4), ((4, 3, 3), (), 36), (3, (3, 3), 3), ((4, 3), (3,), 12)]
+)
+def test_maps(rotation_shape: int | tuple[int, ...], post_shape: tuple[int, ...], size: int) -> None:
+    torch.manual_seed(0)
+    backbone = nn.Conv2d(2, 4, 3, padding=1)
+    heads = [nn.Conv2d(4, 2, 3, padding=1) for _ in range(2)]
+    model = RotoGrad(backbone, heads, rotation_shape, post_shape=post_shape)
+    assert model.rotation[0].shape == (size, size)
+    steppers = optimizers(model)
+    for _ in range(3):
+        predictions = model(torch.randn(5, 2, 3, 3))
+        model.zero_grad()
+        model.backward([(prediction - 1).square().mean() for prediction in predictions])
+        for each in steppers:
+            each.step()
+    matrices = torch.stack(list(model.rotation))
+    assert_rotations(matrices)
+    rep = backbone(torch.randn(5, 2, 3, 3))
+    if (rotation_shape, post_shape) == (4, (3, 3)):
+        rotated = torch.einsum("ij,bjhw->bihw", matrices[0], rep)
+        torch.testing.assert_close(model.heads[0](rep), heads[0](rotated))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_casting_reaches_the_network_and_keeps_rotations(dtype: torch.dtype) -> None:
+    model = make("RotoGradNorm").to(dtype)
+    assert {param.dtype for param in model.model_parameters()} == {dtype}
+    train(model, optimizers(model), 0, 1)
+    matrices = torch.stack(list(model.rotation))
+    assert matrices.dtype == torch.promote_types(dtype, torch.float32)
+    assert_rotations(matrices.float())
+
+
+def test_backbone_loss_is_added_as_it_is() -> None:
+    found = []
+    for with_penalty in (False, True):
+        model = make("RotoGrad", normalize_losses=True)
+        weight = next(model.backbone.parameters())
+        model.backward(losses_of(model, 0), backbone_loss=weight.square().sum() if with_penalty else None)
+        assert weight.grad is not None
+        found.append(weight.grad - (2 * weight.detach() if with_penalty else 0))
+    torch.testing.assert_close(*found)
+
+
+def test_sgd_on_rotations_lowers_their_objective() -> None:
+    """On one batch, the cosines between the task gradients rise."""
+    model = make("RotateOnly")
+    stepper, alignments = SGD(model.parameters(), lr=0.2), []
+    for _ in range(30):
+        model.zero_grad()
+        model.backward(losses_of(model, 0))
+        stepper.step()
+        record = model.last_step
+        assert record is not None
+        alignments.append(float(record.alignment.mean()))
+    assert alignments[-1] > alignments[0] + 0.1
