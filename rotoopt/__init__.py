@@ -10,10 +10,10 @@ other modules are the API of the official package.
 """
 
 from rotoopt.gradnorm import GradNorm
-from rotoopt.homogenize import StepRecord
 from rotoopt.modules import RotateOnly, RotoGrad, RotoGradNorm, VanillaMTL, cached
 from rotoopt.official import rotations_from_rotograd
 from rotoopt.optimizer import RotoGradOptimizer
+from rotoopt.record import StepRecord
 from rotoopt.rotations import Rotations
 from rotoopt.weighting import EqualWeighting, RotoGradWeighting, Weighting
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,38 +13,10 @@ from torch import Tensor
 from rotoopt.distributed import JoinedGradients, Processes
 from rotoopt.gradients import TaskGradients
 from rotoopt.normalization import Reference
+from rotoopt.record import StepRecord
 from rotoopt.representation import RotatedDims
 from rotoopt.rotation_step import CayleyStep, RotationStep
 from rotoopt.weighting import Progress, Weighting
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What the latest backward pass measured. All tensors are detached; nothing is copied to the host.
-
-    Attributes:
-        losses: L_k, NaN for an absent task; ``None`` where the user back-propagated them. Shape ``(K,)``.
-        grad_norms: ||G_k||, the norm of the gradient at the representation over the whole batch, zero for an absent
-            task. Shape ``(K,)``.
-        weights: The task weights that were used, NaN for a callable weighting. Shape ``(K,)``.
-        cosines: Cosines between the task gradients, zero for an absent or zero one. Shape ``(K, K)``.
-        present: Which tasks took part. Shape ``(K,)``, bool.
-        finite: Whether all losses and gradients were finite; if not, rotations, references and trained weights
-            were left as they were. Shape ``()``, bool.
-    """
-
-    losses: Tensor | None
-    grad_norms: Tensor
-    weights: Tensor
-    cosines: Tensor
-    present: Tensor
-    finite: Tensor
-
-    @cached_property
-    def alignment(self) -> Tensor:
-        """Cosine of each task gradient with the mean of the unit gradients, the target. Shape ``(K,)``."""
-        length = self.cosines.mean().clamp(min=0.0).sqrt()
-        return torch.where(length > 0, self.cosines.mean(dim=1) / length, 0.0)
 
 
 class Homogenizer:
@@ -79,6 +50,7 @@ class Homogenizer:
         self.num_steps = 0
         self.norm_reference = Reference.unknown(num_tasks, rotations.device, rotations.dtype)
         self.loss_reference = Reference.unknown(num_tasks, rotations.device, rotations.dtype)
+        self.total_angles = torch.zeros(num_tasks, device=rotations.device, dtype=rotations.dtype)
         self.record: StepRecord | None = None
         self.pending = False
         self._processes_checked = False
@@ -115,6 +87,7 @@ class Homogenizer:
         device = self.rotation_step.rotations.device
         if self.norm_reference.values.device != device:
             self.norm_reference, self.loss_reference = self.norm_reference.to(device), self.loss_reference.to(device)
+            self.total_angles = self.total_angles.to(device)
             self.weighting.to(device)
             self.rotation_step.to(device)
 
@@ -175,7 +148,17 @@ class Homogenizer:
             if not alone and self.rotation_step.is_due(self.num_steps):
                 self._collect(gradients, shape, dims, finite)
         self.record = StepRecord(
-            self._losses, gradients.norms, combined.weights, gradients.cosines, gradients.present, finite
+            self.num_steps,
+            self._losses,
+            gradients.norms,
+            combined.weights,
+            gradients.cosines,
+            gradients.present,
+            finite,
+            torch.zeros_like(self.total_angles),
+            self.total_angles,
+            self.rotation_step.lr,
+            self.rotation_step.rotations,
         )
         self.pending = True
         vector = combined.vector if magnified is None else combined.vector * magnified
@@ -219,8 +202,11 @@ class Homogenizer:
             return
         # A training loop may step inside of its autocast.
         with torch.autocast(self.rotation_step.rotations.device.type, enabled=False):
-            self.rotation_step.step()
+            angles = self.rotation_step.step()
             self.weighting.step()
+        self.total_angles = self.total_angles + angles
+        if self.record is not None:
+            self.record = replace(self.record, angles=angles, total_angles=self.total_angles)
         self.num_steps += 1
         self.clear()
 
@@ -247,6 +233,7 @@ class Homogenizer:
             "weighting": copy.deepcopy(self.weighting.state_dict()),
             "norm_reference": self.norm_reference.state_dict(),
             "loss_reference": self.loss_reference.state_dict(),
+            "total_angles": self.total_angles,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -262,6 +249,7 @@ class Homogenizer:
         self.weighting.load_state_dict(state_dict["weighting"])
         self.norm_reference = self.norm_reference.loaded(state_dict["norm_reference"])
         self.loss_reference = self.loss_reference.loaded(state_dict["loss_reference"])
+        self.total_angles = state_dict["total_angles"].to(self.total_angles)
         self.clear()
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -65,16 +65,21 @@ class Coordinates:
         return torch.where(usable & self.rotations.rotates[:, None, None], grad, 0.0).to(self.parameter.dtype)
 
     @torch.no_grad()
-    def turn(self, where: Tensor | bool = True) -> None:
+    def turn(self, where: Tensor | bool = True) -> Tensor:
         """Apply the turn, R_k <- R_k cay(A_k - A_k^T), and start again at zero.
 
         Args:
             where: Whether to apply it. Shape ``()``, bool.
+
+        Returns:
+            Its angles, for small ones; see :class:`~rotoopt.rotation_step.RotationStep`. Shape ``(K,)``.
         """
-        skew = self.parameter.tril(-1)
-        skew = torch.where(torch.as_tensor(where, device=skew.device), skew, 0.0)
-        self.rotations.turn_(skew - skew.mT)
+        lower = self.parameter.tril(-1)
+        lower = torch.where(torch.as_tensor(where, device=lower.device), lower, 0.0)
+        skew = lower - lower.mT
+        self.rotations.turn_(skew)
         self.parameter.zero_()
+        return skew.square().mean(dim=1).sum(dim=1).sqrt()
 
 
 class LieAlgebraStep:
@@ -102,6 +107,12 @@ class LieAlgebraStep:
                 "Example: rotation_optimizer=lambda params: torch.optim.Adam(params, lr=1e-4)."
             )
 
+    @property
+    def lr(self) -> float | Tensor:
+        """Learning rate, which a scheduler may change."""
+        lr: float | Tensor = self.optimizer.param_groups[0]["lr"]
+        return lr
+
     def is_due(self, num_steps: int) -> bool:
         """Always: the schedule is the optimizer's."""
         return True
@@ -117,16 +128,17 @@ class LieAlgebraStep:
             param.grad += usable * (grad - param.grad) / self._num_usable.clamp(min=1)
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Turn the rotations by what the optimizer makes of the gradients."""
+    def step(self) -> Tensor:
+        """Turn the rotations by what the optimizer makes of the gradients; return the angles."""
         if self._num_usable is None:
-            return
+            return torch.zeros_like(self.rotations.rotates, dtype=self.rotations.dtype)
         grad = self._coordinates.parameter.grad
         if self._processes.count > 1 and grad is not None:
             self._processes.sum_(grad)
         self.optimizer.step()
-        self._coordinates.turn(self._num_usable > 0)  # where nothing was usable, what moved them is momentum
+        angles = self._coordinates.turn(self._num_usable > 0)  # where nothing was usable, what moved them is momentum
         self.clear()
+        return angles
 
     def clear(self) -> None:
         """Forget what was collected since the last step."""

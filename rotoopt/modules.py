@@ -19,8 +19,9 @@ from rotoopt.backward import BackwardPass
 from rotoopt.capture import Capture
 from rotoopt.distributed import Processes
 from rotoopt.gradnorm import GradNorm
-from rotoopt.homogenize import Homogenizer, StepRecord
+from rotoopt.homogenize import Homogenizer
 from rotoopt.official import has_official_rotations, rotations_from_rotograd
+from rotoopt.record import StepRecord
 from rotoopt.representation import RotatedDims
 from rotoopt.rotation_parameter import RotationParameter
 from rotoopt.rotations import Rotations

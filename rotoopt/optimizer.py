@@ -27,8 +27,9 @@ from rotoopt.capture import Capture
 from rotoopt.checkpoint import RotoGradState
 from rotoopt.deploy import fold, refresh
 from rotoopt.distributed import Processes
-from rotoopt.homogenize import Homogenizer, StepRecord
+from rotoopt.homogenize import Homogenizer
 from rotoopt.lie_algebra import LieAlgebraStep, RotationOptimizer
+from rotoopt.record import StepRecord
 from rotoopt.representation import RotatedDims
 from rotoopt.rotation_step import CayleyStep
 from rotoopt.rotations import Init, Rotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,6 +41,11 @@ class RotationParameter:
             self._version = param._version
         self._graded = False
 
+    @property
+    def lr(self) -> float:
+        """Not known here."""
+        return math.nan
+
     def is_due(self, num_steps: int) -> bool:
         """Always: the schedule is the user's."""
         return True
@@ -50,8 +56,9 @@ class RotationParameter:
         self.parameter.grad = grad if self.parameter.grad is None else self.parameter.grad + grad
         self._graded = True
 
-    def step(self) -> None:
+    def step(self) -> Tensor:
         """Do nothing: the user steps."""
+        return torch.zeros_like(self.rotations.rotates, dtype=self.rotations.dtype)
 
     def clear(self) -> None:
         """Do nothing: the user clears gradients."""

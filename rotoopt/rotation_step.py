@@ -29,6 +29,10 @@ class RotationStep(Protocol):
 
     rotations: Rotations
 
+    @property
+    def lr(self) -> float | Tensor:
+        """Learning rate of the rotations; NaN if they have no optimizer here."""
+
     def is_due(self, num_steps: int) -> bool:
         """Whether the rotations are to turn in the step after ``num_steps`` steps."""
 
@@ -42,8 +46,12 @@ class RotationStep(Protocol):
             usable: Whether everything in this pass was finite; if not, the pass does not count. Shape ``()``, bool.
         """
 
-    def step(self) -> None:
-        """Turn the rotations; without anything collected, only the optimizer's step is called."""
+    def step(self) -> Tensor:
+        """Turn the rotations; without anything collected, only the optimizer's step is called.
+
+        Returns:
+            The angle by which each rotation turned, in radians: the root mean square over all vectors. Shape ``(K,)``.
+        """
 
     def clear(self) -> None:
         """Forget what was collected since the last step."""
@@ -125,6 +133,12 @@ class CayleyStep:
         self._passes: list[tuple[Tensor, Tensor, Tensor]] = []
         self._num_turns = 0
 
+    @property
+    def lr(self) -> float | Tensor:
+        """Learning rate, which a scheduler may change."""
+        lr: float | Tensor = self.optimizer.param_groups[0]["lr"]
+        return lr
+
     def is_due(self, num_steps: int) -> bool:
         """Every few steps."""
         return num_steps % TURN_EVERY == 0 and any(self.rotations.rotate)
@@ -134,11 +148,11 @@ class CayleyStep:
         self._passes.append((torch.where(usable, directions, 0.0), torch.where(usable, target, 0.0), usable))
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Turn the rotations, and repair what rounding did to some of their columns."""
+    def step(self) -> Tensor:
+        """Turn the rotations, and repair what rounding did to some of their columns; return the angles."""
         if not self._passes:
             self.optimizer.step()  # a scheduler expects to see one
-            return
+            return torch.zeros_like(self._sizes)
         matrices = self.rotations.matrices
         m = matrices.shape[-1]
         skew = self._skew(m)
@@ -154,6 +168,7 @@ class CayleyStep:
         repair_columns_(matrices, first, min(count, m - first), (step > 0).to(step.dtype))
         self._num_turns += 1
         self.clear()
+        return step * (2.0 * norm / m).sqrt()
 
     def _skew(self, m: int) -> Skew:
         """Return the mean of the usable gradients, in the form that is cheaper to turn by."""

@@ -155,7 +155,8 @@ def test_norms_are_reported_without_the_scale() -> None:
         optimizer.backward(*model.losses(0), scaler=scaler)
         records.append(optimizer.last_step)
     assert records[0] is not None
-    assert_same(vars(records[1]), vars(records[0]))
+    scaled, plain = ({key: value for key, value in vars(each).items() if key != "rotations"} for each in records)
+    assert_same(scaled, plain)
 
 
 def test_backbone_loss_is_scaled_too() -> None:

@@ -1,0 +1,69 @@
+"""The record of a step: what the method measured on the way, for those who want to look."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rotoopt.rotations import Rotations, orthogonality_error
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What the latest backward pass and the step after it measured.
+
+    All tensors are detached and stay on their device: nothing waits for a GPU until a number is read.
+
+    Attributes:
+        step: Number of steps before this one.
+        losses: L_k, NaN for an absent task; ``None`` where the user back-propagated them. Shape ``(K,)``.
+        grad_norms: ||G_k||, the norm of the gradient at the representation over the whole batch, zero for an absent
+            task. Shape ``(K,)``.
+        weights: The task weights that were used, NaN for a callable weighting. Shape ``(K,)``.
+        cosines: Cosines between the task gradients, zero for an absent or zero one. Shape ``(K, K)``.
+        present: Which tasks took part. Shape ``(K,)``, bool.
+        finite: Whether all losses and gradients were finite; if not, rotations, references and trained weights
+            were left as they were. Shape ``()``, bool.
+        angles: By how much this step turned each rotation, in radians, root mean square over all vectors; zero before
+            ``step()``, and in the steps in which rotations rest. Shape ``(K,)``.
+        total_angles: The sum of ``angles`` since the start: the length of the way, not how far it led. Shape ``(K,)``.
+        rotation_lr: Learning rate of the rotations; NaN if they have no optimizer here.
+        rotations: The rotations themselves, as they are now.
+    """
+
+    step: int
+    losses: Tensor | None
+    grad_norms: Tensor
+    weights: Tensor
+    cosines: Tensor
+    present: Tensor
+    finite: Tensor
+    angles: Tensor
+    total_angles: Tensor
+    rotation_lr: float | Tensor
+    rotations: Rotations = field(repr=False)
+
+    @cached_property
+    def alignment(self) -> Tensor:
+        """Cosine of each task gradient with the mean of the unit gradients, the target. Shape ``(K,)``."""
+        length = self.cosines.mean().clamp(min=0.0).sqrt()
+        return torch.where(length > 0, self.cosines.mean(dim=1) / length, 0.0)
+
+    @cached_property
+    def conflict_rate(self) -> Tensor:
+        """Share of the pairs of present tasks whose gradients have a negative cosine; 0 for one task. Shape ``()``."""
+        conflicts = (self.cosines < 0).sum() / 2
+        num_present = self.present.sum()
+        num_pairs = (num_present * (num_present - 1) / 2).clamp(min=1)
+        return conflicts / num_pairs
+
+    @property
+    def orthogonality_error(self) -> Tensor:
+        r"""Largest entry of :math:`|R_k^\top R_k - I|` of every rotation, as it is now. Shape ``(K,)``.
+
+        Computed when it is read: K products of ``(m, m)`` matrices.
+        """
+        return orthogonality_error(self.rotations.matrices)

@@ -1,0 +1,97 @@
+"""What ``last_step`` says is what happened."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.optim import SGD
+from torch.testing import assert_close
+
+from rotoopt import EqualWeighting
+from rotoopt.rotations import orthogonality_error
+from tests.samplers import NUM_TASKS, SEEDS, SIZES, Bench, Sampler
+
+pytestmark = pytest.mark.usefixtures("every_step")
+
+
+@given(K=NUM_TASKS, seed=SEEDS, data=st.data())
+def test_conflicts_and_alignment_are_those_of_the_present_gradients(K: int, seed: int, data: st.DataObject) -> None:
+    absent = data.draw(st.sets(st.sampled_from(range(K)), max_size=K - 1))
+    bench, grads = Bench((3, 4), K, torch.float64, rotate=False), Sampler(seed).normal(K, 12)
+    bench.backward([None if task in absent else grad.view(3, 4) for task, grad in enumerate(grads)])
+    kept = [task for task in range(K) if task not in absent]
+    units = grads[kept] / grads[kept].norm(dim=1, keepdim=True)
+    pairs = [(i, j) for i in range(len(kept)) for j in range(i)]
+    conflicts = sum(float(units[i] @ units[j]) < 0 for i, j in pairs)
+    assert_close(bench.record.conflict_rate.double(), torch.tensor(conflicts / max(1, len(pairs))).double())
+    target = units.mean(dim=0)
+    assert_close(bench.record.alignment[kept], units @ target / target.norm(), rtol=1e-10, atol=1e-12)
+    assert (bench.record.alignment[sorted(absent)] == 0).all()
+
+
+@pytest.mark.parametrize("own_optimizer", [False, True])
+@given(K=NUM_TASKS, m=SIZES, seed=SEEDS)
+def test_angles_are_by_how_much_vectors_turn(own_optimizer: bool, K: int, m: int, seed: int) -> None:
+    """The chord of the angle, |R' - R|_F / sqrt(m), is that angle to second order."""
+    sampler = Sampler(seed)
+    options = {"rotation_optimizer": partial(SGD, lr=1e-2)} if own_optimizer else {"rotation_lr": 1e-3}
+    bench = Bench((2, m), K, torch.float64, init="haar", rotation_size=m, **options)
+    common, total = sampler.normal(K, 2, m), torch.zeros(K).double()
+    for _ in range(4):
+        before = bench.matrices
+        bench.backward(list(common + 0.1 * sampler.normal(K, 2, m)))
+        assert (bench.record.angles == 0).all()
+        bench.optimizer.step()
+        chord = (bench.matrices - before).flatten(1).norm(dim=1) / math.sqrt(m)
+        assert_close(bench.record.angles, chord, rtol=1e-3, atol=1e-9)
+        total += chord
+    assert_close(bench.record.total_angles, total, rtol=1e-3, atol=1e-9)
+    assert (total > 0).any()
+
+
+def test_steps_count_and_rates_are_those_of_the_scheduler() -> None:
+    bench = Bench((3, 4), 2, torch.float32, rotation_lr=0.5)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(bench.optimizer.rotation_optimizer, 0.5)
+    for step in range(3):
+        bench.step(list(torch.randn(2, 3, 4)))
+        assert bench.record.step == step
+        assert bench.record.rotation_lr == 0.5 ** (step + 1)
+        scheduler.step()
+
+
+def test_orthogonality_error_is_that_of_now() -> None:
+    bench = Bench((3, 4), 2, torch.float32, init="haar", rotation_lr=0.1)
+    bench.step(list(torch.randn(2, 3, 4)))
+    assert_close(bench.record.orthogonality_error, orthogonality_error(bench.matrices))
+    assert bench.record.orthogonality_error.shape == (2,)
+
+
+def test_looking_changes_nothing() -> None:
+    matrices = []
+    for look in (False, True):
+        bench = Bench((3, 4), 3, torch.float32, weighting=EqualWeighting(), rotation_lr=0.1)
+        for grads in torch.randn(5, 3, 3, 4, generator=torch.Generator().manual_seed(0)):
+            bench.step(list(grads))
+            if look:
+                record = bench.record
+                assert record.orthogonality_error.isfinite().all()
+                assert record.alignment.isfinite().all()
+                assert record.conflict_rate.isfinite()
+        matrices.append(bench.matrices)
+    assert torch.equal(*matrices)
+
+
+def test_record_of_an_earlier_step_stays_as_it_was() -> None:
+    bench = Bench((3, 4), 2, torch.float32, rotation_lr=0.1)
+    bench.step(list(torch.randn(2, 3, 4)))
+    record = bench.record
+    kept = [record.cosines.clone(), record.angles.clone(), record.total_angles.clone(), record.grad_norms.clone()]
+    bench.step(list(torch.randn(2, 3, 4)))
+    bench.step(list(torch.randn(2, 3, 4)))
+    for now, then in zip([record.cosines, record.angles, record.total_angles, record.grad_norms], kept, strict=True):
+        assert torch.equal(now, then)
