@@ -1,0 +1,35 @@
+"""Checks of your own model, for your own test suite, and strategies for hypothesis to draw the rest.
+
+    from rotoopt.testing import check_invariants
+
+    def test_wiring():
+        model, optimizer, batch = ...
+        check_invariants(optimizer, lambda: model.losses(batch))
+
+:func:`check_invariants` runs all checks; each has a name of its own, too, and says what is wrong and what to do.
+``rotoopt.testing.strategies`` needs ``hypothesis`` (the extra ``hypothesis``).
+"""
+
+from rotoopt.testing.checks import (
+    check_backbone_gradients,
+    check_head_gradients,
+    check_invariants,
+    check_losses_pass_through_their_heads,
+    check_losses_repeat,
+    check_parameters_are_optimized,
+    check_resume,
+    check_rotations,
+    check_rotations_reach_their_heads,
+)
+
+__all__ = [
+    "check_invariants",
+    "check_losses_repeat",
+    "check_losses_pass_through_their_heads",
+    "check_rotations_reach_their_heads",
+    "check_parameters_are_optimized",
+    "check_head_gradients",
+    "check_backbone_gradients",
+    "check_rotations",
+    "check_resume",
+]
