@@ -1,7 +1,6 @@
 """What the property tests draw: sizes, seeds, scales and dtypes, never the entries of a tensor."""
 
 import copy
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,66 +11,22 @@ from torch.optim import SGD
 
 from rotoopt import Rotations, RotoGradOptimizer, StepRecord
 from rotoopt.representation import RotatedDims
+from rotoopt.testing.models import Network as Network
+from rotoopt.testing.models import batches as batches
+from rotoopt.testing.models import network as network
+from rotoopt.testing.sampler import Sampler as Sampler
+from rotoopt.testing.strategies import LAYOUTS as LAYOUTS
+from rotoopt.testing.strategies import Layout as Layout
+from rotoopt.testing.strategies import dtypes, seeds
 from rotoopt.turn import DenseSkew, SampleSkew, Skew
 
-SEEDS = st.integers(0, 2**32 - 1)
-DTYPES = st.sampled_from([torch.float32, torch.float64])
+SEEDS, DTYPES = seeds(), dtypes()
 NUM_TASKS = st.integers(2, 10)
 SIZES = st.integers(2, 24)
 NUM_SAMPLES = st.integers(1, 14)  # below and above half of the features
 LOG_SCALES = st.floats(-3, 3)
 SKEW_SCALES = st.floats(-8, 2)  # log10; the built-in step is capped near 0, other optimizers are not
 KINDS = ["random", "zero samples", "duplicates", "aligned", "antiparallel", "tiny target", "tiny"]
-
-# Shapes of a representation, each with the dimensions to rotate: vectors, tokens, maps.
-Layout = tuple[tuple[int, ...], int | tuple[int, ...]]
-LAYOUTS: list[Layout] = [
-    ((6, 8), -1),
-    ((3, 4, 6), -1),
-    ((3, 6, 2, 3), 1),
-    ((3, 4, 2, 3), (1, 2)),
-    ((2, 3, 4, 2), (1, 3)),
-    ((3, 12), -1),  # few samples for the features, here and below: turns are of low rank
-    ((2, 12, 2, 1), 1),
-]
-
-
-class Sampler:
-    """Random tensors of one dtype from one seed."""
-
-    def __init__(self, seed: int, dtype: torch.dtype = torch.float64) -> None:
-        self.generator, self.dtype = torch.Generator().manual_seed(seed), dtype
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
-
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
-
-    def integer(self, high: int) -> int:
-        return int(torch.randint(high, (), generator=self.generator))
-
-    def log_scales(self, n: int, low: float, high: float) -> Tensor:
-        return torch.logspace(low, high, n, dtype=self.dtype)[torch.randperm(n, generator=self.generator)]
-
-    def skew(self, *shape: int) -> Tensor:
-        square = self.normal(*shape, shape[-1])
-        return square - square.mT
-
-    def rotations(self, K: int, m: int) -> Tensor:
-        """Haar rotations by QR: the signs of R's diagonal fix Q, one reflected column fixes det."""
-        generator = torch.randn(K, m, m, generator=self.generator, dtype=torch.float64)
-        Q: Tensor
-        Q, R = torch.linalg.qr(generator)
-        Q *= R.diagonal(dim1=-2, dim2=-1).sign()[:, None]
-        Q[torch.linalg.slogdet(Q).sign < 0, :, 0] *= -1
-        return Q.to(self.dtype)
-
-    def directions(self, K: int, *shape: int) -> tuple[Tensor, Tensor]:
-        """Unit gradients that agree in part, as those of real tasks do, and their mean."""
-        grads = self.normal(K, *shape) + self.normal(*shape)
-        units = grads / grads.flatten(1).norm(dim=1).view(K, *[1] * len(shape))
-        return units, units.mean(dim=0)
 
 
 def haar(K: int, m: int, dtype: torch.dtype) -> Rotations:
@@ -181,36 +136,3 @@ def _tensors(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, T
             yield f"{prefix}{key}", value.clone()
         elif key in ("weighting", "norm_reference", "loss_reference"):
             yield from _tensors(value, f"{key}.")
-
-
-class Network(nn.Module):
-    """A backbone that makes representations of one shape, and K heads that read all of it.
-
-    Tanh, because a kink makes float32 and float64 differ by more than rounding.
-    """
-
-    def __init__(self, shape: Sequence[int], K: int, *, inputs: int = 5, outputs: int = 3) -> None:
-        super().__init__()
-        n = math.prod(shape)
-        self.backbone = nn.Sequential(nn.Linear(inputs, n), nn.Tanh(), nn.Unflatten(1, tuple(shape)))
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.Flatten(), nn.Linear(n, 6), nn.Tanh(), nn.Linear(6, outputs)) for _ in range(K)
-        )
-
-    def losses(self, batch: tuple[Tensor, Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Return one squared error per task, and the representation."""
-        x, targets = batch
-        z = self.backbone(x)
-        heads = zip(self.heads, targets, strict=True)
-        return [(head(z) - target).square().mean() for head, target in heads], z
-
-
-def network(seed: int, shape: Sequence[int], K: int, dtype: torch.dtype) -> Network:
-    torch.manual_seed(seed)
-    return Network(shape, K).to(dtype)
-
-
-def batches(seed: int, n: int, K: int, dtype: torch.dtype, *, size: int = 6) -> list[tuple[Tensor, Tensor]]:
-    """Draw ``n`` batches of inputs ``(size, 5)`` and targets ``(K, size, 3)``."""
-    sampler = Sampler(seed, dtype)
-    return [(sampler.normal(size, 5), sampler.normal(K, size, 3)) for _ in range(n)]
