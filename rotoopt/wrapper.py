@@ -37,37 +37,37 @@ class OptimizerWrapper(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of the wrapped optimizer."""
-        return self.optimizer.param_groups
+        return self._core.optimizer.param_groups
 
     @param_groups.setter
     def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = value
+        self._core.optimizer.param_groups = value
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """The state of the wrapped optimizer."""
-        return self.optimizer.state
+        return self._core.optimizer.state
 
     @state.setter
     def state(self, value: defaultdict[Tensor, Any]) -> None:
-        self.optimizer.state = value
+        self._core.optimizer.state = value
 
     @property
     def defaults(self) -> dict[str, Any]:
         """The defaults of the wrapped optimizer."""
-        return self.optimizer.defaults
+        return self._core.optimizer.defaults
 
     @defaults.setter
     def defaults(self, value: dict[str, Any]) -> None:
-        self.optimizer.defaults = value
+        self._core.optimizer.defaults = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the wrapped optimizer."""
-        self.optimizer.add_param_group(param_group)
+        self._core.optimizer.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the parameters."""
-        self.optimizer.zero_grad(set_to_none=set_to_none)
+        self._core.optimizer.zero_grad(set_to_none=set_to_none)
 
     def _run_with_step_hooks(
         self, step: Callable[..., float | None], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -111,10 +111,10 @@ class OptimizerWrapper(Optimizer):
             post_hook(self)
 
     def _save(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        return self._core.optimizer.state_dict()
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state_dict)
+        self._core.optimizer.load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         # Not `__dict__`: a scheduler puts its own `step` there, bound to the original, and a copy would step that.
