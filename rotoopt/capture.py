@@ -8,7 +8,6 @@ and everything that works with an ordinary backward (DDP, checkpointing, compile
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -108,7 +107,7 @@ def rotated(rep: Tensor, matrix: Tensor, dims: RotatedDims) -> Tensor:
 
 
 def _is_transformed() -> bool:
-    """Whether the model is being exported, traced or transformed by torch.func: not run, as it is."""
+    """Whether the model is being exported, traced or transformed by torch.func, and not trained."""
     exported = torch.compiler.is_exporting() or torch._C._is_tracing()
     return exported or torch._C._are_functorch_transforms_active()
 
@@ -127,7 +126,6 @@ class Capture:
         self.rotations = rotations
         self.dims = dims
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.attached = False
         self.paused = False
         self.last_shape: torch.Size | None = None  # of the latest representation that was fed in training
         self._receive = receive
@@ -160,14 +158,12 @@ class Capture:
         # First of all hooks: wrappers such as FSDP's hand every head a tensor of its own, which is no longer z.
         hook = HeadHook(self, task)
         self.handles.append(head.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
-        self.attached = True
 
     def detach(self) -> None:
         """Remove every hook."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        self.attached = False
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -238,8 +234,7 @@ class Capture:
         if not isinstance(rep, Tensor) or not rep.is_floating_point():
             found = rep.dtype if isinstance(rep, Tensor) else type(rep).__name__
             raise TypeError(f"The representation must be a floating-point tensor, got {found}.")
-        # Not `self.dims.size(rep)`: torch.compile does not trace its generator.
-        d, m = math.prod([rep.shape[i] for i in self.dims.resolve(rep.shape)]), self.rotations.size
+        d, m = self.dims.size(rep), self.rotations.size
         if m is not None and (d != m if self.rotations.covers_all else d < m):
             rule = f"have {m} features" if self.rotations.covers_all else f"have at least rotation_size={m} features"
             raise ValueError(
@@ -276,8 +271,6 @@ class HeadHook:
         self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Rotate the first positional argument, or else the first keyword argument."""
-        if not self.capture.attached:  # a compiled model calls its hooks even after they were removed
-            return args, kwargs
         if args:
             return (self._rotate(head, args[0]), *args[1:]), kwargs
         if kwargs:

@@ -40,7 +40,7 @@ class RotatedDims:
 
     def size(self, rep: Tensor) -> int:
         """Return ``d``, the number of features along the rotated dimensions."""
-        return math.prod(rep.shape[i] for i in self.resolve(rep.shape))
+        return math.prod([rep.shape[i] for i in self.resolve(rep.shape)])  # a list: torch.compile traces no generator
 
     def view(self, rep: Tensor) -> Tensor:
         """Return ``rep`` as ``(L, d, P)``."""

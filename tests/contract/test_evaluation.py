@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from rotoopt import RotoGradOptimizer
 from tests.contract.models import TwoTasks, assert_same, back_propagate, parameters, snapshot, train, wrap
@@ -169,31 +168,3 @@ def test_other_hooks_of_a_head_come_later() -> None:
         train(model, optimizer, 0, 1)
         results.append(snapshot(model, optimizer))
     assert_same(*results)
-
-
-def test_checkpointing_is_exact() -> None:
-    """Activation checkpointing (not re-entrant) around the heads, the backbone, or all of it."""
-
-    def heads(model: TwoTasks, x: Tensor) -> list[Tensor]:
-        rep = model.backbone(x)
-        return [checkpoint(head, rep, use_reentrant=False) for head in model.heads.values()]
-
-    def backbone(model: TwoTasks, x: Tensor) -> list[Tensor]:
-        rep = checkpoint(model.backbone, x, use_reentrant=False)
-        return [head(rep) for head in model.heads.values()]
-
-    def everything(model: TwoTasks, x: Tensor) -> list[Tensor]:
-        return list(checkpoint(model, x, use_reentrant=False))
-
-    results = []
-    computations: list[Callable[[TwoTasks, Tensor], list[Tensor]]]
-    computations = [lambda model, x: list(model(x)), heads, backbone, everything]
-    for compute in computations:
-        model, optimizer = wrap()
-        for batch in range(3):
-            outputs = compute(model, model.inputs(batch))
-            optimizer.zero_grad()
-            optimizer.step([output.square().mean() for output in outputs])
-        results.append(snapshot(model, optimizer))
-    for result in results[1:]:
-        assert_same(result, results[0])

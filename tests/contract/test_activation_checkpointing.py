@@ -1,0 +1,178 @@
+"""Activation checkpointing changes no bit of a training run, or is refused with what to do instead."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from rotoopt import RotoGradOptimizer
+from tests.contract.models import TwoTasks, assert_same, back_propagate, sgd, snapshot, wrap
+
+# The reason is given in test_compile.py.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+Forward = Callable[[TwoTasks, Tensor], Iterable[Tensor]]
+Call = Callable[[RotoGradOptimizer, list[Tensor]], object]
+
+recomputed: Any = partial(checkpoint, use_reentrant=False)
+reentrant: Any = partial(checkpoint, use_reentrant=True)
+
+
+def around(backbone: Any = None, heads: Any = None) -> Forward:
+    """Return a forward pass with these kinds of checkpointing."""
+
+    def forward(model: TwoTasks, x: Tensor) -> list[Tensor]:
+        rep = model.backbone(x) if backbone is None else backbone(model.backbone, x)
+        return [head(rep) if heads is None else heads(head, rep) for head in model.heads.values()]
+
+    return forward
+
+
+def in_segments(model: TwoTasks, x: Tensor) -> list[Tensor]:
+    assert isinstance(model.backbone, nn.Sequential)
+    rep = checkpoint_sequential(model.backbone, 2, x, use_reentrant=False)  # type: ignore[no-untyped-call]
+    return [head(rep) for head in model.heads.values()]
+
+
+def everything(kind: Any) -> Forward:
+    return lambda model, x: kind(lambda x: tuple(model(x)), x)
+
+
+def nested(model: TwoTasks, x: Tensor) -> Iterable[Tensor]:
+    outputs: tuple[Tensor, ...] = recomputed(lambda x: tuple(around(heads=recomputed)(model, x)), x)
+    return outputs
+
+
+EXACT: dict[str, Forward] = {
+    "backbone": around(backbone=recomputed),
+    "heads": around(heads=recomputed),
+    "backbone and heads": around(recomputed, recomputed),
+    "segments": in_segments,
+    "everything": everything(recomputed),
+    "nested": nested,
+    "re-entrant backbone": around(backbone=reentrant),
+    "re-entrant backbone, heads": around(reentrant, recomputed),
+}
+
+
+def by_hand(optimizer: RotoGradOptimizer, losses: list[Tensor]) -> None:
+    back_propagate(losses)
+    optimizer.step()
+
+
+def backward_then_step(optimizer: RotoGradOptimizer, losses: list[Tensor]) -> None:
+    optimizer.backward(losses)
+    optimizer.step()
+
+
+CALLS: dict[str, Call] = {
+    "step(losses)": lambda optimizer, losses: optimizer.step(losses),
+    "backward(losses), step()": backward_then_step,
+    "sum(losses).backward(), step()": by_hand,
+    "step(closure)": lambda optimizer, losses: optimizer.step(lambda: back_propagate(losses)),
+}
+
+
+def run(forward: Forward, call: Call, *, autocast: bool = False, **options: Any) -> dict[str, Any]:
+    model, optimizer = wrap(**options)
+    for batch in range(3):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            x = model.inputs(batch).requires_grad_()  # else re-entrant checkpointing of the backbone has no gradient
+            losses = [output.square().mean() for output in forward(model, x)]
+        optimizer.zero_grad()
+        call(optimizer, losses)
+    return snapshot(model, optimizer)
+
+
+@pytest.mark.parametrize("call", ["step(losses)", "sum(losses).backward(), step()"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("where", EXACT)
+def test_checkpointing_is_exact(where: str, autocast: bool, call: str) -> None:
+    expected = run(around(), CALLS[call], autocast=autocast, init="haar")
+    assert_same(run(EXACT[where], CALLS[call], autocast=autocast, init="haar"), expected)
+
+
+def test_heads_run_again_in_the_backward_pass() -> None:
+    """What the test above relies on."""
+    model, optimizer = wrap()
+    runs: list[str] = []
+    model.heads["left"].register_forward_pre_hook(lambda *_: runs.append("left"))
+    losses = [output.square().mean() for output in around(heads=recomputed)(model, model.inputs(0))]
+    assert runs == ["left"]
+    optimizer.step(losses)
+    assert runs == ["left", "left"]
+
+
+def test_functional_heads() -> None:
+    results = []
+    for kind in (None, recomputed):
+        model, optimizer = wrap(num_tasks=2, init="haar")
+
+        def forward(x: Tensor, model: TwoTasks = model, optimizer: Any = optimizer) -> tuple[Tensor, ...]:
+            reps = optimizer.rotate(model.backbone(x))
+            return tuple(head(rep) for head, rep in zip(model.heads.values(), reps, strict=True))
+
+        for batch in range(3):
+            x = model.inputs(batch)
+            outputs = forward(x) if kind is None else kind(forward, x)
+            optimizer.zero_grad()
+            optimizer.step([output.square().mean() for output in outputs])
+        results.append(snapshot(model, optimizer))
+    assert_same(*results)
+
+
+class Checkpointed(TwoTasks):
+    """Whose heads are recomputed, as the option of a model zoo would have it."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return list(around(recomputed, recomputed)(self, x))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_checkpointing_in_a_compiled_model(backend: str) -> None:
+    results = []
+    for compile_it in (True, False):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = Checkpointed()
+        optimizer = RotoGradOptimizer(sgd(model.parameters()), model.heads)
+        forward = torch.compile(model, backend=backend) if compile_it else model
+        for batch in range(3):
+            outputs = forward(model.inputs(batch))
+            optimizer.zero_grad()
+            optimizer.step([output.square().mean() for output in outputs])
+        results.append(snapshot(model, optimizer))
+    torch.compiler.reset()
+    assert_same(*results)
+
+
+REFUSED: dict[str, Forward] = {
+    "re-entrant heads": around(heads=reentrant),
+    "backbone, re-entrant heads": around(recomputed, reentrant),
+    "re-entrant backbone and heads": around(reentrant, reentrant),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("where", REFUSED)
+def test_reentrant_checkpointing_of_heads_is_refused(where: str, call: str) -> None:
+    model, optimizer = wrap(rotation_size=6)
+    before = snapshot(model, optimizer)
+    losses = [output.square().mean() for output in REFUSED[where](model, model.inputs(0).requires_grad_())]
+    with pytest.raises(RuntimeError, match=r"re-entrant checkpointing.* \(?pass use_reentrant=False"):
+        CALLS[call](optimizer, losses)
+    after = snapshot(model, optimizer)
+    del before["gradients"], after["gradients"]  # a backward pass that fails inside leaves some
+    assert_same(after, before)
+
+
+def test_reentrant_checkpointing_of_everything() -> None:
+    """The losses do not show what they passed through; a backward pass runs into a second one that does it all."""
+    forward, call = everything(reentrant), "sum(losses).backward(), step()"
+    assert_same(run(forward, CALLS[call]), run(around(), CALLS[call]))
+    with pytest.raises(RuntimeError, match=r"passes through: none.*re-entrant checkpointing"):
+        run(forward, CALLS["step(losses)"])
