@@ -54,7 +54,7 @@ def fold(capture: Capture, heads: Sequence[nn.Module], names: Sequence[str]) -> 
         task: rotations[task].to(next(head.parameters(), rotations[task]).device, copy=True)
         for task, head in turned.items()
     }
-    plans = {task: _plan(head, shape, capture.dims, matrices[task]) for task, head in turned.items()}
+    plans = {task: _plan(task, heads, shape, capture.dims, matrices[task]) for task in turned}
     reasons = {task: plan for task, plan in plans.items() if isinstance(plan, UnfoldableError)}
     for task, reason in reasons.items():
         if hasattr(turned[task], "rotation"):
@@ -117,7 +117,7 @@ def _check_foldable(capture: Capture, heads: Sequence[nn.Module]) -> None:
             "fold() must be used with `heads`, got an optimizer with num_tasks=K. It knows no layers to fold into: "
             "multiply by optimizer.rotations[k] in front of head k."
         )
-    if not capture.attached:
+    if not capture.handles:
         raise RuntimeError(
             "fold() must find the rotations in front of the heads, got heads without. Either (a) fold() was called "
             "before, and the model is ready, or (b) remove() was, and it computes without rotations."
@@ -145,10 +145,14 @@ def _unwrapped(head: nn.Module) -> nn.Module:
 
 
 def _plan(
-    head: nn.Module, shape: torch.Size, dims: RotatedDims, rotation: Tensor
+    task: int, heads: Sequence[nn.Module], shape: torch.Size, dims: RotatedDims, rotation: Tensor
 ) -> list[FirstLayer] | UnfoldableError:
     """Return the layers to fold into, or why there are none."""
     try:
-        return find_first_layers(head, shape, dims, rotation)
+        layers = find_first_layers(_unwrapped(heads[task]), shape, dims, rotation)
     except UnfoldableError as reason:
         return reason
+    elsewhere = {id(param) for head in heads if head is not heads[task] for param in head.parameters()}
+    if any(id(layer.weight) in elsewhere for layer in layers):
+        return UnfoldableError("another head has its first layer, too")
+    return layers

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
@@ -38,7 +39,7 @@ class FirstLayer:
         dims: Which dimensions of ``(out, *sample)`` meet the rotated ones.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     transposed: bool
     sample: tuple[int, ...]
     dims: RotatedDims
@@ -71,7 +72,7 @@ def find_first_layers(head: nn.Module, shape: torch.Size, dims: RotatedDims, lik
     Raises:
         UnfoldableError: If it takes more, or the head does not run on z alone.
     """
-    if any(type(param) is not nn.Parameter for param in head.parameters()):
+    if any(type(param) is not nn.Parameter for param in head.parameters()) or _is_sharded(head):
         raise UnfoldableError("its parameters are sharded or quantized")
     generator = torch.Generator().manual_seed(0)  # all processes of a group come to the same result
     z = wide(torch.randn(shape, generator=generator).to(like.device))
@@ -83,13 +84,28 @@ def find_first_layers(head: nn.Module, shape: torch.Size, dims: RotatedDims, lik
     names = {id(param): name for name, param in head.named_parameters()}
     with _unrotated(head):
         expected, consumers = _trace(head, tensors, rotated(z, matrix, dims).contiguous())  # nn.Flatten keeps storage
-        layers = [_first_layer(layer, fed, dims, dims.size(z)) for layer, fed in consumers.items()]
+        layers = [_first_layer(layer, fed, z, dims) for layer, fed in consumers.items()]
         if not layers:
             raise UnfoldableError("no layer takes z as it is")
         folded = {names[id(layer.weight)]: layer.folded(wide(layer.weight), matrix) for layer in layers}
         if not _agree(_run(head, {**tensors, **folded}, z), expected):
             raise UnfoldableError("its first layers are not all that z goes through")
     return layers
+
+
+def _is_sharded(head: nn.Module) -> bool:
+    """Whether FSDP has part of ``head``. After a forward pass, its parameters may look like any others."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import
+
+    shards = (each for each in _living_modules() if isinstance(each, FSDPModule | FullyShardedDataParallel))
+    parts = set(head.modules())
+    return any(not parts.isdisjoint(each.modules()) for each in shards)
+
+
+def _living_modules() -> Iterator[nn.Module]:
+    return (each for each in gc.get_objects() if issubclass(type(each), nn.Module))
 
 
 @contextmanager
@@ -126,7 +142,7 @@ def _trace(head: nn.Module, tensors: dict[str, Tensor], rep: Tensor) -> tuple[li
             return
         if next(layer.parameters(), None) is not None:
             consumers[layer] = fed
-        elif isinstance(output, Tensor) and output.ndim == rep.ndim:
+        elif isinstance(output, Tensor):
             followed.setdefault(_storage(output), output)
 
     leaves = [module for module in head.modules() if next(module.children(), None) is None]
@@ -142,37 +158,36 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _first_layer(layer: nn.Module, fed: Tensor, dims: RotatedDims, d: int) -> FirstLayer:
-    """Return how ``layer`` consumes ``fed``, a representation of ``d`` rotated features."""
+def _first_layer(layer: nn.Module, fed: Tensor, z: Tensor, dims: RotatedDims) -> FirstLayer:
+    """Return how ``layer`` consumes ``fed``, which is z or was made from it."""
+    d, flat = dims.size(z), fed.ndim == z.ndim and 0 not in dims.resolve(z.shape)
     sample: tuple[int, ...] = (d,)
     if isinstance(layer, CONVOLUTIONS) and layer.groups == 1 and layer.in_channels == d:
         sample, dims = (d, *layer.kernel_size), RotatedDims(1)
     elif isinstance(layer, nn.Linear) and layer.in_features == d:
         dims = RotatedDims(1)
-    elif isinstance(layer, nn.Linear) and layer.in_features == math.prod(fed.shape[1:]):
+    elif isinstance(layer, nn.Linear) and flat and layer.in_features == math.prod(fed.shape[1:]):
         sample = fed.shape[1:]
     else:
         raise UnfoldableError(f"it begins with {layer}")
-    weight: object = layer.weight
-    if not isinstance(weight, nn.Parameter) or _num_owners(weight) != 1:
-        raise UnfoldableError(f"other modules have the weight of its {layer}, too, or it is computed from others")
-    return FirstLayer(weight, getattr(layer, "transposed", False), sample, dims)
+    if _num_owners(layer.weight) != 1:
+        raise UnfoldableError(
+            f"other modules have the weight of its {layer}, too, or it is computed, or gc.freeze() hides the modules"
+        )
+    return FirstLayer(layer.weight, getattr(layer, "transposed", False), sample, dims)
 
 
-def _num_owners(weight: nn.Parameter) -> int:
+def _num_owners(weight: Tensor) -> int:
     """Return how many modules have ``weight``: tied ones, such as the embedding of a language model, are anywhere."""
-    modules = (each for each in gc.get_objects() if issubclass(type(each), nn.Module))
-    return sum(any(param is weight for param in vars(module).get("_parameters", {}).values()) for module in modules)
+    parameters = (vars(module).get("_parameters", {}).values() for module in _living_modules())
+    return sum(any(param is weight for param in each) for each in parameters)
 
 
 def _run(head: nn.Module, tensors: dict[str, Tensor], rep: Tensor) -> list[Any]:
     """Return the outputs of ``head`` with other parameters and buffers; sampling heads sample the same every time."""
     device = rep.device
     try:
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            torch.autocast(device.type, enabled=False),
-        ):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             return tree_leaves(functional_call(head, tensors, (rep,)))
     except Exception as error:
         raise UnfoldableError(f"it does not run on z alone in {rep.dtype} ({type(error).__name__}: {error})") from error

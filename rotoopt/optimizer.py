@@ -324,8 +324,8 @@ class RotoGradOptimizer(OptimizerWrapper):
     def fold(self) -> None:
         r"""Make every rotation part of its head and remove the hooks, to use the model without this optimizer.
 
-        The first layers of head k, linear ones or convolutions, get the weights :math:`W R_k`. Predictions stay as they
-        are up to rounding, and ``model.state_dict()`` then loads into a model that was never wrapped.
+        The first layers of head k, linear ones or convolutions, get the weights :math:`W R_k`. Predictions in eval mode
+        stay as they are, up to rounding, and ``model.state_dict()`` then loads into a model that was never wrapped.
 
         A head that does not begin with such layers, needs more inputs than z, or shares its first weight with another
         module keeps its rotation, as a buffer ``rotation`` that a forward pre-hook applies; a warning names it. So do

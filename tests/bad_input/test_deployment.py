@@ -1,0 +1,125 @@
+"""fold() and refresh() where there is nothing to fold or refresh: an error, and nothing has changed."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from rotoopt import RotoGradOptimizer
+from tests.bad_input.cases import Case, check, parametrize
+from tests.contract.models import TwoTasks, assert_same, snapshot, train, wrap
+
+NO_FORWARD = r"fold\(\) must know the shape of the representation, got heads that did not run.*: model.train\(\); model"
+NO_ROTATIONS = r"fold\(\) must find the rotations in front of the heads, got heads without.*\(a\) fold.*\(b\) remove"
+COPY_WITHOUT = "`model_copy` must have rotations in front of its heads, got a module without.*functions"
+
+
+def fold(model: TwoTasks, optimizer: RotoGradOptimizer) -> Callable[[], object]:
+    return optimizer.fold
+
+
+def refresh(model_copy: Callable[[], object]) -> Callable[[TwoTasks, RotoGradOptimizer], Callable[[], object]]:
+    return lambda _, optimizer: lambda: optimizer.refresh(model_copy())  # type: ignore[arg-type]
+
+
+def removed() -> nn.Module:
+    model, optimizer = wrap()
+    optimizer.remove()
+    return model
+
+
+def folded() -> nn.Module:
+    model, optimizer = wrap()
+    train(model, optimizer, 0)
+    optimizer.fold()
+    return model
+
+
+def of_size(size: int) -> nn.Module:
+    return wrap(rotation_size=size)[0]
+
+
+def of_one_task() -> nn.Module:
+    head = nn.Linear(6, 1)
+    RotoGradOptimizer(SGD(head.parameters(), lr=0.1), [head])
+    return head
+
+
+FUNCTIONAL = {"num_tasks": lambda: 2, "rotation_size": lambda: 6}
+CASES = {
+    "fold before a forward pass": Case(RuntimeError, NO_FORWARD, fold, later=False),
+    "fold rotations of a known size": Case(RuntimeError, NO_FORWARD, fold, {"rotation_size": lambda: 4}, later=False),
+    "fold into functions": Case(
+        RuntimeError, r"fold\(\) must be used with `heads`.*num_tasks=K.*optimizer.rotations\[k\]", fold, FUNCTIONAL
+    ),
+    "refresh a plain model": Case(ValueError, COPY_WITHOUT, refresh(TwoTasks)),
+    "refresh what was removed": Case(ValueError, COPY_WITHOUT, refresh(removed)),
+    "refresh what was folded": Case(ValueError, COPY_WITHOUT, refresh(folded)),
+    "refresh a state dict": Case(TypeError, "`model_copy` must be a module, got a dict", refresh(dict)),
+    "refresh another size": Case(
+        ValueError,
+        "must be a copy of the model, with 2 rotations of 6 features, got one with 2 of 4",
+        refresh(lambda: of_size(4)),
+    ),
+    "refresh another number": Case(
+        ValueError, "must be a copy of the model, with 2 rotations of 6 features, got one with 1", refresh(of_one_task)
+    ),
+}
+
+
+@parametrize(CASES)
+def test_deployment(case: Case, steps: int) -> None:
+    check(case, steps)
+
+
+def test_refresh_before_the_rotations_exist() -> None:
+    _, optimizer = wrap()
+    with pytest.raises(RuntimeError, match="`rotations` must exist before they are read, got none"):
+        optimizer.refresh(wrap()[0])
+
+
+def test_fold_after_a_checkpoint_needs_a_forward_pass() -> None:
+    model, optimizer = wrap(init="haar")
+    train(model, optimizer, 0)
+    resumed_model, resumed = wrap(init="haar")
+    resumed_model.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match=NO_FORWARD):
+        resumed.fold()
+    for each_model, each in ((model, optimizer), (resumed_model, resumed)):
+        each_model(each_model.inputs(0))
+        each.fold()
+    assert_same(resumed_model.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("first", ["fold", "remove"])
+def test_rotations_are_folded_once(first: str) -> None:
+    model, optimizer = wrap(init="haar")
+    train(model, optimizer, 0)
+    getattr(optimizer, first)()
+    before = snapshot(model, optimizer)
+    with pytest.raises(RuntimeError, match=NO_ROTATIONS):
+        optimizer.fold()
+    losses, z = model.losses(1)
+    with pytest.raises(RuntimeError, match=r"loss of left must pass through.*one that passes through: none"):
+        optimizer.step(losses, z)
+    assert_same(snapshot(model, optimizer), before)
+
+
+def test_a_head_with_an_attribute_of_that_name() -> None:
+    model, optimizer = wrap(init="haar")
+    optimizer.remove()
+    model.heads["right"] = nn.Sequential(nn.Tanh(), nn.Linear(6, 2))
+    model.heads["right"].register_buffer("rotation", torch.ones(1))
+    optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), model.heads, init="haar")
+    train(model, optimizer, 0)
+    with torch.no_grad():
+        before = model(model.inputs(1)), snapshot(model, optimizer)
+        with pytest.raises(
+            RuntimeError, match=r"free to add a buffer `rotation` to right.*: rename it.*: its first la"
+        ):
+            optimizer.fold()
+        assert_same((model(model.inputs(1)), snapshot(model, optimizer)), before)
+    train(model, optimizer, 1)

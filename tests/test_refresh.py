@@ -1,0 +1,138 @@
+"""Copies of the model alone keep the rotations of the moment when they were made, until refresh()."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.swa_utils import AveragedModel
+from torch.testing import assert_close
+
+from rotoopt import RotoGradOptimizer
+from rotoopt.representation import RotatedDims
+from tests.asserts import eps
+from tests.contract.models import TwoTasks, assert_moved, assert_same, snapshot, train, wrap
+from tests.oracle import layout, rotate
+from tests.samplers import DTYPES, LAYOUTS, SEEDS, Layout, Network, batches, network
+
+# Haar rotations, turned by every step: the built-in one rests until gradients agree.
+OPTIONS: dict[str, Any] = {"init": "haar", "rotation_optimizer": partial(SGD, lr=1.0)}
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "EMA": lambda model: AveragedModel(model, avg_fn=lambda old, new, _: (old + new) / 2),
+}
+
+
+def inner(model_copy: Any) -> Any:
+    return model_copy.module if isinstance(model_copy, AveragedModel) else model_copy
+
+
+@torch.no_grad()
+def by_hand(model: Network, matrices: Tensor, dim: int | tuple[int, ...], x: Tensor) -> list[Tensor]:
+    """Return head_k(R_k z), without hooks."""
+    z = model.backbone(x)
+    index = layout(z.shape, dim if isinstance(dim, tuple) else (dim,))
+    heads = [nn.Sequential(*layers) for layers in map(nn.Module.children, model.heads)]
+    return [head(rotate(z, R, index)) for head, R in zip(heads, matrices, strict=True)]
+
+
+@pytest.mark.parametrize("name", COPIES)
+@given(
+    case=st.sampled_from(LAYOUTS),
+    K=st.integers(2, 4),
+    rest=st.integers(1, 3) | st.none(),
+    made_after=st.integers(0, 2),
+    seed=SEEDS,
+    dtype=DTYPES,
+)
+def test_refreshed_copy_rotates_as_the_model_does_now(
+    name: str, case: Layout, K: int, rest: int | None, made_after: int, seed: int, dtype: torch.dtype
+) -> None:
+    """With weights of its own, whenever it was made."""
+    shape, dim = case
+    *data, (x, _) = batches(seed, 4, K, dtype)
+    model = network(seed, shape[1:], K, dtype)
+    size = None if rest is None else RotatedDims(dim).size(torch.empty(shape)) - rest
+    bare, heads = SGD(model.parameters(), lr=0.1), list(model.heads)
+    optimizer = RotoGradOptimizer(bare, heads, dim=dim, rotation_size=size, **OPTIONS)
+    model_copy: Any = None
+    for i, batch in enumerate(data):
+        if i == made_after:
+            model_copy = COPIES[name](model)
+        optimizer.zero_grad()
+        optimizer.step(*model.losses(batch))
+        if isinstance(model_copy, AveragedModel):
+            model_copy.update_parameters(model)
+    generator, weights = torch.get_rng_state(), copy.deepcopy(model_copy.state_dict())
+    optimizer.refresh(model_copy)
+    assert_same(torch.get_rng_state(), generator)
+    assert_same(model_copy.state_dict(), weights)
+    copied = inner(model_copy)
+    with torch.no_grad():
+        outputs = [head(copied.backbone(x)) for head in copied.heads]
+    expected = by_hand(copied, optimizer.rotations.matrices, dim, x)
+    assert_close(outputs, expected, rtol=0, atol=100 * eps(dtype))  # outputs of size one, sums of at most 36 products
+
+
+@pytest.mark.parametrize("made_after", [0, 1])
+def test_refreshed_copy_is_the_model_to_the_bit(made_after: int) -> None:
+    """A target network: weights and rotations of now, until it is refreshed again."""
+    model, optimizer = wrap(**OPTIONS)
+    train(model, optimizer, *range(made_after))
+    target, x = copy.deepcopy(model), model.inputs(5)
+    for inference in (True, False, True):
+        train(model, optimizer, 1, 2)
+        target.load_state_dict(model.state_dict())
+        with torch.inference_mode(inference):
+            optimizer.refresh(target)
+        outputs = predict(target, x)
+        assert_same(outputs, predict(model, x))
+        train(model, optimizer, 3)
+        assert_same(predict(target, x), outputs)
+        model.load_state_dict(target.state_dict())
+        assert any(not torch.equal(*pair) for pair in zip(predict(model, x), outputs, strict=True))
+
+
+@torch.no_grad()
+def predict(model: TwoTasks, x: Tensor) -> list[Tensor]:
+    return list(model(x))
+
+
+@pytest.mark.parametrize("made_after", [0, 2])
+def test_training_a_copy_does_not_touch_the_model(made_after: int) -> None:
+    (model, optimizer), (expected_model, expected) = (wrap(rotation_size=4, **OPTIONS) for _ in range(2))
+    for each_model, each in ((model, optimizer), (expected_model, expected)):
+        train(each_model, each, *range(made_after))
+    target = copy.deepcopy(model)
+    for batch in range(3):
+        optimizer.refresh(target)
+        losses, _ = model.losses(batch)
+        before = snapshot(model, optimizer)
+        record, rotations = optimizer.last_step, [hook.capture.rotations for hook in hooks(target)]
+        torch.autograd.backward(torch.stack(target.losses(batch)[0]).sum())
+        assert optimizer.last_step is record
+        assert all(each is not optimizer.rotations for each in rotations)
+        assert_same(snapshot(model, optimizer), before)
+        optimizer.zero_grad()
+        optimizer.step(losses)  # of the forward pass before
+        train(expected_model, expected, batch)
+        assert_same(snapshot(model, optimizer), snapshot(expected_model, expected))
+    assert_moved(model, optimizer, snapshot(*wrap(rotation_size=4, **OPTIONS)))
+
+
+def hooks(model: TwoTasks) -> list[Any]:
+    return [hook for head in model.heads.values() for hook in head._forward_pre_hooks.values()]
+
+
+def test_refreshing_the_model_itself_changes_nothing() -> None:
+    model, optimizer = wrap(**OPTIONS)
+    train(model, optimizer, 0)
+    before = snapshot(model, optimizer)
+    optimizer.refresh(model)
+    assert_same(snapshot(model, optimizer), before)
