@@ -330,7 +330,7 @@ class RotoGradOptimizer(OptimizerWrapper):
         A head that does not begin with such layers, needs more inputs than z, or shares its first weight with another
         module keeps its rotation, as a buffer ``rotation`` that a forward pre-hook applies; a warning names it. So do
         sharded (FSDP) and quantized heads. Where torch.compile or DistributedDataParallel is around a head, the head
-        inside is changed. A model that was compiled and run before needs ``torch._dynamo.reset()``.
+        inside is changed.
 
         For deployment only: moments, as Adam's, belong to the weights before. Save what training is to resume from
         before you fold.
