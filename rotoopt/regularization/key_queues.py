@@ -1,0 +1,41 @@
+"""Key queues: the latest keys of every class, in rings that are filled without a loop or a wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def enqueue_(queues: Sequence[Tensor], pointers: Tensor, keys: Sequence[Tensor], labels: Tensor) -> None:
+    """Put every key into the ring of its class, one after the other, over the oldest; as a loop would, all at once.
+
+    Args:
+        queues: Rings of K keys for C classes, changed in place. Shapes ``(D, C, K)``.
+        pointers: The slot for the next key of each class, changed in place. Shape ``(C,)``, int64.
+        keys: What goes into each of ``queues``. Shapes ``(N, D)``.
+        labels: Their classes, in 0..C-1. Shape ``(N,)``, int64.
+
+    Example:
+        >>> queue, pointers = torch.zeros(1, 2, 3), torch.zeros(2, dtype=torch.long)
+        >>> enqueue_([queue], pointers, [torch.tensor([[1.0], [2.0], [3.0], [4.0]])], torch.tensor([0, 1, 0, 0]))
+        >>> enqueue_([queue], pointers, [torch.tensor([[5.0]])], torch.tensor([0]))
+        >>> queue[0], pointers
+        (tensor([[5., 3., 4.],
+                [2., 0., 0.]]), tensor([1, 1]))
+    """
+    size = queues[0].shape[2]
+    labels, order = labels.sort(stable=True)
+    classes = torch.arange(len(pointers), device=labels.device)
+    first = torch.searchsorted(labels, classes)
+    counts = torch.searchsorted(labels, classes, right=True) - first
+    place = torch.arange(len(labels), device=labels.device)
+    rank = place - first.gather(0, labels)
+    slot = (pointers.gather(0, labels) + rank) % size
+    # More than K keys of a class go round its ring: all that fall on one slot bring the key of the last of them.
+    last = place + (counts.gather(0, labels) - 1 - rank) // size * size
+    for queue, each in zip(queues, keys, strict=True):
+        queue[:, labels, slot] = each[order[last]].to(queue.dtype).mT
+    pointers.copy_((pointers + counts) % size)

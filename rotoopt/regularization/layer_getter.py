@@ -1,0 +1,144 @@
+"""What layers inside a model compute, by the names of the layers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rotoopt.regularization.named_tensors import unwrapped
+
+# The outputs of a layer in one forward pass, each with torch's count of changes in place, None if there can be none.
+Outputs = list[tuple[Any, int | None]]
+
+
+class IntermediateLayerGetter:
+    r"""Runs a model and returns what some of its layers computed.
+
+    Hooks are put on the layers for the time of a call, and taken off whatever happens in it. The model may be wrapped
+    by DistributedDataParallel; names are those without the wrapper. It may be compiled, whole or in part: its code then
+    knows the hooks if they were there when it first ran in the same mode, training or evaluation, with or without
+    gradients. So run it through the getter from the start; where that came too late, a layer counts as one that did not
+    run.
+
+    Args:
+        model: The model.
+        return_layers: Names of the layers, as in ``model.named_modules()``.
+        keep_output: Whether to return the output of the model, too.
+        clone: Whether to copy what the layers return, for layers whose output is changed in place afterwards, as by
+            ``nn.ReLU(inplace=True)``. In compiled code, under ``torch.inference_mode``, it is copied anyway.
+
+    Raises:
+        TypeError: If ``model`` is no module or ``return_layers`` a single string.
+        ValueError: If the model has no such layer, or a name is there twice, or none.
+
+    Calling it raises a RuntimeError if a layer did not run, ran more than once, or returned a tensor that was changed
+    in place afterwards. Layers may return other things than tensors; these are passed on as they are.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> maps, output = IntermediateLayerGetter(model, ["2", "0"])(torch.ones(5, 3))
+        >>> [(name, tuple(each.shape)) for name, each in maps.items()], tuple(output.shape)
+        ([('2', (5, 2)), ('0', (5, 4))], (5, 2))
+
+    Source: ``tllib.regularization.delta.IntermediateLayerGetter``. Departs from it: the order is that of
+    ``return_layers``, as documented there, and not that of execution; names are checked when this object is built;
+    hooks do not stay behind after an error; layers that did not run are not silently absent, those that ran twice do
+    not silently count once, and no output has been changed since.
+    """
+
+    def __init__(
+        self, model: nn.Module, return_layers: Iterable[str], keep_output: bool = True, *, clone: bool = False
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be a module, got a {type(model).__name__}.")
+        if isinstance(return_layers, str):
+            raise TypeError(f"`return_layers` must be a list of names, got the string {return_layers!r}.")
+        self._model = model
+        self.return_layers = list(return_layers)
+        self.keep_output = keep_output
+        self.clone = clone
+        if not self.return_layers or len(set(self.return_layers)) < len(self.return_layers):
+            raise ValueError(f"`return_layers` must name at least one layer, and each once, got {self.return_layers}.")
+        for name in self.return_layers:
+            _check_name(unwrapped(model), name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[OrderedDict[str, Any], Any]:
+        """Run the model.
+
+        Args:
+            *args: Handed on to the model.
+            **kwargs: Handed on to the model.
+
+        Returns:
+            The outputs of the layers by name, in the order of ``return_layers``; and the output of the model, or
+            ``None`` without ``keep_output``.
+
+        Raises:
+            RuntimeError: If what a layer returned is not to be had.
+        """
+        outputs: dict[str, Outputs] = {name: [] for name in self.return_layers}
+        handles = []
+        try:
+            for name, found in outputs.items():
+                layer = unwrapped(self._model).get_submodule(name)
+                handles.append(layer.register_forward_hook(_Recorder(found, self.clone)))
+            output = self._model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        maps = OrderedDict((name, _single(name, found)) for name, found in outputs.items())
+        return maps, output if self.keep_output else None
+
+
+class _Recorder:
+    """Forward hook: notes what a layer returns."""
+
+    def __init__(self, found: Outputs, clone: bool) -> None:
+        self.found = found
+        self.clone = clone
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor):
+            self.found.append((output, None))
+        # Neither compiled code nor inference tensors tell of changes in place.
+        elif self.clone or torch.compiler.is_compiling() or output.is_inference():
+            self.found.append((output.clone(), None))
+        else:
+            self.found.append((output, output._version))
+
+
+def _single(name: str, found: Outputs) -> Any:
+    """Return the one output of a layer, as it was when the layer returned it."""
+    if not found:
+        raise RuntimeError(
+            f"Every layer must run in the forward pass, got {name}, which did not. Likely causes: (a) the model uses "
+            "its forward() or its weights instead of calling it, (b) whether it runs depends on the input, or on the "
+            "mode of the model, or (c) the model is compiled, and ran in the same mode without this getter before: run "
+            "it through the getter first, or call torch.compiler.reset()."
+        )
+    if len(found) > 1:
+        raise RuntimeError(
+            f"Every layer must run once in the forward pass, got {name}, which ran {len(found)} times. Give the model "
+            "one module, such as nn.Identity(), for every place to look at."
+        )
+    ((output, version),) = found
+    if version is not None and output._version != version:
+        raise RuntimeError(
+            f"The output of a layer must not be changed in place, got that of {name}, which was, as by the "
+            "nn.ReLU(inplace=True) behind it. Either (a) pass clone=True, or (b) name the later layer."
+        )
+    return output
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    try:
+        model.get_submodule(name)
+    except AttributeError as error:
+        near = get_close_matches(name, [known for known, _ in model.named_modules()], n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "See model.named_modules()."
+        raise ValueError(f"`return_layers` must name layers of the model, got {name!r}. {hint}") from error

@@ -1,0 +1,48 @@
+"""What regularizers of names and tensors share: what they keep, how they name it, and how they square differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+
+class NamedTensors(nn.Module):
+    """Copies of tensors, as buffers: moved, cast, copied and saved with the module that holds this one.
+
+    Args:
+        tensors: The tensors by name. Dots, which buffers must not have in their names, are slashes in the state dict.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.names = tuple(tensors)
+        for name, tensor in tensors.items():
+            self.register_buffer(name.replace(".", "/"), tensor.detach().clone())
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield names, with their dots, and tensors."""
+        for name in self.names:
+            yield name, self.get_buffer(name.replace(".", "/"))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model without torch.compile and DistributedDataParallel around it, which change names."""
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        inner = model.module
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
+    """Return the parameters under the names that they have where no part of the model is compiled."""
+    named = unwrapped(model).named_parameters(remove_duplicate=remove_duplicate)
+    return {name.replace("_orig_mod.", ""): param for name, param in named}
+
+
+def squares(tensor: Tensor) -> Tensor:
+    """Return |x|^2 of every entry.
+
+    Not the square of a norm, as in tllib: at zero, where every start point lies, its second derivative is NaN.
+    """
+    return (tensor * tensor.conj()).real
