@@ -84,7 +84,8 @@ class Rotate(torch.autograd.Function):
         """Return R_k z; z itself, as a view, for a task that is not rotated."""
         ctx.save_for_backward(matrix)
         ctx.dims, ctx.fork, ctx.task = dims, fork, task
-        return rep.view_as(rep) if matrix is None else rotated(rep, matrix, dims)
+        # Detached, so that autograd takes it for no view, and a head may begin with an in-place ReLU.
+        return rep.view_as(rep) if matrix is None else rotated(rep, matrix, dims).detach()
 
     @staticmethod
     @once_differentiable

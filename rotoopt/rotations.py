@@ -93,10 +93,7 @@ class Rotations(nn.Module):
 
     def create(self, size: int) -> None:
         """Make the K rotations of ``size`` features."""
-        with torch.device("meta"):  # geotorch would draw K Haar matrices: K QR decompositions, and random numbers
-            manifold = geotorch.SO((self.num_tasks, size, size), triv="cayley")
-        manifold.to(self.dtype).to_empty(device=self.device)
-        self.manifold = manifold
+        self._allocate(size)
         if self.init == "haar":
             with torch.random.fork_rng([], enabled=self.seed is not None):
                 if self.seed is not None:
@@ -104,6 +101,12 @@ class Rotations(nn.Module):
                 self._assign(_haar(self.num_tasks, size))
         else:
             self._assign(torch.eye(size).expand(self.num_tasks, size, size))
+
+    def _allocate(self, size: int) -> None:
+        with torch.device("meta"):  # geotorch would draw K Haar matrices: K QR decompositions, and random numbers
+            manifold = geotorch.SO((self.num_tasks, size, size), triv="cayley")
+        manifold.to(self.dtype).to_empty(device=self.device)
+        self.manifold = manifold
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotations:
         """Move and cast with the model they are a part of, but not below float32."""
@@ -124,7 +127,7 @@ class Rotations(nn.Module):
     def load_matrices(self, matrices: Tensor) -> None:
         """Take over ``matrices``, shape ``(K, m, m)``, as they are."""
         if self.manifold is None:
-            self.create(matrices.shape[-1])
+            self._allocate(matrices.shape[-1])
         self.matrices.copy_(matrices)
 
     @torch.no_grad()
@@ -148,7 +151,7 @@ class Rotations(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         matrices = state_dict.get(f"{prefix}manifold.base")
         if matrices is not None and self.manifold is None:
-            self.create(matrices.shape[-1])
+            self._allocate(matrices.shape[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -162,3 +163,19 @@ def test_gradient_of_a_head_is_its_true_gradient(layout_: Layout, K: int, seed: 
     optimizer.backward(*model.losses(batch))
     for task in range(K):
         assert_close(head_gradients(model, task), list(expected[4 * task : 4 * task + 4]), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+def test_heads_may_begin_with_an_in_place_layer(rotate: bool) -> None:
+    """Where R = I, the head gets z itself: changing that would change what the other heads see."""
+    backbone, heads = nn.Linear(3, 4), [nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 1)) for _ in range(2)]
+    bare = torch.optim.SGD([*backbone.parameters(), *heads[0].parameters(), *heads[1].parameters()], lr=0.1)
+    optimizer = RotoGradOptimizer(bare, heads=heads, rotate=rotate)
+    rep = backbone(torch.randn(5, 3))
+    before = rep.detach().clone()
+    if not rotate:
+        with pytest.raises(RuntimeError, match="view and is being modified inplace"):
+            heads[0](rep)
+        return
+    optimizer.step([head(rep).square().mean() for head in heads], rep)
+    assert torch.equal(rep.detach(), before)

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from rotoopt import RotoGradOptimizer
 from rotoopt.representation import RotatedDims
 from tests.asserts import eps
-from tests.contract.models import TwoTasks, assert_moved, assert_same, snapshot, train, wrap
+from tests.contract.models import TwoTasks, assert_moved, assert_same, back_propagate, snapshot, train, wrap
 from tests.oracle import layout, rotate
 from tests.samplers import DTYPES, LAYOUTS, SEEDS, Layout, Network, batches, network
 
@@ -93,6 +93,7 @@ def test_refreshed_copy_is_the_model_to_the_bit(made_after: int) -> None:
             optimizer.refresh(target)
         outputs = predict(target, x)
         assert_same(outputs, predict(model, x))
+        back_propagate(target.losses(0)[0])  # it can be trained
         train(model, optimizer, 3)
         assert_same(predict(target, x), outputs)
         model.load_state_dict(target.state_dict())
@@ -115,7 +116,7 @@ def test_training_a_copy_does_not_touch_the_model(made_after: int) -> None:
         losses, _ = model.losses(batch)
         before = snapshot(model, optimizer)
         record, rotations = optimizer.last_step, [hook.capture.rotations for hook in hooks(target)]
-        torch.autograd.backward(torch.stack(target.losses(batch)[0]).sum())
+        back_propagate(target.losses(batch)[0])
         assert optimizer.last_step is record
         assert all(each is not optimizer.rotations for each in rotations)
         assert_same(snapshot(model, optimizer), before)
