@@ -41,8 +41,8 @@ def check_wiring(losses: Mapping[int, Tensor], names: Sequence[str], backbone_lo
                 "Either (a) `losses` are in another order than the heads, (b) the head was bypassed, as by "
                 "head.forward(z), a submodule of it, or a functional head that was not fed by optimizer.rotate(z), "
                 "(c) it ran in eval mode, on z.detach(), under paused(), no_grad(), torch.func.vmap() or re-entrant "
-                "checkpointing (pass use_reentrant=False), before the optimizer was built, or after remove() or fold(), "
-                "or (d) the model was compiled and run before the optimizer was built: build it first, or call "
+                "checkpointing (pass use_reentrant=False), before the optimizer was built, or after remove() or "
+                "fold(), or (d) the model was compiled and run before the optimizer was built: build it first, or call "
                 "torch._dynamo.reset()."
             )
     shared = {id(fork) for fork in next(iter(forks.values()))[next(iter(forks))]}
