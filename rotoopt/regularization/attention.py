@@ -59,7 +59,7 @@ def channel_attention(
         The weights of every layer, ``(C_j,)``, in float32 on the device of the feature maps.
 
     Raises:
-        ValueError: If an argument is out of range, there is no such layer, no batch, or a loss is not finite.
+        ValueError: If an argument is out of range, there is no such layer, no batch, or a loss is no finite scalar.
         RuntimeError: If the model does what :func:`torch.func.vmap` cannot follow.
 
     Example:
@@ -72,7 +72,8 @@ def channel_attention(
     Source: Li et al., DELTA, ICLR 2019, as in ``calculate_channel_attention`` of tllib's example ``delta.py``, without
     the training that precedes. Departs from it: a channel is zero where the layer returns it, so that the bias of a
     convolution is taken away, too; no weight is changed; where all channels matter the same, attention is uniform
-    instead of NaN; and a ResNet-50 takes 1,200 runs of which most begin at the layer, not 38,400 whole ones.
+    instead of NaN; and a ResNet-50 takes 1,200 runs, in which each channel has its own only from the layer on, where
+    tllib's takes 38,400 whole ones.
     """
     if method not in ("ablation", "first_order"):
         raise ValueError(f"`method` must be 'ablation' or 'first_order', got {method!r}.")
@@ -82,7 +83,8 @@ def channel_attention(
     getter = IntermediateLayerGetter(model, layers, clone=True)
     losses: dict[str, list[Tensor]] = {name: [] for name in getter.return_layers}
     ones: dict[str, Tensor] = {}
-    with evaluating(model):
+    # Compiled code may have no place for hooks that come later.
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
         for inputs, targets in batches:
             ones = ones or _ones(getter, inputs, channel_dim)
             masked = _MaskedLoss(model, loss_fn, inputs, targets, channel_dim)
@@ -112,7 +114,10 @@ class _MaskedLoss:
             for name, mask in masks.items():
                 handle = self.model.get_submodule(name).register_forward_hook(self._hook(mask))
                 hooks.callback(handle.remove)
-            return self.loss_fn(self.model(self.inputs), self.targets)
+            loss = self.loss_fn(self.model(self.inputs), self.targets)
+        if loss.ndim > 0:
+            raise ValueError(f"`loss_fn` must return a scalar, got shape {tuple(loss.shape)}. Reduce it: loss.mean().")
+        return loss
 
     def _hook(self, mask: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def multiply(layer: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class IntermediateLayerGetter:
         return_layers: Names of the layers, as in ``model.named_modules()``.
         keep_output: Whether to return the output of the model, too.
         clone: Whether to copy what the layers return, for layers whose output is changed in place afterwards, as by
-            ``nn.ReLU(inplace=True)``. In compiled code, under ``torch.inference_mode``, it is copied anyway.
+            ``nn.ReLU(inplace=True)``. In compiled code, and under ``torch.inference_mode``, it is copied anyway.
 
     Raises:
         TypeError: If ``model`` is no module or ``return_layers`` a single string.

@@ -61,8 +61,10 @@ class SPRegularization(nn.Module):
             trained, or may be the target model itself.
         target_model: The model that is fine-tuned, which is not registered as a submodule. It may be wrapped by
             DistributedDataParallel or torch.compile: names are compared without their prefixes. A parameter that takes
-            no part in the forward pass has no place here under ``find_unused_parameters=True``: DistributedDataParallel
-            would mark it as unused, and then see its gradient.
+            no part in the forward pass must be excluded under ``find_unused_parameters=True``, or else
+            DistributedDataParallel marks it as unused and then gets a gradient for it. A model under ``fully_shard``
+            needs a start point that is sharded in the same way, and the penalty before the forward pass, which gathers
+            the parameters.
         exclude: Patterns of names, as of files, of parameters that are left out: ``["fc.*"]`` for a new head,
             ``["*.bias"]`` for all biases.
 
@@ -84,8 +86,8 @@ class SPRegularization(nn.Module):
 
     Source: Li, Grandvalet and Davoine, Explicit Inductive Bias for Transfer Learning with Convolutional Networks, ICML
     2018, as in ``tllib.regularization.delta.SPRegularization``, where biases and normalization layers are included and
-    one weight serves all; the authors' default is ``exclude`` for these. Departs from tllib: :math:`w_0` is a copy,
-    not an alias that moves with the source, is in the state dict, and follows ``.to()``; the target model does
+    one weight serves all; the authors' default leaves these out, as ``exclude`` can. Departs from tllib: :math:`w_0` is
+    a copy, not an alias that moves with the source, is in the state dict, and follows ``.to()``; the target model does
     neither; names and shapes are checked when this object is built, where tllib broadcasts, or fails in the first
     forward pass; squares are summed in float32 at least; the second derivative at the start point is not NaN.
     """

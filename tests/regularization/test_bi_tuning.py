@@ -200,7 +200,8 @@ def test_who_gets_gradients() -> None:
     """The projector's term trains backbone and projector, the classifier's the backbone, and neither the keys."""
     bi_tuning = make()
     fill(bi_tuning)
-    _, logits_z, logits_y, labels_c = bi_tuning(*batch(9))
+    x_q, x_k, labels = batch(9)
+    _, logits_z, logits_y, labels_c = bi_tuning(x_q, x_k.requires_grad_(), labels)
     trained = []
     for logits in (logits_z, logits_y):
         bi_tuning.zero_grad()
@@ -208,6 +209,7 @@ def test_who_gets_gradients() -> None:
         trained.append({name.split(".")[1] for name, param in bi_tuning.named_parameters() if param.grad is not None})
     assert trained == [{"backbone", "projector"}, {"backbone"}]
     assert not any(param.requires_grad for param in bi_tuning.encoder_k.parameters())
+    assert x_k.grad is None
 
 
 @given(seed=SEEDS, m=st.floats(0, 1), steps=st.integers(1, 5))
@@ -330,11 +332,13 @@ def test_compiles_without_graph_breaks() -> None:
 @pytest.mark.parametrize("T", [1e-4, 0.07, 1e4])
 def test_empty_slots_count_for_nothing_at_any_temperature(T: float) -> None:
     bi_tuning = make(T=T, dtype=torch.float32)
-    for step in range(2):
-        outputs = bi_tuning(*batch(step, 4, dtype=torch.float32))
-        for logits in outputs[1:3]:
-            assert_close(logits.exp().sum(dim=1), torch.ones(4))
-            assert contrast(logits, outputs[3]).isfinite()
+    x_q, _, labels = batch(0, 4, dtype=torch.float32)
+    for logits in bi_tuning(x_q, -5 * x_q, labels)[1:3]:
+        assert_same(logits[:, 0], torch.zeros(4))  # alone, and so certain, also with a negative cosine
+    outputs = bi_tuning(*batch(1, 4, dtype=torch.float32))
+    for logits in outputs[1:3]:
+        assert_close(logits.exp().sum(dim=1), torch.ones(4))
+        assert contrast(logits, outputs[3]).isfinite()
 
 
 def test_key_that_is_not_finite_leaves_its_slot_empty() -> None:
@@ -343,11 +347,13 @@ def test_key_that_is_not_finite_leaves_its_slot_empty() -> None:
     x_q, x_k, labels = batch(9)
     x_k[3] = torch.nan
     assert contrast(*bi_tuning(x_q, x_k, labels)[1::2]).isnan()
-    for step in range(3):
-        outputs = bi_tuning(*batch(10 + step))
-        assert all(each.isfinite().all() for each in outputs)
-        assert all(loss.isfinite() for loss in losses_of(outputs, batch(10 + step)[2]).values())
-    assert state(bi_tuning)["queue_h"].isfinite().all()
+    assert (bi_tuning.queue_h[-1] == 0).sum() == 1
+    bi_tuning.zero_grad()
+    loss = torch.stack(list(losses_of(bi_tuning(*batch(10)), batch(10)[2]).values())).sum()
+    torch.autograd.backward(loss)
+    assert loss.isfinite()
+    assert all(param.grad is None or param.grad.isfinite().all() for param in bi_tuning.parameters())
+    assert all(tensor.isfinite().all() for tensor in state(bi_tuning).values())
 
 
 # ---------------------------------------------------------------------- precision

@@ -70,10 +70,10 @@ class Training:
         self.weight = weight
         self.model = nn.ModuleList([self.target, self.heads])
 
-    def forward(self, batch: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def forward(self, batch: int, run: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return the inputs of one batch, their representation, and losses that never come near zero."""
         x, noise = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(batch))
-        rep = self.target(x)
+        rep = (run or self.target)(x)
         targets = [x[:, :1] + 1 + noise[:, :1], x[:, 1:] + noise[:, 1:]]
         return x, rep, [(head(rep) - y).square().mean() for head, y in zip(self.heads, targets, strict=True)]
 
@@ -140,6 +140,28 @@ def test_penalty_keeps_the_target_near_the_source(penalty: str, options: str) ->
         distances.append(sum((now - then).square().sum().item() for now, then in moved))
     free, held = distances
     assert 0.0 < held < 0.5 * free
+
+
+def test_representation_may_come_from_the_getter() -> None:
+    """Its own feature map, too: what a penalty on it contributes is added to the gradients of the tasks."""
+    found = []
+    for once in (True, False):
+        training, maps = Training(None), dict[str, Tensor]()
+        source, target = (IntermediateLayerGetter(m, ["3", "0"]) for m in (training.source, training.target))
+        nn.init.zeros_(training.target.get_submodule("0").get_parameter("bias"))
+
+        def run(x: Tensor, target: IntermediateLayerGetter = target, maps: dict[str, Tensor] = maps) -> Tensor:
+            outputs, rep = target(x)
+            maps.update(outputs)
+            assert maps["3"] is rep
+            return rep
+
+        x, rep, losses = training.forward(0, run if once else training.target)
+        penalty = BehavioralRegularization()(source(x)[0], maps if once else target(x)[0])
+        assert penalty.item() > 0.0
+        training.optimizer.step(losses, rep, backbone_loss=penalty)
+        found.append(gradients(training.model))
+    assert_close(*found)
 
 
 def test_penalty_under_autocast_and_grad_scaler() -> None:
@@ -230,13 +252,6 @@ def test_delta_has_the_names_of_tllib(name: str) -> None:
     assert getattr(delta, name) is getattr(rotoopt.regularization, name)
     assert name in rotoopt.regularization.__all__
     assert getattr(delta, name).__doc__
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    started = Ranks(tmp_path_factory.mktemp("ranks") / "rendezvous")
-    yield started
-    started.stop()
 
 
 def train_on_rank(rank: int | None, penalty: str) -> list[Tensor]:

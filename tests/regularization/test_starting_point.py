@@ -229,7 +229,7 @@ def test_excluded_parameters_have_no_start_point() -> None:
     assert penalty().item() == pytest.approx(oracle.half_squared_norm([difference]))
 
 
-@pytest.mark.parametrize("wrapped", ["source", "target", "both", "a part"])
+@pytest.mark.parametrize("wrapped", ["source", "target", "both", "a part", "data parallel"])
 def test_names_are_those_without_compile(wrapped: str) -> None:
     source, target = network(0), network(1)
     expected = SPRegularization(source, target)()
@@ -237,7 +237,8 @@ def test_names_are_those_without_compile(wrapped: str) -> None:
         compiled_body: Any = torch.compile(target.body, backend="eager")
         target.body = compiled_body
     compiled_source: Any = torch.compile(source, backend="eager") if wrapped in ("source", "both") else source
-    compiled_target: Any = torch.compile(target, backend="eager") if wrapped in ("target", "both") else target
+    parallel = nn.DataParallel(target) if wrapped == "data parallel" else target
+    compiled_target: Any = parallel if wrapped in ("source", "a part") else torch.compile(parallel, backend="eager")
     penalty = SPRegularization(compiled_source, compiled_target)
     assert_same(penalty(), expected)
     assert "starting_point.body/0/weight" in penalty.state_dict()
