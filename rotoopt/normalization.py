@@ -13,7 +13,8 @@ class Reference:
     """One reference value per task, taken at step 0 and once more after the burn-in.
 
     Only a valid value becomes a reference: of a present task, finite and not zero. Where the value at step 0 (or at
-    the end of the burn-in) is not, the next valid one is taken.
+    the end of the burn-in) is not, the next valid one is taken. Before the burn-in ends, a reference that is but
+    rounding next to the present value is taken anew: a distillation loss starts at zero, plus or minus some eps.
 
     Attributes:
         values: The references, NaN where there is none yet. Shape ``(K,)``.
@@ -41,7 +42,8 @@ class Reference:
             burnt_in: Whether the burn-in is over.
         """
         valid = present & current.isfinite() & (current > 0)
-        due = self.values.isnan() | (~self.settled if burnt_in else torch.zeros_like(self.settled))
+        outgrown = self.values < current * torch.finfo(self.values.dtype).eps ** 0.5
+        due = self.values.isnan() | ~self.settled & (outgrown | burnt_in)
         take = valid & due
         values = torch.where(take, current.to(self.values.dtype), self.values)
         return Reference(values, self.settled | take if burnt_in else self.settled)

@@ -45,10 +45,25 @@ def test_reference_is_the_first_valid_value_and_the_first_after_the_burn_in(
         assert_close(reference.values, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@given(log_noise=st.floats(-12, -4), log_growth=st.floats(0, 3), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_reference_that_was_rounding_is_taken_anew_before_the_burn_in_ends(
+    log_noise: float, log_growth: float, dtype: torch.dtype
+) -> None:
+    """Rounding: less than the root of eps of the present value. Afterwards a reference stays."""
+    noise = torch.full((K,), 10**log_noise, dtype=dtype)
+    values, everywhere = noise * 10**log_growth / torch.finfo(dtype).eps ** 0.5, torch.ones(K, dtype=torch.bool)
+    first = Reference.unknown(K, torch.device("cpu"), dtype).updated(noise, everywhere, burnt_in=False)
+    assert torch.equal(first.updated(values * 1.01, everywhere, burnt_in=False).values, values * 1.01)
+    almost = 0.99 * noise / torch.finfo(dtype).eps ** 0.5
+    assert torch.equal(first.updated(almost, everywhere, burnt_in=False).values, noise)
+    settled = Reference.unknown(K, torch.device("cpu"), dtype).updated(noise, everywhere, burnt_in=True)
+    assert torch.equal(settled.updated(values * 1.01, everywhere, burnt_in=True).values, noise)
+
+
 @given(kinds=KINDS, burn_in=BURN_INS, passes=st.integers(1, 2))
 def test_optimizer_takes_its_references_so(kinds: list[list[str]], burn_in: int, passes: int) -> None:
     bench = Bench((2, 3), K, torch.float32, burn_in_period=burn_in)
-    distinct = 2.0 ** torch.arange(len(kinds) * K).view(-1, K)
+    distinct = 2.0 ** (torch.arange(len(kinds) * K) / 16).view(-1, K)  # no value outgrows an earlier one
     taken = []  # steps without any loss do not count
     for t, kind in enumerate(kinds):
         if all(each == "absent" for each in kind):

@@ -331,10 +331,13 @@ def test_compiles_without_graph_breaks() -> None:
 
 @pytest.mark.parametrize("T", [1e-4, 0.07, 1e4])
 def test_empty_slots_count_for_nothing_at_any_temperature(T: float) -> None:
-    bi_tuning = make(T=T, dtype=torch.float32)
+    bi_tuning = make(T=T, m=1.0, dtype=torch.float32)
+    with torch.no_grad():
+        for param in bi_tuning.encoder_k.projector.parameters():
+            param.neg_()
     x_q, _, labels = batch(0, 4, dtype=torch.float32)
-    for logits in bi_tuning(x_q, -5 * x_q, labels)[1:3]:
-        assert_same(logits[:, 0], torch.zeros(4))  # alone, and so certain, also with a negative cosine
+    for logits in bi_tuning(x_q, x_q, labels)[1:3]:
+        assert_same(logits[:, 0], torch.zeros(4))  # alone, and so certain, also with a cosine of -1
     outputs = bi_tuning(*batch(1, 4, dtype=torch.float32))
     for logits in outputs[1:3]:
         assert_close(logits.exp().sum(dim=1), torch.ones(4))

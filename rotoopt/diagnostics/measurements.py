@@ -1,0 +1,98 @@
+"""Measurements: what the records of one or many steps say, as tensors on the CPU with a name for every number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rotoopt.modules import RotateOnly
+from rotoopt.optimizer import RotoGradOptimizer
+
+Measured = RotoGradOptimizer | RotateOnly
+
+MEASURED = ("losses", "grad_norms", "weights", "cosines", "present", "finite", "angles", "total_angles")
+
+# What there is one number of for every task or step, and the name of its column.
+PER_TASK = {
+    "losses": "loss",
+    "grad_norms": "grad_norm",
+    "weights": "weight",
+    "alignment": "alignment",
+    "angles": "angle",
+    "total_angles": "total_angle",
+    "present": "present",
+}
+PER_STEP = ("conflict_rate", "rotation_lr", "finite")
+
+
+def names_of(optimizer: Measured) -> tuple[str, ...]:
+    """Return the names of the tasks, or what stands for them."""
+    if isinstance(optimizer, RotateOnly):
+        return tuple(f"heads[{task}]" for task in range(optimizer.num_tasks))
+    return tuple(optimizer._core.names)
+
+
+def latest(optimizer: Measured) -> dict[str, Tensor]:
+    """Return the tensors of the latest record; nothing is copied to the CPU, and nothing but them is kept."""
+    if not hasattr(optimizer, "last_step"):
+        raise TypeError(
+            "`optimizer` must be a RotoGradOptimizer or a module such as RotoGrad, got a "
+            f"{type(optimizer).__name__}. Give the wrapper, not the optimizer inside it; where a framework has put "
+            "its own wrapper around it, as Accelerate does, give `optimizer.optimizer`."
+        )
+    record = optimizer.last_step
+    if record is None:
+        raise RuntimeError(
+            "`optimizer` must have seen a backward pass, got none. Call this after optimizer.step(losses, z)."
+        )
+    row = {name: getattr(record, name) for name in MEASURED if name != "losses"}
+    unknown = torch.full_like(record.grad_norms, torch.nan)  # losses that the user back-propagated
+    row["losses"] = unknown if record.losses is None else record.losses
+    row["step"] = torch.tensor(record.step)
+    # A copy, because schedulers change a tensor in place.
+    row["rotation_lr"] = torch.as_tensor(record.rotation_lr, dtype=torch.float64).clone()
+    return row
+
+
+def stack(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack T rows into tensors ``(T, ...)`` on the CPU, with NaN for what was not measured."""
+    last = rows[-1]  # on its device, in case that the network moved
+    values = {name: torch.stack([row[name].to(last[name]) for row in rows]).cpu() for name in last}
+    present, finite, cosines = values["present"], values["finite"], values["cosines"]
+    values["conflict_rate"] = torch.where(finite, _conflict_rate(cosines, present), torch.nan)
+    values["alignment"] = torch.where(present & finite[:, None], _alignment(cosines), torch.nan)
+    values["cosines"] = torch.where(present[:, :, None] & present[:, None, :], cosines, torch.nan)
+    for name in ("grad_norms", "weights"):
+        values[name] = torch.where(present, values[name], torch.nan)
+    for name in ("angles", "total_angles"):  # known to whoever turns the rotations, who has a learning rate
+        values[name] = torch.where(values["rotation_lr"].isnan()[:, None], torch.nan, values[name])
+    return values
+
+
+# For all steps at once what StepRecord has for one.
+
+
+def _alignment(cosines: Tensor) -> Tensor:
+    length = cosines.mean(dim=(1, 2)).clamp(min=0.0).sqrt()[:, None]
+    return torch.where(length > 0, cosines.mean(dim=2) / length, 0.0)
+
+
+def _conflict_rate(cosines: Tensor, present: Tensor) -> Tensor:
+    num_present = present.sum(dim=1)
+    return (cosines < 0).sum(dim=(1, 2)) / (num_present * (num_present - 1)).clamp(min=1)
+
+
+def pairs(num_tasks: int) -> list[tuple[int, int]]:
+    """Return the pairs of different tasks."""
+    return [(i, j) for i in range(num_tasks) for j in range(i + 1, num_tasks)]
+
+
+def columns(values: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Take stacked measurements apart into columns ``(T,)``, named as in ``loss/left`` and ``cosine/left/right``."""
+    by_name = {name: values[name] for name in PER_STEP}
+    for field, prefix in PER_TASK.items():
+        by_name |= {f"{prefix}/{name}": values[field][:, task] for task, name in enumerate(names)}
+    by_name |= {f"cosine/{names[i]}/{names[j]}": values["cosines"][:, i, j] for i, j in pairs(len(names))}
+    return by_name

@@ -1,0 +1,182 @@
+"""The warning about rotations that do harm: it comes where there is reason for it, and not where there is none."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import Adam
+
+from rotoopt.diagnostics import History, history
+from rotoopt.diagnostics.harm import NUM_BLOCKS, SIGNIFICANT, WINDOW, harm, trend
+from tests.contract.models import train, wrap
+from tests.diagnostics.fakes import FakeOptimizer
+
+K, NUM_RUNS = 3, 200
+PAIRS = [(0, 1), (0, 2), (1, 2)]
+MEMORY = 0.9  # of the noise, per step
+ROTATION_LR, BELOW, ABOVE = 1e-3, 1e-2, 1e-4  # that of the network, where the one of the rotations is below or above
+RISE = torch.linspace(0, 1, WINDOW)
+
+
+def noise(*shape: int) -> Tensor:
+    """Return noise of variance one that forgets within some 10 steps, those along the first dimension."""
+    fresh = torch.randn(shape) * math.sqrt(1 - MEMORY**2)
+    series = [torch.randn(shape[1:])]
+    for now in fresh[1:]:
+        series.append(MEMORY * series[-1] + now)
+    return torch.stack(series)
+
+
+def windows(cosine: Tensor, loss: Tensor, turn: float, size: float) -> Iterator[dict[str, Tensor]]:
+    """Yield windows whose cosines and losses are these (T,), with noise of this size."""
+    pair_noise, loss_noise = size * noise(WINDOW, NUM_RUNS, K), size * noise(WINDOW, NUM_RUNS, K)
+    for run in range(NUM_RUNS):
+        cosines = torch.eye(K).repeat(WINDOW, 1, 1)
+        for column, (i, j) in enumerate(PAIRS):
+            cosines[:, i, j] = cosines[:, j, i] = cosine + pair_noise[:, run, column]
+        yield {
+            "cosines": cosines,
+            "losses": torch.logspace(-3, 3, K) * (loss[:, None] + loss_noise[:, run]),
+            "angles": torch.tensor([0.0, 0.2, 1.0]) * turn / WINDOW * torch.ones(WINDOW, 1),
+            "rotation_lr": torch.full((WINDOW,), ROTATION_LR),
+            "step": torch.arange(WINDOW),
+        }
+
+
+@dataclass(frozen=True)
+class Case:
+    warnings: bool
+    cosine: Tensor = 0 * RISE
+    loss: Tensor = 1 + 0 * RISE
+    turn: float = 2.0
+    size: float = 0.2
+    network_lr: float = BELOW
+    says: str = ""
+
+
+CASES = {
+    "noise": Case(False),
+    "cosines fall": Case(
+        True, cosine=0.7 - 0.7 * RISE, says=r"mean cosine between task gradients fell from 0\.\d\d to "
+    ),
+    "cosines fall, rotations hardly turn": Case(False, cosine=0.7 - 0.7 * RISE, turn=0.4),
+    "cosines fall, rotations rest": Case(False, cosine=0.7 - 0.7 * RISE, turn=0.0, network_lr=ABOVE),
+    "cosines fall a little": Case(False, cosine=0.1 - 0.04 * RISE, size=0.001),
+    "cosines rise": Case(False, cosine=0.5 * RISE),
+    "losses rise": Case(True, loss=1 + 0.8 * RISE, says="the losses rose by .*%"),
+    "losses below zero rise": Case(True, loss=-2 + 0.8 * RISE, size=0.1, says="the losses rose by .*%"),
+    "losses rise, rotations hardly turn": Case(False, loss=1 + 0.8 * RISE, turn=0.4),
+    "losses rise a little": Case(False, loss=1 + 0.08 * RISE, size=0.001),
+    "losses fall": Case(False, loss=2 - RISE),
+    "learning rate above the network's, for nothing": Case(
+        True,
+        network_lr=ABOVE,
+        cosine=-0.02 * RISE,
+        size=1e-3,
+        says=r"did not rise.* 0\.001, above the network's 0\.0001\.",
+    ),
+    "learning rate above the network's, cosines rise": Case(False, cosine=0.5 * RISE, network_lr=ABOVE),
+    "learning rate above the network's, rotations rest": Case(False, turn=0.4, network_lr=ABOVE),
+    "learning rate of the network unknown": Case(False, network_lr=math.nan),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_warns_in_all_of_many_runs_or_in_none(name: str) -> None:
+    case = CASES[name]
+    found = [
+        harm(values, network_lr=case.network_lr) for values in windows(case.cosine, case.loss, case.turn, case.size)
+    ]
+    assert [warning is not None for warning in found] == [case.warnings] * NUM_RUNS
+    if case.warnings:
+        for warning in found:
+            assert warning is not None
+            assert "turned by up to 2.0 radians from step 0 to step 999" in warning
+            assert re.search(case.says, warning)
+            assert "rotate=False" in warning
+
+
+def test_false_trends_are_as_rare_as_stated() -> None:
+    """Count the orders of the blocks by their inversions, of which a trend has few."""
+    counts = torch.ones(1, dtype=torch.float64)
+    for n in range(2, NUM_BLOCKS + 1):  # the n-th block goes before 0, 1, ... n - 1 of the others
+        counts = torch.nn.functional.conv1d(
+            torch.nn.functional.pad(counts, (n - 1, n - 1))[None, None], torch.ones(1, 1, n, dtype=torch.float64)
+        )[0, 0]
+    num_pairs = NUM_BLOCKS * (NUM_BLOCKS - 1) // 2
+    deviation = num_pairs / trend(torch.arange(float(NUM_BLOCKS)))
+    inversions = torch.arange(num_pairs + 1)
+    false = (num_pairs - 2 * inversions) / deviation >= SIGNIFICANT
+    assert counts.sum() == math.factorial(NUM_BLOCKS)
+    assert counts[false].sum() / counts.sum() < 1e-5
+
+
+def test_trend_counts_pairs_in_order() -> None:
+    blocks = torch.randn(NUM_BLOCKS)
+    pairs = [(i, j) for i in range(NUM_BLOCKS) for j in range(i + 1, NUM_BLOCKS)]
+    ascending = sum(1 if blocks[i] < blocks[j] else -1 for i, j in pairs)
+    assert trend(blocks) == pytest.approx(ascending / math.sqrt(950))  # n (n - 1) (2 n + 5) / 18
+
+
+def test_tasks_that_come_and_go_are_no_fall() -> None:
+    """With more tasks in a batch, unrelated gradients are less aligned with their mean: 0.71 for 2, 0.58 for 3."""
+    for values in windows(0 * RISE, 1 + 0 * RISE, turn=2.0, size=0.001):
+        values["cosines"][:, 0, 1] = values["cosines"][:, 1, 0] = 0.9
+        values["cosines"][: WINDOW // 2, 2] = values["cosines"][: WINDOW // 2, :, 2] = torch.nan
+        values["losses"][: WINDOW // 2, 2] = torch.nan
+        assert harm(values, network_lr=BELOW) is None
+
+
+def test_steps_that_are_not_finite_do_not_count() -> None:
+    for values in windows(0 * RISE, 1 + 0.8 * RISE, turn=2.0, size=0.1):
+        values["cosines"][::7] = torch.nan
+        values["losses"][::7] = torch.inf
+        assert re.search("the losses rose by .*%", harm(values, network_lr=BELOW) or "")
+
+
+def test_one_task_is_never_blamed() -> None:
+    for values in windows(0 * RISE, 1 + 0 * RISE, turn=2.0, size=0.1):
+        alone = values | {"cosines": values["cosines"][:, :1, :1], "losses": values["losses"][:, :1]}
+        assert harm(alone, network_lr=ABOVE) is None
+
+
+def test_history_warns_once_by_the_latest_records() -> None:
+    """Rotations turn, and cosines fall, from step 500 on: by step 1399 they turned by 0.54 radians."""
+    recorded, optimizer = History(), FakeOptimizer(["a", "b"], lr=0.5)  # some other parameters have half of it
+    for step in range(3 * WINDOW):
+        cosine, angle = 1 - max(0, step - 500) / WINDOW, 6e-4 * (step >= 500)
+        cosines = torch.tensor([[1.0, cosine], [cosine, 1.0]])
+        latest = optimizer.step(angles=torch.full((2,), angle), cosines=cosines, rotation_lr=0.4)
+        if step == 1399:
+            with pytest.warns(UserWarning, match=r"0\.5 radians from step 400 to step 1399, while the mean") as caught:
+                recorded.record(latest)
+            assert [warning.filename for warning in caught] == [__file__]
+            assert "above" not in str(caught[0].message)
+        else:
+            recorded.record(latest)
+
+
+def train_and_record(steps: int, **options: Any) -> None:
+    model, optimizer = wrap(**options)
+    recorded = History()
+    for batch in range(steps):
+        train(model, optimizer, batch)
+        recorded.record(optimizer)
+
+
+def test_only_rotations_at_a_high_rate_are_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "WINDOW", 200)
+    harmless: list[dict[str, Any]] = [{}, {"rotate": False}, {"init": "haar", "rotation_lr": 0.01}]
+    for options in harmless:
+        train_and_record(300, **options)
+    with pytest.warns(UserWarning, match="learning rate is 0.2, above the network's 0.1") as caught:
+        train_and_record(300, rotation_optimizer=partial(Adam, lr=0.2))
+    assert len(caught) == 1
