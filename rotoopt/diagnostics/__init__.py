@@ -1,5 +1,7 @@
 """Look at what the tasks do to each other: collect the records of all steps, plot them, log them.
 
+.. code-block:: python
+
     history = History()
     for ...:
         optimizer.step(losses, z)

@@ -1,5 +1,7 @@
 """Checks of your own model, for your own test suite, and strategies for hypothesis to draw the rest.
 
+.. code-block:: python
+
     from rotoopt.testing import check_invariants
 
     def test_wiring():
