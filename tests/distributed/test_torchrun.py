@@ -14,7 +14,9 @@ EXAMPLE = ["examples/distributed.py", "--steps", "20"]
 def run(*arguments: str) -> list[float]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *arguments]
-    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(
+        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
     assert finished.returncode == 0, finished.stderr
     head, _, numbers = finished.stdout.strip().partition(": ")
     assert head == "losses after training"
