@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from rotoopt.capture import Capture, HeadHook, rotated
 from rotoopt.first_layers import FirstLayer, UnfoldableError, find_first_layers, wide
 from rotoopt.representation import RotatedDims
 from rotoopt.rotations import Rotations
+from rotoopt.unwrap import unwrapped
 
 
 class RotationHook:
@@ -49,7 +49,7 @@ def fold(capture: Capture, heads: Sequence[nn.Module], names: Sequence[str]) -> 
     """
     _check_foldable(capture, heads)
     rotations, shape = capture.rotations, torch.Size(capture.last_shape or ())
-    turned = {task: _unwrapped(head) for task, head in enumerate(heads) if _is_turned(rotations, task)}
+    turned = {task: unwrapped(head) for task, head in enumerate(heads) if _is_turned(rotations, task)}
     matrices = {  # copies, where the model is now: it may have been moved since it ran
         task: rotations[task].to(next(head.parameters(), rotations[task]).device, copy=True)
         for task, head in turned.items()
@@ -105,8 +105,6 @@ def refresh(rotations: Rotations, model_copy: nn.Module) -> None:
             )
     with torch.inference_mode(False):  # where copies are evaluated, but they are to be refreshed elsewhere as well
         for copied in copies:
-            if copied.manifold is None:  # not by `create`, which may draw random numbers
-                copied.manifold = copy.deepcopy(rotations.manifold)
             copied.load_matrices(matrices)
 
 
@@ -136,20 +134,12 @@ def _is_turned(rotations: Rotations, task: int) -> bool:
     return not torch.equal(rotations[task], torch.eye(len(rotations[task])).to(rotations[task]))
 
 
-def _unwrapped(head: nn.Module) -> nn.Module:
-    """Return the module that is deployed, without torch.compile and DistributedDataParallel around it."""
-    inner = getattr(head, "_orig_mod", None)
-    if isinstance(head, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        inner = head.module
-    return _unwrapped(inner) if isinstance(inner, nn.Module) else head
-
-
 def _plan(
     task: int, heads: Sequence[nn.Module], shape: torch.Size, dims: RotatedDims, rotation: Tensor
 ) -> list[FirstLayer] | UnfoldableError:
     """Return the layers to fold into, or why there are none."""
     try:
-        layers = find_first_layers(_unwrapped(heads[task]), shape, dims, rotation)
+        layers = find_first_layers(unwrapped(heads[task]), shape, dims, rotation)
     except UnfoldableError as reason:
         return reason
     elsewhere = {id(param) for head in heads if head is not heads[task] for param in head.parameters()}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotoopt.arguments import Losses
+from rotoopt.arguments import Losses, check_backbone_loss, check_losses
 from rotoopt.backward import BackwardPass
 from rotoopt.capture import Capture
 from rotoopt.distributed import Processes
@@ -89,10 +89,18 @@ class VanillaMTL(nn.Module):
             losses: One scalar per task, ``None`` for an absent one.
             backbone_loss: A loss of the backbone alone.
             **kwargs: Options of ``torch.autograd.backward``.
+
+        Raises:
+            ValueError: If the losses are not K scalars with graphs.
+            RuntimeError: In eval mode.
         """
         self._check_training()
-        roots = [loss for loss in losses if isinstance(loss, Tensor)]
+        check_backbone_loss(backbone_loss)
+        roots = list(check_losses(losses, self._names()).values())
         torch.autograd.backward(roots if backbone_loss is None else [*roots, backbone_loss], **kwargs)
+
+    def _names(self) -> list[str]:
+        return [f"heads[{task}]" for task in range(self.num_tasks)]
 
     def _check_training(self) -> None:
         if not self.training:
@@ -176,15 +184,17 @@ class RotateOnly(VanillaMTL):
         param = next((param for head in heads for param in head.parameters() if param.is_floating_point()), None)
         like = torch.zeros(()) if param is None else param
         dtype = torch.promote_types(like.dtype, torch.float32)
+        processes = Processes()
         self.rotations = Rotations(
             self.num_tasks,
             self.rotation_size,
             rotate=(True,) * self.num_tasks,
             init="haar",
+            seed=processes.shared_seed(),
             device=like.device,
             dtype=dtype,
         )
-        self._step = RotationParameter(self.rotations)
+        self._step = RotationParameter(self.rotations, processes)
         self.rotation_coordinates = self._step.parameter
         weighting = self._make_weighting()
         weighting.bind(self.num_tasks, like.device, dtype)
@@ -193,13 +203,12 @@ class RotateOnly(VanillaMTL):
             weighting,
             self._step,
             self.burn_in_period,
-            Processes(),
+            processes,
             needs_losses=self.normalize_losses,
         )
         capture = Capture(self.rotations, dims, self._homogenizer.receive)
         self.heads = nn.ModuleList(RotatedHead(head, task, capture, self._step) for task, head in enumerate(heads))
-        names = [f"heads[{task}]" for task in range(self.num_tasks)]
-        self._backward = BackwardPass(names, capture, self._homogenizer, normalize_losses=self.normalize_losses)
+        self._backward = BackwardPass(self._names(), capture, self._homogenizer, normalize_losses=self.normalize_losses)
 
     def _make_weighting(self) -> Weighting:
         return EqualWeighting()

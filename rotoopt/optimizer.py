@@ -153,7 +153,7 @@ class RotoGradOptimizer(OptimizerWrapper):
         param = next(param for group in optimizer.param_groups for param in group["params"])
         dtype = torch.promote_types(param.dtype, torch.float32) if param.is_floating_point() else torch.float32
         processes = Processes(process_group)
-        seed = processes.shared_seed() if init == "haar" and processes.count > 1 else None
+        seed = processes.shared_seed() if init == "haar" else None
         rotations = Rotations(
             len(names), rotation_size, rotate=flags, init=init, seed=seed, device=param.device, dtype=dtype
         )

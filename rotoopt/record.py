@@ -11,6 +11,18 @@ from torch import Tensor
 from rotoopt.rotations import Rotations, orthogonality_error
 
 
+def alignment(cosines: Tensor) -> Tensor:
+    """Return the cosine of each gradient with the mean of the unit gradients. ``(..., K, K)`` to ``(..., K)``."""
+    length = cosines.mean(dim=(-2, -1)).clamp(min=0.0).sqrt()[..., None]
+    return torch.where(length > 0, cosines.mean(dim=-1) / length, 0.0)
+
+
+def conflict_rate(cosines: Tensor, present: Tensor) -> Tensor:
+    """Return the share of negative cosines between present tasks. ``(..., K, K)`` and ``(..., K)`` to ``(...)``."""
+    num_present = present.sum(dim=-1)
+    return (cosines < 0).sum(dim=(-2, -1)) / (num_present * (num_present - 1)).clamp(min=1)
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """What the latest backward pass and the step after it measured.
@@ -49,16 +61,12 @@ class StepRecord:
     @cached_property
     def alignment(self) -> Tensor:
         """Cosine of each task gradient with the mean of the unit gradients, the target. Shape ``(K,)``."""
-        length = self.cosines.mean().clamp(min=0.0).sqrt()
-        return torch.where(length > 0, self.cosines.mean(dim=1) / length, 0.0)
+        return alignment(self.cosines)
 
     @cached_property
     def conflict_rate(self) -> Tensor:
         """Share of the pairs of present tasks whose gradients have a negative cosine; 0 for one task. Shape ``()``."""
-        conflicts = (self.cosines < 0).sum() / 2
-        num_present = self.present.sum()
-        num_pairs = (num_present * (num_present - 1) / 2).clamp(min=1)
-        return conflicts / num_pairs
+        return conflict_rate(self.cosines, self.present)
 
     @property
     def orthogonality_error(self) -> Tensor:

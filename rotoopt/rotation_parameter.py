@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rotoopt.distributed import Processes
 from rotoopt.lie_algebra import Coordinates
 from rotoopt.rotations import Rotations
 
@@ -19,10 +20,12 @@ class RotationParameter:
 
     Args:
         rotations: The rotations to turn.
+        processes: Those that share a batch.
     """
 
-    def __init__(self, rotations: Rotations) -> None:
+    def __init__(self, rotations: Rotations, processes: Processes) -> None:
         self.rotations = rotations
+        self._processes = processes
         self._coordinates = Coordinates(rotations)
         self._version = self.parameter._version
         self._graded = False  # since the last turn
@@ -53,6 +56,8 @@ class RotationParameter:
     def collect(self, directions: Tensor, target: Tensor, usable: Tensor) -> None:
         """Add the gradient of one backward pass."""
         grad = self._coordinates.gradient(directions, target, usable)
+        if self._processes.count > 1:
+            self._processes.sum_(grad)
         self.parameter.grad = grad if self.parameter.grad is None else self.parameter.grad + grad
         self._graded = True
 

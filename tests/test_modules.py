@@ -380,3 +380,17 @@ def test_sgd_on_rotations_lowers_their_objective() -> None:
         assert record is not None
         alignments.append(float(record.alignment.mean()))
     assert alignments[-1] > alignments[0] + 0.1
+
+
+@pytest.mark.parametrize("name", ["VanillaMTL", *MODELS])
+def test_losses_are_checked_and_may_have_names(name: str) -> None:
+    found = []
+    for named in (False, True):
+        model: VanillaMTL = VanillaMTL(*network()) if name == "VanillaMTL" else make(name)
+        losses = losses_of(model, 0)
+        with pytest.raises(ValueError, match="must have one entry per task, got 2 for 3 tasks"):
+            model.backward(losses[:2])
+        model.backward({f"heads[{task}]": loss for task, loss in enumerate(losses)} if named else losses)
+        found.append([param.grad for param in model.model_parameters()])
+    assert_same(*found)
+    assert all(grad is not None for grad in found[0])

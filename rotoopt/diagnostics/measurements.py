@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rotoopt.modules import RotateOnly
 from rotoopt.optimizer import RotoGradOptimizer
+from rotoopt.record import alignment, conflict_rate
 
 Measured = RotoGradOptimizer | RotateOnly
 
@@ -61,27 +62,14 @@ def stack(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     last = rows[-1]  # on its device, in case that the network moved
     values = {name: torch.stack([row[name].to(last[name]) for row in rows]).cpu() for name in last}
     present, finite, cosines = values["present"], values["finite"], values["cosines"]
-    values["conflict_rate"] = torch.where(finite, _conflict_rate(cosines, present), torch.nan)
-    values["alignment"] = torch.where(present & finite[:, None], _alignment(cosines), torch.nan)
+    values["conflict_rate"] = torch.where(finite, conflict_rate(cosines, present), torch.nan)
+    values["alignment"] = torch.where(present & finite[:, None], alignment(cosines), torch.nan)
     values["cosines"] = torch.where(present[:, :, None] & present[:, None, :], cosines, torch.nan)
     for name in ("grad_norms", "weights"):
         values[name] = torch.where(present, values[name], torch.nan)
     for name in ("angles", "total_angles"):  # known to whoever turns the rotations, who has a learning rate
         values[name] = torch.where(values["rotation_lr"].isnan()[:, None], torch.nan, values[name])
     return values
-
-
-# For all steps at once what StepRecord has for one.
-
-
-def _alignment(cosines: Tensor) -> Tensor:
-    length = cosines.mean(dim=(1, 2)).clamp(min=0.0).sqrt()[:, None]
-    return torch.where(length > 0, cosines.mean(dim=2) / length, 0.0)
-
-
-def _conflict_rate(cosines: Tensor, present: Tensor) -> Tensor:
-    num_present = present.sum(dim=1)
-    return (cosines < 0).sum(dim=(1, 2)) / (num_present * (num_present - 1)).clamp(min=1)
 
 
 def pairs(num_tasks: int) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rotoopt.regularization.inputs import at_least_float32
 from rotoopt.regularization.layer_getter import IntermediateLayerGetter
 from rotoopt.regularization.lwf import evaluating
-from rotoopt.regularization.named_tensors import unwrapped
+from rotoopt.unwrap import unwrapped
 
 # In units of the last place of the loss: what differs by less than this differs by rounding.
 ROUNDING = 16

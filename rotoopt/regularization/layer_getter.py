@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotoopt.regularization.named_tensors import unwrapped
+from rotoopt.unwrap import unwrapped
 
 # The outputs of a layer in one forward pass, each with torch's count of changes in place, None if there can be none.
 Outputs = list[tuple[Any, int | None]]

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
+from rotoopt.unwrap import unwrapped
+
 
 class NamedTensors(nn.Module):
     """Copies of tensors, as buffers: moved, cast, copied and saved with the module that holds this one.
@@ -24,14 +26,6 @@ class NamedTensors(nn.Module):
         """Yield names, with their dots, and tensors."""
         for name in self.names:
             yield name, self.get_buffer(name.replace(".", "/"))
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model without torch.compile and DistributedDataParallel around it, which change names."""
-    inner = getattr(model, "_orig_mod", None)
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        inner = model.module
-    return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:

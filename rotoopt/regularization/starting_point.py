@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rotoopt.regularization.inputs import at_least_float32
-from rotoopt.regularization.named_tensors import NamedTensors, named_parameters, squares, unwrapped
+from rotoopt.regularization.named_tensors import NamedTensors, named_parameters, squares
+from rotoopt.unwrap import unwrapped
 
 
 class L2Regularization(nn.Module):

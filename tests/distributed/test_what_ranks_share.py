@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from rotoopt import GradNorm, RotoGradOptimizer, rotation_step
+from rotoopt import GradNorm, RotoGrad, RotoGradOptimizer, rotation_step
 from tests.distributed.ranks import Ranks
-from tests.distributed.training import INPUTS, K, Model, Setup, train
+from tests.distributed.training import FEATURES, INPUTS, K, Model, Setup, train
 
 pytestmark = pytest.mark.distributed
 
@@ -129,6 +129,34 @@ def test_heads_that_are_sharded_after_the_optimizer_was_built_are_an_error(ranks
     for message in ranks.run(shard_too_late):
         assert "same representation tensor" in message
         assert "(c) a wrapper was put around a head after the optimizer was built" in message
+
+
+def train_a_module(rank: int) -> list[Tensor]:
+    network = Model()
+    model = RotoGrad(network.backbone, network.heads, FEATURES)
+    start = torch.stack(list(model.rotation))
+    stepper = torch.optim.Adam(model.parameters(), lr=0.05)
+    for step in range(3):
+        losses = losses_of(Outputs(model), 10 * step + rank)[0]
+        stepper.zero_grad()
+        model.backward(losses)
+        stepper.step()
+    return [start, torch.stack(list(model.rotation))]
+
+
+class Outputs(torch.nn.Module):
+    def __init__(self, model: RotoGrad) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        return self.model(x), self.model.rep
+
+
+def test_rotations_of_the_module_api_stay_the_same_on_all_ranks(ranks: Ranks) -> None:
+    first, second = ranks.run(train_a_module)
+    torch.testing.assert_close(first, second, rtol=0.0, atol=0.0)
+    assert not torch.equal(first[0], first[1])
 
 
 def copy_it(rank: int) -> list[bool]:
