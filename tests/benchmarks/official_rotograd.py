@@ -23,7 +23,10 @@ from torch import Tensor, nn
 
 VENV = Path(__file__).resolve().parents[2] / ".venv-official"
 PYTHON = VENV / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-REQUIREMENTS = ("torch==2.13.0", "geotorch==0.3.0", "rotograd==0.1.6.0", "numpy")  # torch warns without numpy
+REQUIREMENTS = (
+    *("torch==2.13.0", "geotorch==0.3.0", "rotograd==0.1.6.0", "numpy"),  # torch warns without numpy
+    *("scikit-learn", "matplotlib", "rich"),  # the digit-pair example
+)
 
 
 def make_environment() -> None:

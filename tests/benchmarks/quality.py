@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,22 +27,14 @@ from tests.benchmarks.quality_tables import markdown
 
 
 def run(problem: str, method: str, seed: int) -> Run:
-    """Train once, and average the tests of the last fifth of training: a single one jumps from epoch to epoch."""
+    """Train once."""
     trial = PROBLEMS[problem].make(seed)
     chosen = next(m for m in METHOD_SETS[PROBLEMS[problem].methods] if m.name == method)
     torch.manual_seed(seed)  # for Haar rotations and random aggregators
-    optimizer = chosen.wrap(trial)
-    test_steps = {trial.num_steps * part // 25 for part in range(21, 26)}
-    tests = []
+    training = chosen.training(trial)
     start = time.perf_counter()
-    for step, (losses, rep) in enumerate(trial.batches(optimizer), start=1):
-        optimizer.zero_grad()
-        optimizer.step(losses, rep)
-        if step in test_steps:
-            tests.append(trial.test(optimizer))
-    seconds = time.perf_counter() - start
-    metrics = [statistics.fmean(values) for values in zip(*tests, strict=True)]
-    return Run(problem, method, seed, metrics, seconds)
+    metrics = training.run()
+    return Run(problem, method, seed, metrics, time.perf_counter() - start)
 
 
 def jobs(problems: list[str], methods: list[str], num_seeds: int) -> Iterator[tuple[str, str, int]]:

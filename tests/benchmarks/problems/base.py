@@ -1,15 +1,17 @@
-"""What a problem of the quality study is made of."""
+"""What a problem of the quality studies is made of."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rotoopt import RotoGradOptimizer
+Outputs = Callable[[Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -21,25 +23,43 @@ class Metric:
 
 
 class Trial(ABC):
-    """One network with fresh weights, its data and its optimizer; everything follows from the seed."""
+    """One network with fresh weights, its data and its optimizer; everything follows from the seed.
 
-    heads: nn.ModuleList | None  # None: functional heads, fed by `optimizer.rotate`
-    num_tasks: int
+    Attributes:
+        backbone: Makes the representation.
+        heads: One per task.
+        d: Number of features of the representation.
+        dim: Their dimension.
+        post_shape: What follows them in the shape of the representation.
+        num_steps: Number of batches.
+        lr: Learning rate of the network; where `decays`, it falls to zero by a cosine.
+    """
+
+    backbone: nn.Module
+    heads: nn.ModuleList
+    d: int
     num_steps: int
-    optimizer: Optimizer
+    lr: float
     dim = -1
+    post_shape: tuple[int, ...] = ()
+    decays = False
     normalize_losses = False
 
-    @abstractmethod
-    def batches(self, optimizer: RotoGradOptimizer) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """Yield the losses and the representation of `num_steps` training batches, one after another.
-
-        The caller trains in between. Batches follow from the seed, so every method sees the same ones.
-        """
+    def optimizer(self, params: Iterable[nn.Parameter], lr: float) -> Optimizer:
+        """Return the problem's optimizer of ``params``."""
+        return torch.optim.Adam(params, lr=lr)
 
     @abstractmethod
-    def test(self, optimizer: RotoGradOptimizer) -> list[float]:
-        """Return the metrics of the problem, on data that was not trained on."""
+    def batches(self) -> Iterator[tuple[Tensor, Any]]:
+        """Yield inputs and targets of `num_steps` training batches. They follow from the seed alone."""
+
+    @abstractmethod
+    def losses(self, outputs: list[Tensor], targets: Any) -> list[Tensor]:
+        """Return the losses of a batch, one per task."""
+
+    @abstractmethod
+    def test(self, outputs: Outputs) -> list[float]:
+        """Return the metrics of the problem for what ``outputs`` makes of inputs that were not trained on."""
 
 
 @dataclass(frozen=True)
@@ -49,5 +69,6 @@ class Problem:
     name: str
     metrics: tuple[Metric, ...]
     make: Callable[[int], Trial]
-    methods: str  # the name of the set of methods that are worth their time here
-    relative: bool = True  # whether changes are given in percent: not where a metric may be zero
+    methods: str  # the name of the set of methods that are worth their time in the study of rotations
+    relative: bool = True  # whether changes are given in percent there: not where a metric may be zero
+    rotation_lrs: tuple[float, float] = (1e-3, 1e-2)  # those tried in the comparison of methods

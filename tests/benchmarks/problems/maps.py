@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rotoopt import RotoGradOptimizer
-from tests.benchmarks.problems.base import Metric, Problem, Trial
+from tests.benchmarks.problems.base import Metric, Outputs, Problem, Trial
 
 SIZE, CHANNELS = 16, 16
 NUM_KINDS = 3  # square, disc, cross
@@ -51,11 +50,14 @@ def draw_scenes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor,
 
 
 class MapTrial(Trial):
-    """A convolutional encoder, and one head per map."""
+    """A convolutional encoder, and one head per map. The learning rate of the network falls to 0."""
 
-    num_tasks = 3
     num_steps = NUM_EPOCHS * (NUM_TRAINING // BATCH)
+    d = CHANNELS
     dim = 1
+    post_shape = (SIZE, SIZE)
+    lr = 3e-3
+    decays = True
 
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -63,7 +65,7 @@ class MapTrial(Trial):
         self.held_out = draw_scenes(NUM_TEST, generator)
         self.generator = generator
         torch.manual_seed(seed)
-        self.encoder = nn.Sequential(
+        self.backbone = nn.Sequential(
             nn.Conv2d(1, CHANNELS, kernel_size=3, padding=1),
             nn.ReLU(),
             nn.Conv2d(CHANNELS, CHANNELS, kernel_size=3, padding=2, dilation=2),
@@ -73,40 +75,32 @@ class MapTrial(Trial):
         self.heads = nn.ModuleList(
             nn.Sequential(nn.ReLU(), nn.Conv2d(CHANNELS, outputs, kernel_size=1)) for outputs in (1 + NUM_KINDS, 1, 1)
         )
-        self.optimizer = torch.optim.Adam([*self.encoder.parameters(), *self.heads.parameters()], lr=3e-3)
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.num_steps)
 
-    def batches(self, optimizer: RotoGradOptimizer) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """Pass over the images several times; the learning rate of the network, not of the rotations, falls to 0."""
-        assert self.heads is not None
+    def batches(self) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Pass over the images several times."""
         for _ in range(NUM_EPOCHS):
             order = torch.randperm(NUM_TRAINING, generator=self.generator)
             for rows in torch.split(order, BATCH):
-                images, classes, depth, edges = (tensor[rows] for tensor in self.train)
-                rep = self.encoder(images)  # (B, C, H, W)
-                segmentation, distance, boundary = (head(rep) for head in self.heads)
-                losses = [
-                    F.cross_entropy(segmentation, classes),
-                    F.mse_loss(distance, depth),
-                    F.binary_cross_entropy_with_logits(boundary, edges),
-                ]
-                yield losses, rep
-                self.scheduler.step()
+                images, *maps = (tensor[rows] for tensor in self.train)
+                yield images, tuple(maps)
+
+    def losses(self, outputs: list[Tensor], targets: tuple[Tensor, ...]) -> list[Tensor]:
+        """Return cross entropy, squared error of the depth, and binary cross entropy of the edges."""
+        return [
+            F.cross_entropy(outputs[0], targets[0]),
+            F.mse_loss(outputs[1], targets[1]),
+            F.binary_cross_entropy_with_logits(outputs[2], targets[2]),
+        ]
 
     @torch.no_grad()
-    def test(self, optimizer: RotoGradOptimizer) -> list[float]:
+    def test(self, outputs: Outputs) -> list[float]:
         """Return the mean recall of the classes, the root mean square error of the depth, and the edges' loss."""
-        assert self.heads is not None
-        images, classes, depth, edges = self.held_out
-        rep = self.encoder(images)
-        segmentation, distance, boundary = (head(rep) for head in self.heads)
-        right = segmentation.argmax(1) == classes
-        recalls = [right[classes == kind].float().mean() for kind in range(1 + NUM_KINDS)]
-        return [
-            100 * torch.stack(recalls).mean().item(),
-            F.mse_loss(distance, depth).sqrt().item(),
-            F.binary_cross_entropy_with_logits(boundary, edges).item(),
-        ]
+        images, *maps = self.held_out
+        made = outputs(images)
+        _, squared_error, edges = self.losses(made, tuple(maps))
+        right = made[0].argmax(1) == maps[0]
+        recalls = [right[maps[0] == kind].float().mean() for kind in range(1 + NUM_KINDS)]
+        return [100 * torch.stack(recalls).mean().item(), squared_error.sqrt().item(), edges.item()]
 
 
 MAPS = Problem(

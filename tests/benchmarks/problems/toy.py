@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from rotoopt import RotoGradOptimizer
-from tests.benchmarks.problems.base import Metric, Problem, Trial
+from tests.benchmarks.problems.base import Metric, Outputs, Problem, Trial
 
 OPTIMA = (1.5, -1.5)  # in both coordinates
 
@@ -29,31 +29,34 @@ class ToyTrial(Trial):
     The paper trains on 256 copies of one point with the mean loss; one copy has the same gradients.
     """
 
-    heads = None
-    num_tasks = len(OPTIMA)
+    d = 2
     num_steps = 800
+    lr = 1e-3
     normalize_losses = True
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
-        self.net = nn.Sequential(nn.Linear(2, 10), nn.ReLU(), nn.Linear(10, 2))
-        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-3)
+        self.backbone = nn.Sequential(nn.Linear(2, 10), nn.ReLU(), nn.Linear(10, 2))
+        self.heads = nn.ModuleList(nn.Identity() for _ in OPTIMA)
         self.point = torch.zeros(1, 2)
 
-    def _losses(self, rep: Tensor, optimizer: RotoGradOptimizer) -> list[Tensor]:
-        rotated = optimizer.rotate(rep)
-        return [toy_loss(output, optimum) for output, optimum in zip(rotated, OPTIMA, strict=True)]
+    def optimizer(self, params: Iterable[nn.Parameter], lr: float) -> Optimizer:
+        """Return SGD."""
+        return torch.optim.SGD(params, lr=lr)
 
-    def batches(self, optimizer: RotoGradOptimizer) -> Iterator[tuple[list[Tensor], Tensor]]:
+    def batches(self) -> Iterator[tuple[Tensor, None]]:
         """Yield the one point again and again."""
         for _ in range(self.num_steps):
-            rep = self.net(self.point)
-            yield self._losses(rep, optimizer), rep
+            yield self.point, None
+
+    def losses(self, outputs: list[Tensor], targets: None) -> list[Tensor]:
+        """Return both losses."""
+        return [toy_loss(output, optimum) for output, optimum in zip(outputs, OPTIMA, strict=True)]
 
     @torch.no_grad()
-    def test(self, optimizer: RotoGradOptimizer) -> list[float]:
+    def test(self, outputs: Outputs) -> list[float]:
         """Return the mean and the worst of the two losses."""
-        losses = torch.stack(self._losses(self.net(self.point), optimizer))
+        losses = torch.stack(self.losses(outputs(self.point), None))
         return [losses.mean().item(), losses.max().item()]
 
 
@@ -63,4 +66,5 @@ TOY = Problem(
     ToyTrial,
     methods="toy",
     relative=False,
+    rotation_lrs=(1e-2, 1e-1),
 )

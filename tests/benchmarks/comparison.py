@@ -1,0 +1,136 @@
+"""Comparison of methods on the problems: what each reaches, and what a step of it costs.
+
+    python -m tests.benchmarks.comparison --jobs 2     # everything; interrupt it, and it resumes
+    python -m tests.benchmarks.comparison --time       # seconds per step, on a quiet machine
+    python -m tests.benchmarks.comparison --tables     # the tables, as Markdown
+
+Every method chooses among six settings of its learning rates, by the mean relative change on three seeds of its own
+against one network per task; the tables show other seeds. Every method starts from the same weights and sees the same
+batches. rotograd 0.1.6 runs in an environment of its own, which is made on first use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+
+from rotoopt.metrics import mean_relative_change
+from tests.benchmarks.comparison_methods import METHODS, SINGLE_TASK, Method, Setting
+from tests.benchmarks.comparison_run import Job, run
+from tests.benchmarks.official_rotograd import make_environment
+from tests.benchmarks.problems import PROBLEMS, Problem
+
+NAMES = ("digits d=64", "regression d=64 cos=-0.5", "maps C=16", "tokens d=32", "toy")
+SEARCH_SEEDS = (1000, 1001, 1002)
+TIMING_ROUNDS = 3
+
+Results = dict[Job, list[float]]
+
+
+def search_jobs(problem: Problem, method: Method) -> list[Job]:
+    """Return the trainings that choose the learning rates of a method."""
+    return [
+        Job(problem.name, method.name, setting.factor, setting.own_lr, seed)
+        for seed in SEARCH_SEEDS
+        for setting in method.settings(problem)
+    ]
+
+
+def choose(problem: Problem, method: Method, results: Results) -> Setting | None:
+    """Return the setting with the best mean relative change; None if something has not run yet."""
+    yardstick = _search_mean(problem, METHODS[SINGLE_TASK], Setting(1.0), results)
+    scores = {}
+    for setting in method.settings(problem):
+        mean = _search_mean(problem, method, setting, results)
+        if yardstick is None or mean is None:
+            return None
+        finite = all(math.isfinite(value) for value in mean)
+        signs = [metric.higher_is_better for metric in problem.metrics]
+        scores[setting] = mean_relative_change(mean, yardstick, signs) if finite else -math.inf
+    return max(scores, key=scores.__getitem__)
+
+
+def _search_mean(problem: Problem, method: Method, setting: Setting, results: Results) -> list[float] | None:
+    jobs = [Job(problem.name, method.name, setting.factor, setting.own_lr, seed) for seed in SEARCH_SEEDS]
+    if any(job not in results for job in jobs):
+        return None
+    mean: list[float] = torch.tensor([results[job] for job in jobs], dtype=torch.float64).mean(dim=0).tolist()
+    return mean
+
+
+def final_jobs(problem: Problem, method: Method, results: Results, seeds: int, *, timed: bool = False) -> list[Job]:
+    """Return the trainings of the tables, once the learning rates are chosen."""
+    setting = choose(problem, method, results)
+    if setting is None:
+        return []
+    return [Job(problem.name, method.name, setting.factor, setting.own_lr, seed, timed) for seed in range(seeds)]
+
+
+def run_all(jobs: Sequence[Job], results: Results, num_processes: int, out: Path) -> None:
+    """Run what is missing, and save every result at once."""
+    missing = [job for job in jobs if job not in results]
+    # Spawned, not forked: a process that has used torch's thread pool must not be forked.
+    with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(run, job): job for job in missing}
+        for count, future in enumerate(as_completed(futures), start=1):
+            results[futures[future]] = future.result()
+            save(results, out)
+            print(f"{count}/{len(missing)}  {futures[future]}", flush=True)
+
+
+def load(path: Path) -> Results:
+    """Read the results that are there already."""
+    entries = json.loads(path.read_text()) if path.exists() else []
+    return {Job(**entry["job"]): entry["values"] for entry in entries}
+
+
+def save(results: Results, path: Path) -> None:
+    """Write all results, one per line; an interruption leaves the old file or the new one."""
+    lines = [json.dumps({"job": asdict(job), "values": values}) for job, values in results.items()]
+    partial = path.with_suffix(".partial")
+    partial.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    os.replace(partial, path)
+
+
+def main() -> None:
+    """Run what is missing, or print the tables."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--problems", nargs="+", default=["*"], help="names or patterns, of: " + ", ".join(NAMES))
+    parser.add_argument("--methods", nargs="+", default=["*"], help="names or patterns, of: " + ", ".join(METHODS))
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds (10)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes, of one thread each (1)")
+    parser.add_argument("--out", type=Path, default="comparison.json", help="where results are kept (comparison.json)")
+    parser.add_argument("--time", action="store_true", help="measure the time per step, one process at a time")
+    parser.add_argument("--tables", action="store_true", help="print the tables of --out and run nothing")
+    args = parser.parse_args()
+
+    problems = [PROBLEMS[name] for name in NAMES if any(fnmatch(name, pattern) for pattern in args.problems)]
+    methods = [m for m in METHODS.values() if any(fnmatch(m.name, pattern) for pattern in args.methods)]
+    pairs = [(problem, method) for problem in problems for method in methods]
+    results = load(args.out)
+    if args.tables:
+        from tests.benchmarks.comparison_tables import markdown
+
+        print(markdown(problems, results, args.seeds))
+        return
+    make_environment()
+    if args.time:
+        rounds = [final_jobs(*pair, results, TIMING_ROUNDS, timed=True) for pair in pairs]
+        run_all([job for jobs in zip(*rounds, strict=True) for job in jobs], results, 1, args.out)
+        return
+    run_all([job for pair in pairs for job in search_jobs(*pair)], results, args.jobs, args.out)
+    run_all([job for pair in pairs for job in final_jobs(*pair, results, args.seeds)], results, args.jobs, args.out)
+
+
+if __name__ == "__main__":
+    main()

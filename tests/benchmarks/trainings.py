@@ -1,0 +1,161 @@
+"""Ways to train the network of a trial: with the optimizer around it, with the module API, one network per task."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import statistics
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from rotoopt import RotoGradOptimizer
+from tests.benchmarks.problems import Outputs, Trial
+
+
+class Training(ABC):
+    """A network in training.
+
+    Args:
+        trial: The problem.
+        optimizer: That of the network, without rotations.
+    """
+
+    def __init__(self, trial: Trial, optimizer: Optimizer) -> None:
+        self.trial = trial
+        self._scheduler = CosineAnnealingLR(optimizer, trial.num_steps) if trial.decays else None
+
+    @abstractmethod
+    def outputs(self, inputs: Tensor) -> list[Tensor]:
+        """Return what the heads make of a batch."""
+
+    @abstractmethod
+    def step(self, inputs: Tensor, targets: Any) -> None:
+        """Train on one batch."""
+
+    def run(self) -> list[float]:
+        """Train, and average the tests of the last fifth of training: a single one jumps from epoch to epoch."""
+        test_steps = {self.trial.num_steps * part // 25 for part in range(21, 26)}
+        tests = []
+        for step, (inputs, targets) in enumerate(self.trial.batches(), start=1):
+            self.step(inputs, targets)
+            if self._scheduler is not None:
+                self._scheduler.step()
+            if step in test_steps:
+                tests.append(self.trial.test(self.outputs))
+        return [statistics.fmean(values) for values in zip(*tests, strict=True)]
+
+
+class WithOptimizer(Training):
+    """A network trained by ``RotoGradOptimizer``, with any options."""
+
+    def __init__(self, trial: Trial, lr: float, **options: Any) -> None:
+        self.optimizer = RotoGradOptimizer(
+            trial.optimizer([*trial.backbone.parameters(), *trial.heads.parameters()], lr),
+            heads=trial.heads,
+            dim=trial.dim,
+            normalize_losses=trial.normalize_losses,
+            **options,
+        )
+        super().__init__(trial, self.optimizer)
+
+    def outputs(self, inputs: Tensor) -> list[Tensor]:
+        """Return what the heads make of the rotated representation."""
+        return self._forward(inputs)[0]
+
+    def step(self, inputs: Tensor, targets: Any) -> None:
+        """Train on one batch."""
+        outputs, rep = self._forward(inputs)
+        self.optimizer.zero_grad()
+        self.optimizer.step(self.trial.losses(outputs, targets), rep)
+
+    def _forward(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+        rep = self.trial.backbone(inputs)
+        return [head(rep) for head in self.trial.heads], rep
+
+
+class SumOfLosses(Training):
+    """A network trained on the plain sum of its losses, without this package."""
+
+    def __init__(self, trial: Trial, network: nn.Module, outputs: Outputs, lr: float) -> None:
+        self._outputs = outputs
+        self.optimizer = trial.optimizer(network.parameters(), lr)
+        super().__init__(trial, self.optimizer)
+
+    def outputs(self, inputs: Tensor) -> list[Tensor]:
+        """Return what the heads make of a batch."""
+        return self._outputs(inputs)
+
+    def step(self, inputs: Tensor, targets: Any) -> None:
+        """Train on one batch."""
+        losses = self.trial.losses(self.outputs(inputs), targets)
+        self.optimizer.zero_grad()
+        torch.autograd.backward(losses)
+        self.optimizer.step()
+
+
+def plain_sum(trial: Trial, lr: float) -> SumOfLosses:
+    """Return the training of one network for all tasks."""
+
+    def outputs(inputs: Tensor) -> list[Tensor]:
+        rep = trial.backbone(inputs)
+        return [head(rep) for head in trial.heads]
+
+    return SumOfLosses(trial, nn.ModuleList([trial.backbone, trial.heads]), outputs, lr)
+
+
+def single_task(trial: Trial, lr: float) -> SumOfLosses:
+    """Return the training of one network per task, all from the same weights.
+
+    They share no parameter, so the sum of their losses trains each as if it were alone.
+    """
+    networks = nn.ModuleList(nn.Sequential(copy.deepcopy(trial.backbone), head) for head in trial.heads)
+    return SumOfLosses(trial, networks, lambda inputs: [network(inputs) for network in networks], lr)
+
+
+class WithModule(Training):
+    """A network inside of a module of the official API, which the official package has, too.
+
+    Args:
+        trial: The problem.
+        lr: Learning rate of the network.
+        rotation_lr: That of Adam on the rotations.
+        package: ``"rotoopt"`` or ``"rotograd"``.
+        name: Of the module.
+        **options: Of the module.
+    """
+
+    def __init__(self, trial: Trial, lr: float, rotation_lr: float, *, package: str, name: str, **options: Any) -> None:
+        module = importlib.import_module(package)
+        make, self._cached = getattr(module, name), module.cached
+        heads = list(trial.heads)
+        normalize = trial.normalize_losses
+        self.model = make(
+            trial.backbone, heads, trial.d, post_shape=trial.post_shape, normalize_losses=normalize, **options
+        )
+        network = [*trial.backbone.parameters(), *trial.heads.parameters()]
+        self.optimizers = [
+            trial.optimizer(network, lr),
+            torch.optim.Adam(self.model.mtl_parameters(), lr=rotation_lr),
+        ]
+        super().__init__(trial, self.optimizers[0])
+
+    def outputs(self, inputs: Tensor) -> list[Tensor]:
+        """Return what the heads make of the rotated representation."""
+        self.model.eval()
+        outputs: list[Tensor] = self.model(inputs)
+        self.model.train()
+        return outputs
+
+    def step(self, inputs: Tensor, targets: Any) -> None:
+        """Train on one batch."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        with self._cached():  # as the README of rotograd recommends
+            self.model.backward(self.trial.losses(self.model(inputs), targets))
+        for optimizer in self.optimizers:
+            optimizer.step()
