@@ -14,6 +14,7 @@ extensions = [
     "myst_parser",
 ]
 exclude_patterns = ["_build"]
+myst_enable_extensions = ["dollarmath"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

@@ -8,14 +8,14 @@ import pytest
 
 import rotoopt
 
-API_PAGE = Path(__file__).parents[1] / "docs" / "api.rst"
+API_PAGES = Path(__file__).parents[1] / "docs" / "api"
 
 
 @pytest.mark.parametrize("name", rotoopt.__all__)
 def test_public_name_is_documented(name: str) -> None:
     assert getattr(rotoopt, name).__doc__  # a class does not inherit its parent's
-    listed = re.findall(r"^\.\. auto\w+:: (\w+)$", API_PAGE.read_text(), re.MULTILINE)
-    assert name in listed
+    pages = "".join(page.read_text(encoding="utf-8") for page in API_PAGES.glob("*.rst"))
+    assert name in re.findall(r"^\.\. auto\w+:: (\w+)$", pages, re.MULTILINE)
 
 
 def test_package_is_typed() -> None:

@@ -17,6 +17,7 @@ EXAMPLES: dict[str, tuple[list[str], str, str | None]] = {
     "dense_prediction.py": (["--epochs", "1"], "RotoGrad", None),
     "tokens.py": (["--epochs", "1"], "RotoGrad", None),
     "fine_tuning.py": (["--seeds", "1", "--steps", "2"], "Bi-Tuning", "fine_tuning.png"),
+    "with_lightning.py": (["--epochs", "2"], "RotoGrad", None),
     "distributed.py": (["--steps", "3"], "losses after training", None),
 }
 
