@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -234,7 +235,7 @@ def test_changing_the_dict_changes_no_history() -> None:
 
 
 def test_frame_has_a_row_for_every_step_and_columns_by_name() -> None:
-    pandas = pytest.importorskip("pandas")
+    pandas = importlib.import_module("pandas")
     recorded = random_history(3, MOVE_EVERY + 2, absent=0.3, names=["a", "b", "c"])
     frame, values = recorded.to_pandas(), recorded.to_dict()
     assert isinstance(frame, pandas.DataFrame)
