@@ -16,8 +16,8 @@ from torch.testing import assert_close
 from rotoopt import RotoGradOptimizer
 from tests.contract.models import assert_same
 from tests.distributed.ranks import COUNT, Ranks
+from tests.regularization.bi_tuning_cases import batch, losses_of, make
 from tests.regularization.networks import state
-from tests.regularization.test_bi_tuning import batch, losses_of, make
 
 pytestmark = pytest.mark.distributed
 SIZE, STEPS = 6, 5
