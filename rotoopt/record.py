@@ -11,16 +11,23 @@ from torch import Tensor
 from rotoopt.rotations import Rotations, orthogonality_error
 
 
-def alignment(cosines: Tensor) -> Tensor:
-    """Return the cosine of each gradient with the mean of the unit gradients. ``(..., K, K)`` to ``(..., K)``."""
+def alignment(cosines: Tensor, finite: Tensor) -> Tensor:
+    """Return the cosine of each gradient with the mean of the unit gradients, NaN where ``finite`` is False.
+
+    ``(..., K, K)`` and ``(...)`` to ``(..., K)``.
+    """
     length = cosines.mean(dim=(-2, -1)).clamp(min=0.0).sqrt()[..., None]
-    return torch.where(length > 0, cosines.mean(dim=-1) / length, 0.0)
+    return torch.where(finite[..., None], torch.where(length > 0, cosines.mean(dim=-1) / length, 0.0), torch.nan)
 
 
-def conflict_rate(cosines: Tensor, present: Tensor) -> Tensor:
-    """Return the share of negative cosines between present tasks. ``(..., K, K)`` and ``(..., K)`` to ``(...)``."""
+def conflict_rate(cosines: Tensor, present: Tensor, finite: Tensor) -> Tensor:
+    """Return the share of negative cosines between present tasks, NaN where ``finite`` is False.
+
+    ``(..., K, K)``, ``(..., K)`` and ``(...)`` to ``(...)``.
+    """
     num_present = present.sum(dim=-1)
-    return (cosines < 0).sum(dim=(-2, -1)) / (num_present * (num_present - 1)).clamp(min=1)
+    rate = (cosines < 0).sum(dim=(-2, -1)) / (num_present * (num_present - 1)).clamp(min=1)
+    return torch.where(finite, rate, torch.nan)
 
 
 @dataclass(frozen=True)
@@ -60,13 +67,19 @@ class StepRecord:
 
     @cached_property
     def alignment(self) -> Tensor:
-        """Cosine of each task gradient with the mean of the unit gradients, the target. Shape ``(K,)``."""
-        return alignment(self.cosines)
+        """Cosine of each task gradient with the mean of the unit gradients, the target. Shape ``(K,)``.
+
+        Zero for an absent task; NaN for all where not all losses and gradients were finite.
+        """
+        return alignment(self.cosines, self.finite)
 
     @cached_property
     def conflict_rate(self) -> Tensor:
-        """Share of the pairs of present tasks whose gradients have a negative cosine; 0 for one task. Shape ``()``."""
-        return conflict_rate(self.cosines, self.present)
+        """Share of the pairs of present tasks whose gradients have a negative cosine; 0 for one task. Shape ``()``.
+
+        NaN where not all losses and gradients were finite.
+        """
+        return conflict_rate(self.cosines, self.present, self.finite)
 
     @property
     def orthogonality_error(self) -> Tensor:

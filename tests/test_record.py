@@ -34,6 +34,27 @@ def test_conflicts_and_alignment_are_those_of_the_present_gradients(K: int, seed
     assert (bench.record.alignment[sorted(absent)] == 0).all()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@given(K=NUM_TASKS, seed=SEEDS, data=st.data())
+def test_gradient_that_is_not_finite_has_no_direction(value: float, K: int, seed: int, data: st.DataObject) -> None:
+    absent = data.draw(st.sets(st.integers(1, K - 1), max_size=K - 1))
+    bench, grads = Bench((3, 4), K, torch.float32, rotate=False), list(Sampler(seed, torch.float32).normal(K, 3, 4))
+    grads[0][data.draw(st.integers(0, 2)), 1] = value
+    bench.backward([None if task in absent else grad for task, grad in enumerate(grads)])
+    assert not bench.record.finite
+    assert bench.record.alignment.isnan().all()
+    assert bench.record.conflict_rate.isnan()
+
+
+def test_loss_that_is_not_finite_makes_a_step_that_was_not_measured() -> None:
+    """Its gradients may be finite: what the rotations do not use, the record does not show."""
+    bench = Bench((3, 4), 2, torch.float32)
+    bench.backward(list(torch.randn(2, 3, 4)), [1.0, math.inf])
+    assert bench.record.cosines.isfinite().all()
+    assert bench.record.alignment.isnan().all()
+    assert bench.record.conflict_rate.isnan()
+
+
 @pytest.mark.parametrize("own_optimizer", [False, True])
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS)
 def test_angles_are_by_how_much_vectors_turn(own_optimizer: bool, K: int, m: int, seed: int) -> None:

@@ -62,8 +62,8 @@ def stack(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     last = rows[-1]  # on its device, in case that the network moved
     values = {name: torch.stack([row[name].to(last[name]) for row in rows]).cpu() for name in last}
     present, finite, cosines = values["present"], values["finite"], values["cosines"]
-    values["conflict_rate"] = torch.where(finite, conflict_rate(cosines, present), torch.nan)
-    values["alignment"] = torch.where(present & finite[:, None], alignment(cosines), torch.nan)
+    values["conflict_rate"] = conflict_rate(cosines, present, finite)
+    values["alignment"] = torch.where(present, alignment(cosines, finite), torch.nan)
     values["cosines"] = torch.where(present[:, :, None] & present[:, None, :], cosines, torch.nan)
     for name in ("grad_norms", "weights"):
         values[name] = torch.where(present, values[name], torch.nan)

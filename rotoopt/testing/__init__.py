@@ -12,26 +12,24 @@
 ``rotoopt.testing.strategies`` needs ``hypothesis`` (the extra ``hypothesis``).
 """
 
-from rotoopt.testing.checks import (
-    check_backbone_gradients,
-    check_head_gradients,
-    check_invariants,
+from rotoopt.testing.checks import check_invariants, check_losses_repeat, check_resume, check_rotations
+from rotoopt.testing.gradients import check_backbone_gradients, check_head_gradients
+from rotoopt.testing.wiring import (
+    check_heads_share_the_representation,
     check_losses_pass_through_their_heads,
-    check_losses_repeat,
     check_parameters_are_optimized,
-    check_resume,
-    check_rotations,
     check_rotations_reach_their_heads,
 )
 
 __all__ = [
     "check_invariants",
+    "check_rotations",
     "check_losses_repeat",
+    "check_heads_share_the_representation",
     "check_losses_pass_through_their_heads",
-    "check_rotations_reach_their_heads",
     "check_parameters_are_optimized",
+    "check_rotations_reach_their_heads",
     "check_head_gradients",
     "check_backbone_gradients",
-    "check_rotations",
     "check_resume",
 ]

@@ -97,10 +97,11 @@ def multi_task_models(draw: st.DrawFn) -> tuple[Network, list[Batch], int | tupl
     """Draw a small network, some batches for it, and the dimensions of its representation to rotate.
 
     Example:
-        >>> from hypothesis import given
+        >>> from hypothesis import given, settings
         >>> from rotoopt import RotoGradOptimizer
         >>> from rotoopt.testing import check_invariants
-        >>> @given(multi_task_models())
+        >>> @settings(deadline=None)
+        ... @given(multi_task_models())
         ... def test(drawn):
         ...     model, batches, dim = drawn
         ...     bare = torch.optim.SGD(model.parameters(), lr=0.1)

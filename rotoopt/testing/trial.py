@@ -30,23 +30,44 @@ class Trial:
         self._losses = losses
 
     def losses(self) -> dict[int, Tensor]:
-        """Return the losses of the present tasks, by task."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return check_losses(self._losses(), self.names)
+        """Return the losses of the present tasks, by task.
 
-    def true_losses(self) -> dict[int, Tensor]:
-        """Return them with graphs whose gradients are those of the rotated model."""
-        with self.optimizer.paused():
-            return self.losses()
+        Raises:
+            AssertionError: If ``optimizer.step`` would refuse them. What the model itself raises is let through.
+        """
+        self.core.capture.start_over()
+        torch.manual_seed(0)
+        losses = self._losses()
+        try:
+            return check_losses(losses, self.names)
+        except (TypeError, ValueError) as error:
+            raise AssertionError(str(error)) from None
+
+    def fed(self) -> dict[int, bool]:
+        """Return the tasks whose heads were fed in the latest forward pass, and whether z required grad."""
+        return self.core.capture._fed
+
+    def backward(self) -> dict[int, Tensor]:
+        """Compute the losses, back-propagate them as a step does, and return them."""
+        losses = self.losses()
+        self.optimizer.backward({self.names[task]: loss for task, loss in losses.items()})
+        return losses
+
+    def step(self) -> None:
+        """Make a whole step."""
+        self.optimizer.step({self.names[task]: loss for task, loss in self.losses().items()})
+
+    def true_gradients(self, params: list[Tensor]) -> dict[int, list[Tensor | None]]:
+        """Return the gradient of every loss, that of the rotated model, at every one of ``params``."""
+        with self.optimizer.paused():  # in the backward pass, too, where activation checkpointing runs heads again
+            return {
+                task: list(torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True))
+                for task, loss in self.losses().items()
+            }
 
     def parameters(self) -> list[Tensor]:
         """Return what the optimizer trains."""
         return [param for group in self.optimizer.param_groups for param in group["params"]]
-
-    def head_parameters(self) -> list[list[Tensor]]:
-        """Return the parameters of every head; of none, if heads are functional."""
-        return [list(head.parameters()) for head in self.core.heads]
 
     def divisors(self) -> list[float]:
         """Return what the losses of the latest backward pass were divided by."""
@@ -59,17 +80,18 @@ class Trial:
         params = self.parameters()
         values = [param.detach().clone() for param in params]
         grads = [param.grad for param in params]
-        state = copy.deepcopy(self.optimizer.state_dict())
+        state = copy.deepcopy(self.optimizer._save())  # without the user's hooks: one may be at fault
         record = self.core.homogenizer.record
         for param in params:
             param.grad = None
         try:
-            yield
+            with torch.random.fork_rng():
+                yield
         finally:
             with torch.no_grad():
                 for param, value, grad in zip(params, values, grads, strict=True):
                     param.copy_(value)
                     param.grad = grad
-            self.optimizer.load_state_dict(state)
+            self.optimizer._load(state)
             self.core.homogenizer.record = record
             self.core.capture.start_over()

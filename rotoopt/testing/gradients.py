@@ -1,0 +1,90 @@
+"""Checks of the gradients: those that train the heads and the backbone are those that the method says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from rotoopt.optimizer import RotoGradOptimizer
+from rotoopt.testing.graph import behind_rotations, in_heads, leaves
+from rotoopt.testing.trial import LossFn, Trial
+
+
+def check_head_gradients(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
+    """Check that heads are trained by the gradients of their own losses, which nothing rescales."""
+    trial = Trial(optimizer, losses)
+    heads, _ = _split(trial)
+    _check_gradients(trial, heads, weighted=False)
+
+
+def check_backbone_gradients(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
+    r"""Check that the backbone is trained by :math:`\sum_k w_k \nabla_\theta L_k`, with ``optimizer.task_weights`` w.
+
+    A callable weighting has no weights: then there is nothing to compare with.
+    """
+    trial = Trial(optimizer, losses)
+    _, backbone = _split(trial)
+    _check_gradients(trial, [backbone], weighted=True)
+
+
+def _split(trial: Trial) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Return the trained parameters in front of each rotation, those of its head, and all others.
+
+    Not those that a head shares with the backbone, as embeddings that are the weights of an output layer: they get a
+    weighted part and one that is not.
+    """
+    with trial.restored():
+        present = trial.losses().values()
+    heads = [{id(param) for param in leaves(in_heads(loss))} for loss in present]
+    behind = {id(param) for loss in present for param in leaves(behind_rotations(loss))}
+    trained = [param for param in trial.parameters() if param.requires_grad]
+    in_any = set().union(*heads)
+    return (
+        [[param for param in trained if id(param) in head - behind] for head in heads],
+        [param for param in trained if id(param) not in in_any],
+    )
+
+
+def _check_gradients(trial: Trial, groups: Sequence[list[Tensor]], *, weighted: bool) -> None:
+    params = [param for group in groups for param in group]
+    if not params:
+        return
+    with trial.restored():
+        true = trial.true_gradients(params)
+        trial.backward()
+        grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in params]
+        weights, divisors = trial.optimizer.task_weights.tolist(), trial.divisors()
+    if weighted and any(math.isnan(weights[task]) for task in true):  # a callable weighting
+        return
+    factors = {task: (weights[task] if weighted else 1.0) / divisors[task] for task in true}
+    expected = [torch.zeros_like(param) for param in params]
+    for task, of_task in true.items():
+        for total, grad in zip(expected, of_task, strict=True):
+            total += 0.0 if grad is None else factors[task] * grad
+    pairs = iter(zip(grads, expected, strict=True))
+    for group in groups:
+        _compare(list(islice(pairs, len(group))), weighted=weighted)
+
+
+def _compare(pairs: Sequence[tuple[Tensor, Tensor]], *, weighted: bool) -> None:
+    """Raise unless the gradients of one head, or of the backbone, are those that are expected."""
+    largest = max((float(total.abs().max()) for _, total in pairs), default=0.0)
+    for grad, total in pairs:
+        eps = torch.finfo(total.dtype).eps
+        # Sums in another order, over a few layers. The second term is for gradients that are nothing but rounding,
+        # as that of a bias in front of a batch normalization.
+        tolerance = 100 * (eps**0.75 * float(total.abs().max()) + eps * largest)
+        error = float((total - grad).abs().max())  # in this order: the gradient may be sparse
+        if not error <= tolerance:
+            rule = "sum of the task gradients, each times its weight" if weighted else "gradient of the losses"
+            raise AssertionError(
+                f"The gradient of a parameter of {'the backbone' if weighted else 'a head'} must be the {rule}, got an "
+                f"error of {error:.1e}, where the largest entry should be {float(total.abs().max()):.1e}, for shape "
+                f"{tuple(grad.shape)}. Likely causes: (a) a hook changes gradients, as one that clips them, (b) the "
+                "forward pass runs under autocast, where rounding is coarse: check without, or (c) a loss reaches the "
+                "backbone around its head."
+            )

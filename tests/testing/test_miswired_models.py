@@ -1,0 +1,200 @@
+"""Each check finds the faults that it is for, all of them find each, and the error says what is wired wrongly."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from rotoopt import EqualWeighting, testing
+from tests.contract.models import REP_SIZE, assert_same, snapshot
+from tests.testing import miswired_models as miswired
+from tests.testing.miswired_models import called, forward, on_detached, outputs_of
+from tests.testing.wired import Wired
+
+PAGE = Path(__file__).parents[2] / "docs" / "how_to" / "test_your_model.md"
+
+REPEAT = "check_losses_repeat"
+HEADS = "check_heads_share_the_representation"
+LOSSES = "check_losses_pass_through_their_heads"
+ROTATIONS = "check_rotations_reach_their_heads"
+PARAMETERS = "check_parameters_are_optimized"
+
+
+class Fault(NamedTuple):
+    """One way to wire a model wrongly.
+
+    Attributes:
+        build: Makes such a model.
+        check: The check that is for it.
+        message: What the error says.
+    """
+
+    build: Callable[[], Wired]
+    check: str
+    message: str
+
+
+NOT_CALLED = "The head of right must be called on z, got a forward pass in which the module that `heads` holds was not"
+OTHER_TENSOR = "All heads must run on the same tensor z, got one for left and another for right"
+NOT_TRAINED = "must run on a z that requires grad, got one that does not"
+
+FAULTS = {
+    "head called as head.forward(z)": Fault(
+        forward(outputs_of(called, lambda head, z: head.forward(z))), HEADS, f"{NOT_CALLED} called.*head.forward"
+    ),
+    "copy of a head in heads": Fault(
+        miswired.with_copied_head, HEADS, f"{NOT_CALLED} called.*another one: it is a copy"
+    ),
+    "heads of a model that was built before": Fault(
+        miswired.with_old_model, HEADS, "head of left must be called on z.*was built twice"
+    ),
+    "whole model as a head": Fault(
+        miswired.with_whole_model, HEADS, rf"left {NOT_TRAINED}\. .*`heads` holds the whole model"
+    ),
+    "head in eval mode": Fault(
+        miswired.in_eval_mode, HEADS, "head of right must run in training mode, got one in eval mode"
+    ),
+    "one head for two tasks": Fault(
+        forward(miswired.one_head_for_both), HEADS, f"{NOT_CALLED}.*of two tasks come from one"
+    ),
+    "head that is part of another head": Fault(
+        miswired.head_in_a_head, HEADS, "z must be rotated once .* got it rotated for right and then for left"
+    ),
+    "copy of the rotations applied by hand": Fault(
+        miswired.with_copied_rotations, HEADS, r"fed by optimizer.rotate\(z\), got.*copy of the rotations"
+    ),
+    "trained on after fold()": Fault(
+        miswired.folded, HEADS, r"must be a rotation in front of the head of left, got none: fold\(\)"
+    ),
+    "copy of the model trained": Fault(
+        miswired.copied_model, HEADS, "head of left must be called on z.*the model that runs.*is a copy"
+    ),
+    "rotation applied by hand, too": Fault(
+        forward(miswired.rotated_before), HEADS, rf"{OTHER_TENSOR}.*head\(z @ rotation\)"
+    ),
+    "z detached for one head": Fault(
+        forward(outputs_of(called, on_detached)), HEADS, rf"right {NOT_TRAINED}, while that of left does\..*z.detach"
+    ),
+    "z detached for all heads": Fault(
+        forward(outputs_of(on_detached, on_detached)), HEADS, rf"left {NOT_TRAINED}\. .*z.detach\(\), or no_grad\(\)"
+    ),
+    "z for one head, z.relu() for another": Fault(
+        forward(outputs_of(called, lambda head, z: called(head, z.relu()))), HEADS, rf"{OTHER_TENSOR}.*head\(z.relu\(\)"
+    ),
+    "z changed in place between two heads": Fault(
+        forward(miswired.changed_in_place), HEADS, rf"{OTHER_TENSOR}.*changed in place between two heads"
+    ),
+    "head called on two batches": Fault(
+        forward(miswired.called_on_two_batches),
+        HEADS,
+        "head of left must run on one tensor z, got 2 in one forward pass",
+    ),
+    "z computed outside of losses": Fault(
+        miswired.z_from_before, REPEAT, "must run the whole model .* got the z of an earlier"
+    ),
+    "losses swapped": Fault(
+        forward(miswired.swapped), LOSSES, "loss of left must be .* its own head, got one from right.*another order"
+    ),
+    "tensors of rotate(z) swapped": Fault(
+        forward(miswired.tensors_swapped, num_tasks=2), LOSSES, r"got one from task 1.*\(z\) went to the wrong head"
+    ),
+    "functional head fed with z itself": Fault(
+        forward(miswired.one_fed_with_z, num_tasks=2), LOSSES, "loss of task 1 .* got one from none.*z itself"
+    ),
+    "skip connection around a head": Fault(
+        forward(miswired.around_the_head),
+        LOSSES,
+        "loss of right .* reaches the backbone around its head.*a skip connection",
+    ),
+    "skip connection around a head, equal weights": Fault(
+        forward(miswired.around_the_head, weighting=EqualWeighting()), LOSSES, "reaches the backbone around its head"
+    ),
+    "output of a head detached": Fault(
+        forward(outputs_of(called, lambda head, z: called(head, z).detach() + z[:, :2])),
+        LOSSES,
+        r"loss of right must be .* its own head, got one from none.*\(a\) the output is detached",
+    ),
+    "loss of the outputs of two heads": Fault(
+        forward(miswired.mixed),
+        ROTATIONS,
+        "front of left must change its loss and no other, got that of right changed: it is",
+    ),
+    "head under no_grad()": Fault(
+        forward(miswired.without_grad), HEADS, r"must have a graph, got one without for right.*no_grad\(\)"
+    ),
+    "loss whose value does not depend on z": Fault(
+        forward(miswired.straight_through),
+        ROTATIONS,
+        "front of right must change its loss, got that of right unchanged",
+    ),
+    "backbone missing from the optimizer": Fault(
+        miswired.without_backbone, PARAMETERS, r"1 that it lacks: \(6, 3\) of the backbone\. Build it"
+    ),
+    "head missing from the optimizer": Fault(
+        miswired.without_head, PARAMETERS, r"1 that it lacks: \(2, 6\) of the head of right\. Build it"
+    ),
+    "optimizer of a model that was built before": Fault(
+        miswired.of_old_model,
+        PARAMETERS,
+        r"3 that it lacks: \(6, 3\) of the backbone; \(1, 6\) of the head of left; .*that runs",
+    ),
+    "batch drawn inside of losses": Fault(
+        miswired.drawn_inside, REPEAT, "must return the same losses at every call, got .* Draw the batch outside"
+    ),
+    "infinite loss": Fault(forward(miswired.overflowing), REPEAT, "`losses` must be finite, got inf for right"),
+    "rotations overwritten by stretched ones": Fault(
+        miswired.overwritten(1.01 * torch.eye(REP_SIZE)),
+        "check_rotations",
+        "must be orthogonal .* an error of 2.0e-02 .*written",
+    ),
+    "rotations overwritten by mirrored ones": Fault(
+        miswired.overwritten(torch.eye(REP_SIZE).flip(0)), "check_rotations", r"determinant \+1, .* signs \[-1.0"
+    ),
+    "rotations overwritten by NaN": Fault(
+        miswired.overwritten(torch.full((6, 6), torch.nan)), "check_rotations", "got an error of nan"
+    ),
+    "hook that changes a gradient of a head": Fault(
+        miswired.hooked("heads.left.weight"),
+        "check_head_gradients",
+        "of a head must be the gradient of the losses, .* a hook",
+    ),
+    "hook that changes a gradient of the backbone": Fault(
+        miswired.hooked("backbone.0.weight"), "check_backbone_gradients", "of the backbone must be the sum of .* a hook"
+    ),
+    "hook that loses state when it is loaded": Fault(
+        miswired.forgetful, "check_resume", "A step after loading the saved state must be the step without"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_found(name: str) -> None:
+    fault = FAULTS[name]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`optimizer` should hold the parameters of every head")
+        wired = fault.build()
+    check = getattr(testing, fault.check)
+    before = snapshot(wired.model, wired.optimizer)
+    with pytest.raises(AssertionError, match=fault.message):
+        check(wired.optimizer) if check is testing.check_rotations else check(wired.optimizer, wired.losses)
+    with pytest.raises(AssertionError, match=fault.message):
+        testing.check_invariants(wired.optimizer, wired.losses)
+    assert_same(snapshot(wired.model, wired.optimizer), before)
+
+
+def test_every_check_finds_something() -> None:
+    assert {fault.check for fault in FAULTS.values()} == set(testing.__all__) - {"check_invariants"}
+
+
+def test_page_says_what_is_found() -> None:
+    rows = re.findall(r"^\| (.+?) \| `(check_\w+)` \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) >= 10
+    assert {fault.replace("`", ""): check for fault, check in rows}.items() <= {
+        name: fault.check for name, fault in FAULTS.items()
+    }.items()
