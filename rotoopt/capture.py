@@ -213,6 +213,9 @@ class Capture:
             rep.register_hook(fork.join)  # type: ignore[no-untyped-call]
             self._num_forks += 1
             self._forks[rep] = fork
+        elif rep.is_leaf and fork.joined:  # z is a parameter, the same tensor in every forward pass
+            fork.joined = ()
+            self._num_forks += 1
         return fork
 
     def _join(self, grads: Tensor, tasks: tuple[int, ...], dims: RotatedDims) -> Tensor:

@@ -181,3 +181,31 @@ def test_backbone_loss_adds_its_own_gradient(call: str) -> None:
     if call == "backward":
         regularized.step()
     assert_same(regularized.state_dict()["rotograd"], optimizer.state_dict()["rotograd"])
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("own_backward", [False, True])
+def test_representation_may_be_a_parameter(own_backward: bool, passes: int) -> None:
+    """One that is the same tensor in every forward pass, as no output of a backbone is."""
+    trained = []
+    for represent in (lambda z: z, torch.clone):
+        torch.manual_seed(0)
+        z, heads = nn.Parameter(torch.randn(5, 4)), nn.ModuleList(nn.Linear(4, 2) for _ in range(2))
+        optimizer = RotoGradOptimizer(torch.optim.SGD([z, *heads.parameters()], lr=0.1), heads=heads)
+        for _ in range(4):
+            optimizer.zero_grad()
+            for _ in range(passes):
+                rep = represent(z)
+                losses = [(head(rep) - 1).square().mean() for head in heads]
+                if own_backward:
+                    back_propagate(losses)
+                else:
+                    optimizer.backward(losses, rep)
+            optimizer.step()
+        rep = represent(z)
+        losses = [head(rep).sum() for head in heads]
+        back_propagate(losses[:1])
+        with pytest.raises(RuntimeError, match="must be back-propagated together and once"):
+            back_propagate(losses[1:])
+        trained.append([z.detach(), optimizer.rotations.matrices, optimizer.task_weights])
+    assert_same(*trained)
