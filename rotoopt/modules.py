@@ -96,11 +96,13 @@ class VanillaMTL(nn.Module):
         """
         self._check_training()
         check_backbone_loss(backbone_loss)
-        roots = list(check_losses(losses, self._names()).values())
+        roots = list(check_losses(losses, self.task_names).values())
         torch.autograd.backward(roots if backbone_loss is None else [*roots, backbone_loss], **kwargs)
 
-    def _names(self) -> list[str]:
-        return [f"heads[{task}]" for task in range(self.num_tasks)]
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks, by which losses may be given, as ``heads[0]``."""
+        return tuple(f"heads[{task}]" for task in range(self.num_tasks))
 
     def _check_training(self) -> None:
         if not self.training:
@@ -208,7 +210,9 @@ class RotateOnly(VanillaMTL):
         )
         capture = Capture(self.rotations, dims, self._homogenizer.receive)
         self.heads = nn.ModuleList(RotatedHead(head, task, capture, self._step) for task, head in enumerate(heads))
-        self._backward = BackwardPass(self._names(), capture, self._homogenizer, normalize_losses=self.normalize_losses)
+        self._backward = BackwardPass(
+            self.task_names, capture, self._homogenizer, normalize_losses=self.normalize_losses
+        )
 
     def _make_weighting(self) -> Weighting:
         return EqualWeighting()

@@ -393,6 +393,11 @@ class RotoGradOptimizer(OptimizerWrapper):
         return self._core.rotation_optimizer
 
     @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks, by which losses may be given: the keys of ``heads``, or what stands for them."""
+        return tuple(self._core.names)
+
+    @property
     def task_weights(self) -> Tensor:
         """Weights w_k of the task gradients in the latest backward pass; ones before the first. Shape ``(K,)``."""
         record = self._core.homogenizer.record

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rotoopt.arguments import warn_user
 from rotoopt.diagnostics.harm import WINDOW, harm
-from rotoopt.diagnostics.measurements import Measured, columns, latest, names_of, stack
+from rotoopt.diagnostics.measurements import Measured, columns, latest, stack
 from rotoopt.diagnostics.optional import require
 from rotoopt.modules import RotateOnly
 
@@ -65,7 +65,7 @@ class History:
             RuntimeError: If it has seen no backward pass yet.
             ValueError: If its tasks are not those that were recorded before.
         """
-        row, names = latest(optimizer), names_of(optimizer)
+        row, names = latest(optimizer), optimizer.task_names
         if self.task_names not in ((), names):
             raise ValueError(
                 f"`optimizer` must have the tasks {list(self.task_names)}, those recorded before, got {list(names)}. "

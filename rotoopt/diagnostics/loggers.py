@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol
 
-from rotoopt.diagnostics.measurements import Measured, columns, latest, names_of, stack
+from rotoopt.diagnostics.measurements import Measured, columns, latest, stack
 
 
 class Writer(Protocol):
@@ -44,7 +44,8 @@ def scalars(optimizer: Measured) -> dict[str, float]:
         >>> sorted(scalars(optimizer))[:5]
         ['alignment/left', 'alignment/right', 'angle/left', 'angle/right', 'conflict_rate']
     """
-    numbers = {name: column.item() for name, column in columns(stack([latest(optimizer)]), names_of(optimizer)).items()}
+    table = columns(stack([latest(optimizer)]), optimizer.task_names)
+    numbers = {name: column.item() for name, column in table.items()}
     return {name: float(number) for name, number in numbers.items() if not math.isnan(number)}
 
 

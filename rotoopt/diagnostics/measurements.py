@@ -28,13 +28,6 @@ PER_TASK = {
 PER_STEP = ("conflict_rate", "rotation_lr", "finite")
 
 
-def names_of(optimizer: Measured) -> tuple[str, ...]:
-    """Return the names of the tasks, or what stands for them."""
-    if isinstance(optimizer, RotateOnly):
-        return tuple(f"heads[{task}]" for task in range(optimizer.num_tasks))
-    return tuple(optimizer._core.names)
-
-
 def latest(optimizer: Measured) -> dict[str, Tensor]:
     """Return the tensors of the latest record; nothing is copied to the CPU, and nothing but them is kept."""
     if not hasattr(optimizer, "last_step"):

@@ -209,3 +209,21 @@ def test_representation_may_be_a_parameter(own_backward: bool, passes: int) -> N
             back_propagate(losses[1:])
         trained.append([z.detach(), optimizer.rotations.matrices, optimizer.task_weights])
     assert_same(*trained)
+
+
+@pytest.mark.parametrize(
+    ("heads", "names"),
+    [("list", ("heads[0]", "heads[1]")), ("ModuleDict", ("left", "right")), (None, ("task 0", "task 1"))],
+)
+def test_task_names_are_those_that_losses_may_have(heads: str | None, names: tuple[str, ...]) -> None:
+    model, unused = wrap()
+    unused.remove()
+    fed = {"heads": HEADS[heads](model)} if heads is not None else {"num_tasks": 2}
+    optimizer = RotoGradOptimizer(unused.optimizer, **fed)
+    assert optimizer.task_names == names
+    losses, _ = model.losses(0, optimizer.rotate if heads is None else None)
+    optimizer.step(dict(zip(reversed(names), reversed(losses), strict=True)))
+    record = optimizer.last_step
+    assert record is not None
+    assert record.losses is not None
+    assert record.losses.tolist() == [loss.item() for loss in losses]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -22,13 +21,13 @@ class FakeOptimizer:
     """
 
     def __init__(self, names: Sequence[str], lr: float = 1e-2) -> None:
-        self._core = SimpleNamespace(names=list(names))
+        self.task_names = tuple(names)
         self.param_groups = [{"lr": lr / 2}, {"lr": lr}, {"params": []}]
         self.last_step: StepRecord | None = None
 
     def step(self, **fields: Any) -> RotoGradOptimizer:
         """Make another record; ``fields`` are those that matter, the others follow from the number of tasks."""
-        K = len(self._core.names)
+        K = len(self.task_names)
         before = self.last_step
         angles = fields.get("angles", torch.zeros(K))
         record: dict[str, Any] = {
