@@ -88,3 +88,36 @@ def test_optimizer_takes_its_references_so(kinds: list[list[str]], burn_in: int,
 def test_ratio_of_an_unknown_reference_is_unknown(seed: int) -> None:
     current = Sampler(seed, torch.float32).uniform(K)
     assert Reference.unknown(K, torch.device("cpu"), torch.float32).ratios(current).isnan().all()
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_ratio_is_that_to_the_reference(seed: int) -> None:
+    first, current = Sampler(seed).uniform(2, K) + 0.1
+    reference = Reference.unknown(K, torch.device("cpu"), torch.float64)
+    reference = reference.updated(first, torch.ones(K, dtype=torch.bool), burnt_in=True)
+    assert_close(reference.ratios(current) * first, current, rtol=1e-14, atol=0)
+
+
+def test_saved_and_loaded_references_share_no_memory() -> None:
+    everywhere = torch.ones(K, dtype=torch.bool)
+    unknown = Reference.unknown(K, torch.device("cpu"), torch.float32)
+    saved = unknown.updated(torch.full((K,), 2.0), everywhere, burnt_in=True)
+    state = saved.state_dict()
+    loaded = unknown.loaded(state)
+    for tensor in state.values():
+        tensor.zero_()
+    for reference in (saved, loaded):
+        assert torch.equal(reference.values, torch.full((K,), 2.0))
+        assert torch.equal(reference.settled, everywhere)
+
+
+def test_loaded_references_are_copies_in_the_dtype_of_those_they_replace() -> None:
+    saved = {"values": torch.tensor([1.5, math.nan, 3.0]), "settled": torch.tensor([True, False, True])}
+    for dtype in (torch.float32, torch.float64):
+        loaded = Reference.unknown(K, torch.device("cpu"), dtype).loaded(saved)
+        assert_close(loaded.values, saved["values"].to(dtype), rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(loaded.settled, saved["settled"])
+        loaded.values.zero_()
+        loaded.settled.zero_()
+    assert saved["values"][0] == 1.5
+    assert saved["settled"][0]

@@ -201,3 +201,15 @@ def test_one_feature_cannot_turn(K: int, seed: int, haar: bool) -> None:
     for grads in Sampler(seed, torch.float32).normal(3, K, 4, 1):
         bench.step(list(grads))
     assert torch.equal(bench.matrices, torch.ones(K, 1, 1))
+
+
+def test_loaded_step_goes_on_in_the_dtype_of_its_rotations() -> None:
+    sampler = Sampler(0)
+    saved = CayleyStep(haar(2, 4, torch.float64), 0.1, Processes())
+    saved.collect(*views(*sampler.directions(2, 6, 4)), TRUE)
+    saved.step()
+    loaded = CayleyStep(haar(2, 4, torch.float32), 0.1, Processes())
+    loaded.load_state_dict(saved.state_dict())
+    kept = [tensor for tensor in loaded.state_dict()["agreement"].values() if tensor is not None]
+    assert len(kept) == 3
+    assert {tensor.dtype for tensor in kept} == {torch.float32}

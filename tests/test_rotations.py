@@ -93,3 +93,15 @@ def test_orthogonality_error_is_its_definition(K: int, m: int, seed: int, scale:
     matrices = torch.eye(m) + 10**scale * Sampler(seed).normal(K, m, m)
     expected = [(M.mT @ M - torch.eye(m)).abs().max() for M in matrices]
     assert_close(orthogonality_error(matrices), torch.stack(expected), rtol=1e-9, atol=1e-14)
+
+
+@given(K=NUM_TASKS, m=SIZES, seed=SEEDS, dtype=DTYPES)
+def test_state_dict_makes_the_rotations_that_are_not_there_yet(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
+    saved = haar(K, m, dtype)
+    loaded = Rotations(K, None, rotate=(True,) * K, init="identity", device=torch.device("cpu"), dtype=dtype)
+    for _ in range(2):  # the second time, they are there
+        saved.turn_(0.1 * Sampler(seed, dtype).skew(K, m))
+        loaded.load_state_dict(saved.state_dict())
+        assert_same_bits(loaded.matrices, saved.matrices)
+    loaded.load_state_dict({}, strict=False)  # as of a checkpoint from before there were any
+    assert_same_bits(loaded.matrices, saved.matrices)

@@ -60,6 +60,11 @@ def test_tasks_that_exploded_share_among_themselves() -> None:
     assert_close(alphas, torch.tensor([0.0, 0.5, 0.5]))
 
 
+def test_tasks_without_any_gradient_share_equally() -> None:
+    alphas = gradient_shares(torch.zeros(3), torch.tensor([True, False, True]))
+    assert torch.equal(alphas, torch.tensor([0.5, 0.0, 0.5]))
+
+
 @given(K=NUM_TASKS, layout=LAYOUT, seed=SEEDS, low=st.floats(-2, 0), high=st.floats(0, 3), dtype=DTYPES)
 def test_scaled_gradients_share_one_norm_between_the_least_and_the_largest(
     K: int, layout: Layout, seed: int, low: float, high: float, dtype: torch.dtype
@@ -208,3 +213,15 @@ def test_weights_of_a_callable_are_unknown(K: int, seed: int) -> None:
     bench = Bench((4, 6), K, torch.float32, weighting=lambda J: J.sum(dim=0))
     bench.step(list(Sampler(seed, torch.float32).normal(K, 4, 6)))
     assert bench.record.weights.isnan().all()
+
+
+@given(K=NUM_TASKS, seed=SEEDS, dtype=DTYPES, data=st.data())
+def test_equal_weights_are_one_for_every_task_that_is_present(
+    K: int, seed: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    present = data.draw(st.sets(st.integers(0, K - 1), min_size=1))
+    bench = Bench((4, 6), K, dtype, weighting=EqualWeighting())
+    grads = Sampler(seed, dtype).normal(K, 4, 6)
+    received = bench.step([grads[task] if task in present else None for task in range(K)])
+    assert_close(received, grads[sorted(present)].sum(dim=0), rtol=100 * K * eps(dtype), atol=100 * K * eps(dtype))
+    assert_close(bench.record.weights, torch.tensor([float(task in present) for task in range(K)], dtype=dtype))
