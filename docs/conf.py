@@ -22,4 +22,6 @@ autodoc_typehints = "description"
 autodoc_inherit_docstrings = False
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_title = f"rotoopt {release}"

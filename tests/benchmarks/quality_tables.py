@@ -91,4 +91,4 @@ def plus_minus(values: Tensor, sign: str = "") -> str:
     mean, error = values.mean().item(), standard_error(values).item()
     size = max(abs(mean), abs(error) if math.isfinite(error) else 0.0)
     digits = 1 if size >= 10 else 2 if size >= 1 else 3
-    return f"{mean:{sign}.{digits}f} ± {error:.{digits}f}"
+    return f"{mean:{sign}.{digits}f}\u00a0±\u00a0{error:.{digits}f}"  # one line in a narrow column
