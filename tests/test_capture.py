@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.testing import assert_close
 
-from rotoopt import RotoGradOptimizer
+from rotoopt import RotoGradOptimizer, backward
 from tests.asserts import eps
 from tests.oracle import layout, rotate
-from tests.samplers import DTYPES, LAYOUTS, SEEDS, Layout, Network, Sampler, batches, network
+from tests.samplers import DTYPES, LAYOUTS, SEEDS, Bench, Layout, Network, Sampler, batches, network
 
 LAYOUT = st.sampled_from(LAYOUTS)
 RESTS = st.integers(0, 3)  # features that are not rotated
@@ -179,3 +179,32 @@ def test_heads_may_begin_with_an_in_place_layer(rotate: bool) -> None:
         return
     optimizer.step([head(rep).square().mean() for head in heads], rep)
     assert torch.equal(rep.detach(), before)
+
+
+class Echo(nn.Module):
+    """A head that returns what it is called with."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return args, kwargs
+
+
+def test_other_inputs_of_a_head_arrive_as_they_are() -> None:
+    head, z, others = Echo(), torch.randn(4, 6), [object(), object(), object()]
+    bare = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    optimizer = RotoGradOptimizer(bare, [head, Echo()], init="haar", rotation_size=6)
+    expected = z @ optimizer.rotations[0].mT
+    (first, *positional), keyword = head(z, *others, mask=others[0])
+    assert_close(first, expected)
+    assert (positional, keyword) == (others, {"mask": others[0]})
+    nothing, keyword = head(z=z, mask=others[0])  # by keyword, the first is the representation
+    assert_close(keyword.pop("z"), expected)
+    assert (nothing, keyword) == ((), {"mask": others[0]})
+
+
+def test_wiring_is_followed_through_the_graph_in_the_first_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    followed: list[Any] = []
+    monkeypatch.setattr(backward, "check_wiring", lambda *args: followed.append(args))
+    bench = Bench((4, 6), 3, torch.float32)
+    for grads in torch.randn(3, 3, 4, 6):
+        bench.step(list(grads))
+    assert len(followed) == 1

@@ -121,3 +121,9 @@ def test_loaded_references_are_copies_in_the_dtype_of_those_they_replace() -> No
         loaded.settled.zero_()
     assert saved["values"][0] == 1.5
     assert saved["settled"][0]
+
+
+def test_loaded_references_are_on_the_device_of_those_they_replace() -> None:
+    state = Reference.unknown(K, torch.device("cpu"), torch.float32).state_dict()
+    loaded = Reference.unknown(K, torch.device("meta"), torch.float32).loaded(state)
+    assert loaded.values.device == loaded.settled.device == torch.device("meta")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from rotoopt import Rotations
@@ -71,6 +72,21 @@ def test_large_haar_start_is_a_rotation(seed: int) -> None:
     assert_rotations(haar(2, 512, torch.float32).matrices)
 
 
+def test_haar_start_does_not_rely_on_the_sign_that_geotorch_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Tensor] = []
+
+    def orthogonal(empty: Tensor) -> Tensor:  # of both signs
+        drawn.append(torch.stack([nn.init.orthogonal_(matrix) for matrix in empty]))
+        return drawn[0].clone()
+
+    monkeypatch.setattr("rotoopt.rotations.uniform_init_", orthogonal)
+    matrices = haar(20, 4, torch.float64).matrices
+    signs = torch.linalg.det(drawn[0]).sign()
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    assert_rotations(matrices)
+    assert_same_bits(matrices[signs > 0], drawn[0][signs > 0])
+
+
 def test_haar_start_has_the_moments_of_the_haar_measure() -> None:
     torch.manual_seed(0)
     m, K = 4, 4000
@@ -105,3 +121,21 @@ def test_state_dict_makes_the_rotations_that_are_not_there_yet(K: int, m: int, s
         assert_same_bits(loaded.matrices, saved.matrices)
     loaded.load_state_dict({}, strict=False)  # as of a checkpoint from before there were any
     assert_same_bits(loaded.matrices, saved.matrices)
+
+
+def test_state_dict_from_before_there_were_rotations_makes_none() -> None:
+    rotations = Rotations(2, None, rotate=[True, True], init="haar", device=torch.device("cpu"), dtype=torch.float32)
+    rotations.load_state_dict({}, strict=False)
+    assert rotations.size is None
+
+
+@given(K=NUM_TASKS, m=SIZES, seed=SEEDS, dtype=DTYPES, half=st.sampled_from([torch.float16, torch.bfloat16]))
+def test_casts_below_single_precision_stop_there(
+    K: int, m: int, seed: int, dtype: torch.dtype, half: torch.dtype
+) -> None:
+    torch.manual_seed(seed)
+    R = haar(K, m, dtype)
+    before = R.matrices.clone()
+    assert_same_bits(R.to(torch.float64).matrices, before.double())
+    assert_same_bits(R.to(half).matrices, before.float())
+    assert Rotations(K, None, rotate=[True] * K, init="haar", device=before.device, dtype=dtype).to(half).size is None

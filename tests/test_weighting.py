@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from rotoopt import EqualWeighting, GradNorm
 from rotoopt.gradnorm import CommonNorm, gradnorm_gradient
-from rotoopt.weighting import gradient_shares
+from rotoopt.weighting import as_weighting, gradient_shares
 from tests.asserts import eps
 from tests.oracle import shares
 from tests.samplers import DTYPES, LAYOUTS, NUM_TASKS, SEEDS, Bench, Layout, Sampler
@@ -61,8 +61,13 @@ def test_tasks_that_exploded_share_among_themselves() -> None:
 
 
 def test_tasks_without_any_gradient_share_equally() -> None:
-    alphas = gradient_shares(torch.zeros(3), torch.tensor([True, False, True]))
-    assert torch.equal(alphas, torch.tensor([0.5, 0.0, 0.5]))
+    alphas = gradient_shares(torch.zeros(4).double(), torch.tensor([True, False, True, True]))
+    assert torch.equal(alphas, torch.tensor([1.0, 0.0, 1.0, 1.0]).double() / 3)
+
+
+def test_only_task_with_a_gradient_gets_the_whole_share() -> None:
+    alphas = gradient_shares(torch.tensor([0.0, 3.0, 0.0]), torch.tensor([True, True, True]))
+    assert torch.equal(alphas, torch.tensor([0.0, 1.0, 0.0]))
 
 
 @given(K=NUM_TASKS, layout=LAYOUT, seed=SEEDS, low=st.floats(-2, 0), high=st.floats(0, 3), dtype=DTYPES)
@@ -225,3 +230,8 @@ def test_equal_weights_are_one_for_every_task_that_is_present(
     received = bench.step([grads[task] if task in present else None for task in range(K)])
     assert_close(received, grads[sorted(present)].sum(dim=0), rtol=100 * K * eps(dtype), atol=100 * K * eps(dtype))
     assert_close(bench.record.weights, torch.tensor([float(task in present) for task in range(K)], dtype=dtype))
+
+
+def test_a_callable_is_shown_as_itself() -> None:
+    aggregator = torchjd.aggregation.Mean()
+    assert repr(as_weighting(aggregator)) == repr(aggregator)
