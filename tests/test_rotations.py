@@ -1,5 +1,7 @@
 """The rotations: what a turn does, and that it stays in SO(m) whatever happens."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -138,4 +140,40 @@ def test_casts_below_single_precision_stop_there(
     before = R.matrices.clone()
     assert_same_bits(R.to(torch.float64).matrices, before.double())
     assert_same_bits(R.to(half).matrices, before.float())
+    assert R.to("meta", half).matrices.device.type == "meta"
     assert Rotations(K, None, rotate=[True] * K, init="haar", device=before.device, dtype=dtype).to(half).size is None
+
+
+def test_rotations_that_do_not_exist_yet() -> None:
+    rotations = Rotations(2, None, rotate=[True, True], init="haar", device=torch.device("cpu"), dtype=torch.float32)
+    message = (
+        "^`rotations` must exist before they are read, got none. They are made in the first training forward, "
+        "when the size of the representation is known; give `rotation_size` to have them from the start.$"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        _ = rotations.matrices
+    existing = haar(2, 5, torch.float32).matrices
+    rotations.load_matrices(existing)
+    assert_same_bits(rotations.matrices, existing)
+
+
+def test_turns_stay_on_the_device() -> None:
+    meta = torch.device("meta")
+    rotations = Rotations(2, 4, rotate=[True, True], init="identity", device=meta, dtype=torch.float32)
+    rotations.turn_(torch.zeros(2, 4, 4, device=meta))
+    assert rotations.matrices.device == meta
+
+
+def test_seed_fixes_a_random_start_and_leaves_the_generator_of_torch_alone() -> None:
+    def start(seed: int | None) -> Tensor:
+        options: dict[str, Any] = {"init": "haar", "device": torch.device("cpu"), "dtype": torch.float64}
+        return Rotations(2, 4, rotate=(True, True), seed=seed, **options).matrices
+
+    before = torch.get_rng_state()
+    first = start(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_same_bits(start(3), first)
+    assert not torch.equal(start(4), first)
+    torch.manual_seed(3)
+    assert_same_bits(start(None), first)  # without one, it is drawn from that generator, which moves on
+    assert not torch.equal(start(None), first)

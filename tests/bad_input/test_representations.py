@@ -71,3 +71,14 @@ def test_rotations_before_the_first_forward_pass() -> None:
         _ = optimizer.rotations.matrices
     with pytest.raises(RuntimeError, match=message):
         _ = optimizer.rotations[0]
+
+
+def test_rotations_before_the_first_transformation() -> None:
+    model, optimizer = wrap()
+    message = (
+        "^The rotations must exist on the device of the model before it is exported, traced or transformed by "
+        r"torch\.func, got none there\. They are made, or moved, when the model runs: run it once before\.$"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.vmap(left(model))(torch.randn(5, 6))
+    assert optimizer.rotations.size is None
