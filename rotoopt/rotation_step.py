@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, overload
 
@@ -18,8 +17,9 @@ from rotoopt.rotations import Rotations
 from rotoopt.turn import DenseSkew, SampleSkew, Skew, repair_columns_
 
 TURN_EVERY = 16  # steps: a turn costs more than applying the rotations, and rotations are to learn slowly anyway
-MAX_STEP = 1.0  # below 1 / ||N_k|| every step improves the objective of its batch, and ||N_k|| = ||U_k V^T|| <= 1
-MAX_TURN = math.sqrt(2.0)  # of ||eta S||_F: then no plane turns by more than one radian
+# Below 1 / ||N_k|| every step improves the objective of its batch, and the nuclear norm of N_k = U_k V^T is at most
+# ||U_k|| ||V|| <= 1. So ||S_k||_2 <= 1, too, and no plane turns by more than a radian.
+MAX_STEP = 1.0
 DENSE_FROM = 0.43  # samples per feature from which the dense turn takes fewer operations
 REPAIRED_SHARE = 64  # one column in so many is repaired with every turn
 
@@ -159,8 +159,7 @@ class CayleyStep:
         norm = skew.half_squared_norm()
         self._sizes.grad = (norm / max(1, m * (m - 1) / 2)).sqrt()
         self.optimizer.step()
-        step = torch.minimum(self._sizes, MAX_TURN / (2.0 * norm).sqrt())
-        step = torch.where(norm > 0, step, 0.0) * self._agreement.observe(skew, matrices)
+        step = torch.where(norm > 0, self._sizes, 0.0) * self._agreement.observe(skew, matrices)
         step = torch.where(self.rotations.rotates, step, 0.0)
         skew.turn_(matrices, step)
         count = -(-m // REPAIRED_SHARE)

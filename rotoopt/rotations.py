@@ -160,7 +160,7 @@ class Rotations(nn.Module):
 
 
 def _haar(num_tasks: int, size: int) -> Tensor:
-    """Draw Haar rotations; geotorch alone returns reflections too, from about m = 350.
+    """Draw Haar rotations; geotorch alone returns reflections too where m is large, from about 350 in float32.
 
     It asks ``torch.det`` for the sign, a product of m pivots that underflows to zero.
     """

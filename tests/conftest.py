@@ -37,6 +37,15 @@ _GENERATOR = _TorchGenerator()
 hypothesis.register_random(_GENERATOR)
 
 hypothesis.settings.register_profile("dev", max_examples=10, deadline=None)
+# For mutation testing: the first failure is enough, and shrinking it takes longer than all other tests.
+hypothesis.settings.register_profile(
+    "mutation",
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+)
 hypothesis.settings.register_profile("default", max_examples=40, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
 _PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default")

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from rotoopt import rotation_step
 from rotoopt.distributed import Processes
-from rotoopt.rotation_step import MAX_STEP, MAX_TURN, CayleyStep, NormalizedStep
+from rotoopt.rotation_step import MAX_STEP, CayleyStep, NormalizedStep
 from rotoopt.turn import DenseSkew, SampleSkew, Skew
 from tests.asserts import assert_same_bits, eps
 from tests.samplers import DTYPES, NUM_SAMPLES, NUM_TASKS, SEEDS, SIZES, Bench, Sampler, haar, views
@@ -85,12 +85,50 @@ def test_step_size_is_adagrad_norm_with_a_cap(K: int, m: int, seed: int, lr: flo
     assert_same_bits(sizes.detach(), before)
 
 
-def test_caps_are_where_the_objective_can_be_trusted() -> None:
-    assert MAX_STEP == 1.0
-    assert math.sqrt(2.0) == MAX_TURN
+@given(K=NUM_TASKS, n=NUM_SAMPLES, m=SIZES, seed=SEEDS, one_for_all=st.booleans())
+def test_no_plane_turns_by_more_than_a_radian(K: int, n: int, m: int, seed: int, one_for_all: bool) -> None:
+    sampler = Sampler(seed)
+    R, (units, target) = sampler.rotations(K, m), sampler.directions(K, n, m)
+    if one_for_all:  # as large as a mean of unit gradients can be
+        target = sampler.normal(n, m)
+        target /= target.norm()
+    turns = R.mT @ turned(R, views(units, target), lr=1e6)
+    angles = torch.linalg.eigvals(turns).angle().abs()
+    assert angles.max() <= 2 * math.atan(MAX_STEP / 2) + 1e-9  # that of cay(S) with ||S||_2 = 1: 0.93
 
 
-@given(K=NUM_TASKS, n=NUM_SAMPLES, m=st.integers(3, 24), seed=SEEDS)
+def test_step_without_gradient_keeps_every_bit_after_others() -> None:
+    sampler = Sampler(0)
+    gradients = views(*sampler.directions(2, 6, 4))
+    rotations = haar(2, 4, torch.float64)
+    step = CayleyStep(rotations, 0.1, Processes())
+    nothing = views(torch.zeros(2, 6, 4).double(), torch.zeros(6, 4).double())
+    for directions, target in (gradients, gradients, nothing):
+        before = rotations.matrices.clone()
+        step.collect(directions, target, TRUE)
+        angles = step.step()
+    assert_same_bits(rotations.matrices, before)
+    assert not angles.any()
+
+
+def test_a_few_columns_are_repaired_with_every_turn_and_all_in_the_end() -> None:
+    m, count, sampler = 2 * rotation_step.REPAIRED_SHARE + 2, 3, Sampler(0)  # which is no multiple of the count
+    rotations = haar(2, m, torch.float64)
+    rotations.load_matrices(1.001 * sampler.rotations(2, m))
+    step = CayleyStep(rotations, 1e-9, Processes())
+    gradients, repaired = views(*sampler.directions(2, 4, m)), torch.zeros(m, dtype=torch.bool)
+    for turn in range(m + 1):
+        step.collect(*gradients, TRUE)
+        step.step()
+        first = turn * count % m
+        if turn > 0:  # the first gradient has none to agree with: nothing turns
+            repaired[first : first + count] = True
+        lengths = torch.linalg.vector_norm(rotations.matrices, dim=1)  # of the columns: (2, m)
+        assert torch.equal((lengths - 1).abs() < 1e-5, repaired.expand(2, m))
+    assert repaired.all()
+
+
+@given(K=NUM_TASKS, n=NUM_SAMPLES, m=st.integers(2, 24), seed=SEEDS)
 def test_lr_is_the_root_mean_square_turn(K: int, n: int, m: int, seed: int) -> None:
     sampler = Sampler(seed)
     R, lr = sampler.rotations(K, m), 1e-5
@@ -209,6 +247,7 @@ def test_loaded_step_goes_on_in_the_dtype_of_its_rotations() -> None:
     saved.collect(*views(*sampler.directions(2, 6, 4)), TRUE)
     saved.step()
     loaded = CayleyStep(haar(2, 4, torch.float32), 0.1, Processes())
+    assert loaded.lr == 0.1
     loaded.load_state_dict(saved.state_dict())
     kept = [tensor for tensor in loaded.state_dict()["agreement"].values() if tensor is not None]
     assert len(kept) == 3

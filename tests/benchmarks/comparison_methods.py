@@ -13,7 +13,8 @@ from tests.benchmarks.trainings import Training, WithModule, WithOptimizer, plai
 ALPHA = 0.5  # of GradNorm: between equal norms and equal rates of training
 AGGREGATORS = ("UPGrad", "MGDA", "PCGrad", "AlignedMTL", "IMTLG")
 
-# Six settings for every method: the rate of the network alone, or with that of the rotations or weights.
+# Six settings for every method: the rate of the network alone, or with that of the rotations or weights. As multiples
+# of the middle.
 FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)
 FEWER_FACTORS = (1 / 2, 1.0, 2.0)
 WEIGHT_LRS = (0.0025, 0.025)
@@ -46,9 +47,9 @@ class Method:
     def settings(self, problem: Problem) -> list[Setting]:
         """Return the six settings to choose from."""
         if self.own is None:
-            return [Setting(factor) for factor in FACTORS]
+            return [Setting(problem.middle_lr * factor) for factor in FACTORS]
         lrs = problem.rotation_lrs if self.own == "rotations" else WEIGHT_LRS
-        return [Setting(factor, lr) for factor in FEWER_FACTORS for lr in lrs]
+        return [Setting(problem.middle_lr * factor, lr) for factor in FEWER_FACTORS for lr in lrs]
 
     def training(self, trial: Trial, setting: Setting) -> Training:
         """Return a training of ``trial``."""

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # The tests that each module answers to: all others would run again for every survivor.
 TESTS = {
-    "rotations": ["test_rotations", "contract/test_checkpoint"],
+    "rotations": ["test_rotations", "bad_input/test_representations", "contract/test_checkpoint"],
     "rotation_step": ["test_rotation_step", "test_devices", "contract/test_checkpoint"],
     "weighting": ["test_weighting", "test_special_cases"],
     "normalization": ["test_normalization", "contract/test_checkpoint"],
@@ -75,7 +75,7 @@ def undecorated(code: str) -> str:
 
 def run(folder: Path, jobs: int) -> Counter[str]:
     """Run mutmut, and return the number of mutants by what became of them."""
-    environment = {**os.environ, "HYPOTHESIS_PROFILE": "dev"}
+    environment = {**os.environ, "HYPOTHESIS_PROFILE": "mutation"}
     subprocess.run(["mutmut", "run", "--max-children", str(jobs)], cwd=folder, env=environment, check=True)
     command = ["mutmut", "results", "--all", "true"]
     results = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout

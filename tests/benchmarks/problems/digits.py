@@ -58,7 +58,7 @@ class DigitTrial(Trial):
 def _problem(width: int, num_epochs: int, methods: str) -> Problem:
     metrics = tuple(Metric(task.name, task.higher_is_better) for task in TASKS)
     make = partial(DigitTrial, width=width, num_epochs=num_epochs)
-    return Problem(f"digits d={width}", metrics, make, methods)
+    return Problem(f"digits d={width}", metrics, make, methods, middle_lr=2.0)
 
 
 # Wide: a turn of five 512 x 512 rotations costs as much as the rest of many steps, so there are fewer of them.

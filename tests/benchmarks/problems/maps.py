@@ -108,4 +108,5 @@ MAPS = Problem(
     (Metric("classes, % recall", True), Metric("depth, RMSE", False), Metric("edges, BCE", False)),
     MapTrial,
     methods="all",
+    middle_lr=2.0,
 )

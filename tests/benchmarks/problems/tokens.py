@@ -64,4 +64,5 @@ TOKENS = Problem(
     (Metric("depth of tokens, %", True), Metric("balanced, %", True)),
     TokenTrial,
     methods="few",
+    middle_lr=2.0,
 )
