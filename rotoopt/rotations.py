@@ -100,7 +100,7 @@ class Rotations(nn.Module):
                     torch.manual_seed(self.seed)
                 self._assign(_haar(self.num_tasks, size))
         else:
-            self._assign(torch.eye(size).expand(self.num_tasks, size, size))
+            self._assign(torch.eye(size))
 
     def _allocate(self, size: int) -> None:
         with torch.device("meta"):  # geotorch would draw K Haar matrices: K QR decompositions, and random numbers
@@ -122,7 +122,7 @@ class Rotations(nn.Module):
         base.copy_(matrices)
         for task, rotate in enumerate(self.rotate):
             if not rotate:
-                base[task].copy_(torch.eye(base.shape[-1]))
+                base[task].zero_().fill_diagonal_(1.0)
 
     def load_matrices(self, matrices: Tensor) -> None:
         """Take over ``matrices``, shape ``(K, m, m)``, as they are."""

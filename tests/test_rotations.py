@@ -117,6 +117,7 @@ def test_orthogonality_error_is_its_definition(K: int, m: int, seed: int, scale:
 def test_state_dict_makes_the_rotations_that_are_not_there_yet(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
     saved = haar(K, m, dtype)
     loaded = Rotations(K, None, rotate=(True,) * K, init="identity", device=torch.device("cpu"), dtype=dtype)
+    assert saved.state_dict().keys() == {"manifold.base"}
     for _ in range(2):  # the second time, they are there
         saved.turn_(0.1 * Sampler(seed, dtype).skew(K, m))
         loaded.load_state_dict(saved.state_dict())
