@@ -252,3 +252,22 @@ def test_loaded_step_goes_on_in_the_dtype_of_its_rotations() -> None:
     kept = [tensor for tensor in loaded.state_dict()["agreement"].values() if tensor is not None]
     assert len(kept) == 3
     assert {tensor.dtype for tensor in kept} == {torch.float32}
+
+
+def test_positions_of_a_map_count_as_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation_step, "SampleSkew", None)  # 12 samples of 16 features: the dense form is cheaper
+    units, target = Sampler(0).directions(2, 3, 16, 4)
+    turned(Sampler(1).rotations(2, 16), views(units, target, dim=1))
+
+
+@given(K=NUM_TASKS, n=NUM_SAMPLES, m=st.integers(2, 24), seed=SEEDS)
+def test_angles_are_the_root_mean_square_over_all_vectors(K: int, n: int, m: int, seed: int) -> None:
+    sampler = Sampler(seed)
+    rotations, gradients = haar(K, m, torch.float64), views(*sampler.directions(K, n, m))
+    step = CayleyStep(rotations, 1e-5, Processes())
+    for _ in range(2):
+        before = rotations.matrices.clone()
+        step.collect(*gradients, TRUE)
+        angles = step.step()
+    moved = torch.linalg.matrix_norm(rotations.matrices - before)  # of m unit vectors, each by its angle
+    assert_close(angles, moved / m**0.5, rtol=1e-3, atol=1e-12)
