@@ -97,11 +97,9 @@ def gradient_shares(norm_ratios: Tensor, present: Tensor) -> Tensor:
     known = present & ~norm_ratios.isnan()
     # Ratios of a task whose gradient exploded since t0 may be huge, even infinite: divide before adding up.
     ratios = torch.where(known, norm_ratios, 0.0).clamp(max=torch.finfo(norm_ratios.dtype).max)
-    peak = ratios.amax()
-    ratios = torch.where(peak > 0, ratios / peak, ratios)
-    mean = torch.where(known.any(), ratios.sum() / known.sum().clamp(min=1), 1.0)
-    ratios = torch.where(present & ~known, mean, ratios)
-    total = ratios.sum()
+    ratios = ratios / ratios.amax()
+    ratios = torch.where(present & ~known, ratios.sum() / known.sum(), ratios)
+    total = ratios.sum()  # NaN where all ratios are zero, or none is known
     return torch.where(total > 0, ratios / total, present.to(ratios.dtype) / present.sum())
 
 

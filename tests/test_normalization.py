@@ -123,6 +123,12 @@ def test_loaded_references_are_copies_in_the_dtype_of_those_they_replace() -> No
     assert saved["settled"][0]
 
 
+def test_references_move_as_a_whole() -> None:
+    moved = Reference.unknown(K, torch.device("cpu"), torch.float32).to(torch.device("meta"))
+    assert moved.values.device == moved.settled.device == torch.device("meta")
+    assert (moved.values.dtype, moved.settled.dtype) == (torch.float32, torch.bool)
+
+
 def test_loaded_references_are_on_the_device_of_those_they_replace() -> None:
     state = Reference.unknown(K, torch.device("cpu"), torch.float32).state_dict()
     loaded = Reference.unknown(K, torch.device("meta"), torch.float32).loaded(state)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -230,6 +230,35 @@ def test_equal_weights_are_one_for_every_task_that_is_present(
     received = bench.step([grads[task] if task in present else None for task in range(K)])
     assert_close(received, grads[sorted(present)].sum(dim=0), rtol=100 * K * eps(dtype), atol=100 * K * eps(dtype))
     assert_close(bench.record.weights, torch.tensor([float(task in present) for task in range(K)], dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("weighting", "found"),
+    [
+        (lambda J: J, r"\(2, 24\)"),
+        (lambda J: J.sum(), r"\(\)"),
+        (lambda J: None, "NoneType"),
+        (lambda J: [1.0], "list"),
+    ],
+)
+def test_callable_that_returns_something_else_is_an_error(weighting: Callable[[Tensor], Any], found: str) -> None:
+    bench = Bench((4, 6), 2, torch.float32, weighting=weighting)
+    message = rf"^`weighting` must map a \(K, n\) tensor to an \(n,\) tensor, got {found} for \(2, 24\)\.$"
+    with pytest.raises(ValueError, match=message):
+        bench.step(list(Sampler(0, torch.float32).normal(2, 4, 6)))
+
+
+def test_weight_of_a_zero_gradient_is_zero_and_that_of_a_unit_gradient_is_not() -> None:
+    bench = Bench((4, 6), 3, torch.float64)
+    unit = torch.zeros(4, 6, dtype=torch.float64)
+    unit[0, 0] = 1.0
+    bench.step([unit, 0 * unit, 4 * unit])
+    # The common norm is 5 / 3, with equal shares: a task without a reference gets the mean of the others.
+    assert_close(bench.record.weights, torch.tensor([5 / 3, 0.0, 5 / 12], dtype=torch.float64))
+
+
+def test_weightings_are_shown_with_their_names() -> None:
+    assert repr(EqualWeighting()) == "EqualWeighting()"
 
 
 def test_a_callable_is_shown_as_itself() -> None:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = {
     "rotations": ["test_rotations", "bad_input/test_representations", "contract/test_checkpoint"],
     "rotation_step": ["test_rotation_step", "test_devices", "contract/test_checkpoint"],
-    "weighting": ["test_weighting", "test_special_cases"],
+    "weighting": ["test_weighting", "test_special_cases", "bad_input/test_construction"],
     "normalization": ["test_normalization", "contract/test_checkpoint"],
     "capture": ["test_capture", "bad_input", *(f"contract/test_{name}" for name in ("calls", "copies", "evaluation"))],
 }
