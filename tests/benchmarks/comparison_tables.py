@@ -20,8 +20,8 @@ TIMING_SEEDS = 100  # more than there are
 def markdown(problems: Sequence[Problem], results: Results, seeds: int) -> str:
     """Return one table per problem, then one of the mean relative change on all of them.
 
-    Cells are means over seeds and their standard errors. The mean relative change (Delta-m) is that of every seed's
-    metrics against the mean over seeds of one network per task; ranks are those of the means over seeds.
+    Cells are means over seeds and their standard errors. The mean relative change (Delta-m) is that against one network
+    per task, paired by seed; ranks are those of the means over seeds.
     """
     tables, summary = [], {}
     for problem in problems:
@@ -38,10 +38,16 @@ def markdown(problems: Sequence[Problem], results: Results, seeds: int) -> str:
 
 def _changes(problem: Problem, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return Delta-m of every method, seed by seed."""
-    reference = metrics[SINGLE_TASK].mean(dim=0)
-    signs = _signs(problem)
+    singles, signs = metrics[SINGLE_TASK], _signs(problem)
+    mean = singles.mean(dim=0)  # not each seed's own: a mean of ratios is biased by the noise of the denominator
     return {
-        name: torch.tensor([mean_relative_change(row, reference, signs) for row in values], dtype=torch.float64)
+        name: torch.tensor(
+            [
+                mean_relative_change(mean + own - single, mean, signs)
+                for own, single in zip(values, singles, strict=False)
+            ],
+            dtype=torch.float64,
+        )
         for name, values in metrics.items()
     }
 
