@@ -32,7 +32,7 @@ from tests.benchmarks.problems import PROBLEMS, Problem
 
 NAMES = ("digits d=64", "regression d=64 cos=-0.5", "maps C=16", "tokens d=32", "toy")
 SEARCH_SEEDS = (1000, 1001, 1002)
-TIMING_ROUNDS = 3
+TIMING_ROUNDS = 1
 
 Results = dict[Job, list[float]]
 
