@@ -140,8 +140,9 @@ class Rotations(nn.Module):
         matrices = self.matrices
         # In float64, because a user's optimizer may take any step, and each by itself: batched LU is not to be trusted,
         # see `cayley_delta`, which in turn is for small steps.
-        identity = torch.eye(matrices.shape[-1], dtype=torch.float64, device=matrices.device)
-        turns = [torch.linalg.solve_ex(identity - S / 2, identity + S / 2).result for S in skew.double()]
+        skew = skew.double()
+        identity = torch.eye(skew.shape[-1]).to(skew)
+        turns = [torch.linalg.solve_ex(identity - S / 2, identity + S / 2).result for S in skew]
         turned = (matrices.double() @ torch.stack(turns)).to(matrices.dtype)
         # Rounding errors of many small turns add up; one Newton-Schulz step per turn keeps them at a few eps.
         repaired = 1.5 * turned - 0.5 * turned @ (turned.mT @ turned)
