@@ -141,7 +141,7 @@ class Rotations(nn.Module):
         # In float64, because a user's optimizer may take any step, and each by itself: batched LU is not to be trusted,
         # see `cayley_delta`, which in turn is for small steps.
         skew = skew.double()
-        identity = torch.eye(skew.shape[-1]).to(skew)
+        identity = torch.zeros_like(skew[0]).fill_diagonal_(1.0)  # made where S is: no copy to a GPU
         turns = [torch.linalg.solve_ex(identity - S / 2, identity + S / 2).result for S in skew]
         turned = (matrices.double() @ torch.stack(turns)).to(matrices.dtype)
         # Rounding errors of many small turns add up; one Newton-Schulz step per turn keeps them at a few eps.

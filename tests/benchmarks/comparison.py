@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import multiprocessing
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -29,10 +28,10 @@ from tests.benchmarks.comparison_methods import METHODS, SINGLE_TASK, Method, Se
 from tests.benchmarks.comparison_run import Job, run
 from tests.benchmarks.official_rotograd import make_environment
 from tests.benchmarks.problems import PROBLEMS, Problem
+from tests.benchmarks.quality_results import write
 
 NAMES = ("digits d=64", "regression d=64 cos=-0.5", "maps C=16", "tokens d=32", "toy")
 SEARCH_SEEDS = (1000, 1001, 1002)
-TIMING_ROUNDS = 1
 
 Results = dict[Job, list[float]]
 
@@ -95,11 +94,8 @@ def load(path: Path) -> Results:
 
 
 def save(results: Results, path: Path) -> None:
-    """Write all results, one per line; an interruption leaves the old file or the new one."""
-    lines = [json.dumps({"job": asdict(job), "values": values}) for job, values in results.items()]
-    partial = path.with_suffix(".partial")
-    partial.write_text("[\n" + ",\n".join(lines) + "\n]\n")
-    os.replace(partial, path)
+    """Write all results."""
+    write([{"job": asdict(job), "values": values} for job, values in results.items()], path)
 
 
 def main() -> None:
@@ -125,8 +121,7 @@ def main() -> None:
         return
     make_environment()
     if args.time:
-        rounds = [final_jobs(*pair, results, TIMING_ROUNDS, timed=True) for pair in pairs]
-        run_all([job for jobs in zip(*rounds, strict=True) for job in jobs], results, 1, args.out)
+        run_all([job for pair in pairs for job in final_jobs(*pair, results, 1, timed=True)], results, 1, args.out)
         return
     run_all([job for pair in pairs for job in search_jobs(*pair)], results, args.jobs, args.out)
     run_all([job for pair in pairs for job in final_jobs(*pair, results, args.seeds)], results, args.jobs, args.out)

@@ -15,6 +15,7 @@ import ast
 import os
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -76,8 +77,9 @@ def undecorated(code: str) -> str:
 def run(folder: Path, jobs: int) -> Counter[str]:
     """Run mutmut, and return the number of mutants by what became of them."""
     environment = {**os.environ, "HYPOTHESIS_PROFILE": "mutation"}
-    subprocess.run(["mutmut", "run", "--max-children", str(jobs)], cwd=folder, env=environment, check=True)
-    command = ["mutmut", "results", "--all", "true"]
+    mutmut = [sys.executable, "-m", "mutmut"]
+    subprocess.run([*mutmut, "run", "--max-children", str(jobs)], cwd=folder, env=environment, check=True)
+    command = [*mutmut, "results", "--all", "true"]
     results = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
     return Counter(line.rpartition(": ")[2] for line in results.splitlines() if ": " in line)
 

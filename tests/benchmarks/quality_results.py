@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,13 @@ def load(path: Path) -> list[Run]:
 
 
 def save(runs: Sequence[Run], path: Path) -> None:
-    """Write all runs, one per line; an interruption leaves the old file or the new one."""
+    """Write all runs."""
+    write([asdict(run) for run in runs], path)
+
+
+def write(entries: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write one entry per line; an interruption leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text("[\n" + ",\n".join(json.dumps(asdict(run)) for run in runs) + "\n]\n")
+    partial.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n")
     os.replace(partial, path)
