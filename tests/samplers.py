@@ -11,10 +11,10 @@ from torch.optim import SGD
 
 from rotoopt import Rotations, RotoGradOptimizer, StepRecord
 from rotoopt.representation import RotatedDims
-from rotoopt.testing.models import Network as Network
-from rotoopt.testing.models import batches as batches
-from rotoopt.testing.models import network as network
-from rotoopt.testing.sampler import Sampler as Sampler
+from rotoopt.testing._models import Network as Network
+from rotoopt.testing._models import batches as batches
+from rotoopt.testing._models import network as network
+from rotoopt.testing._sampler import Sampler as Sampler
 from rotoopt.testing.strategies import LAYOUTS as LAYOUTS
 from rotoopt.testing.strategies import Layout as Layout
 from rotoopt.testing.strategies import dtypes, seeds

@@ -9,12 +9,14 @@
     plot_history(history)
 
 A :class:`History` also warns, once, when the rotations seem to do harm. ``log_step`` writes to TensorBoard, and
-``scalars`` makes a flat dict for any other logger. Plots need matplotlib (the extra ``plot``).
+``scalars`` makes a flat dict for any other logger. Plots need matplotlib (the extra ``plot``). Two metrics compare
+whole networks: Delta-m and the mean rank.
 """
 
-from rotoopt.diagnostics.history import History
-from rotoopt.diagnostics.loggers import log_step, scalars
-from rotoopt.diagnostics.plots import plot_cosines, plot_grad_norms, plot_history, plot_losses, plot_rotations
+from rotoopt.diagnostics._history import History
+from rotoopt.diagnostics._loggers import log_step, scalars
+from rotoopt.diagnostics._metrics import mean_rank, mean_relative_change
+from rotoopt.diagnostics._plots import plot_cosines, plot_grad_norms, plot_history, plot_losses, plot_rotations
 
 __all__ = [
     "History",
@@ -25,4 +27,6 @@ __all__ = [
     "plot_rotations",
     "scalars",
     "log_step",
+    "mean_relative_change",
+    "mean_rank",
 ]

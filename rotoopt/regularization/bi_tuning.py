@@ -10,9 +10,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from rotoopt.capture import HeadHook, rotated
 from rotoopt.distributed import Processes
-from rotoopt.regularization.contrastive_encoder import Classifier, ClassifierHead, unit, with_one
-from rotoopt.regularization.inputs import at_least_float32, check_labels
-from rotoopt.regularization.key_queues import enqueue_
+from rotoopt.regularization._contrastive_encoder import Classifier, ClassifierHead, unit, with_one
+from rotoopt.regularization._inputs import at_least_float32, check_labels
+from rotoopt.regularization._key_queues import enqueue_
 
 __all__ = ["BiTuning", "Classifier"]
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from rotoopt.distributed import Processes
 from rotoopt.regularization import lwf
-from rotoopt.regularization.inputs import at_least_float32, check_labels, check_same_shape
+from rotoopt.regularization._inputs import at_least_float32, check_labels, check_same_shape
 from rotoopt.regularization.lwf import evaluating, source_logits
 
 

@@ -1,9 +1,9 @@
 """DELTA and its relatives, under the name of tllib's module: distances of parameters and of feature maps."""
 
-from rotoopt.regularization.attention import channel_attention
-from rotoopt.regularization.feature_maps import AttentionBehavioralRegularization, BehavioralRegularization
-from rotoopt.regularization.layer_getter import IntermediateLayerGetter
-from rotoopt.regularization.starting_point import L2Regularization, SPRegularization
+from rotoopt.regularization._attention import channel_attention
+from rotoopt.regularization._feature_maps import AttentionBehavioralRegularization, BehavioralRegularization
+from rotoopt.regularization._layer_getter import IntermediateLayerGetter
+from rotoopt.regularization._starting_point import L2Regularization, SPRegularization
 
 __all__ = [
     "L2Regularization",

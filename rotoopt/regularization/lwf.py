@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
-from rotoopt.regularization.inputs import at_least_float32, check_same_shape
-from rotoopt.regularization.pooling import GlobalAveragePool, features_of
+from rotoopt.regularization._inputs import at_least_float32, check_same_shape
+from rotoopt.regularization._pooling import GlobalAveragePool, features_of
 
 
 class Classifier(nn.Module):

@@ -12,9 +12,9 @@
 ``rotoopt.testing.strategies`` needs ``hypothesis`` (the extra ``hypothesis``).
 """
 
-from rotoopt.testing.checks import check_invariants, check_losses_repeat, check_resume, check_rotations
-from rotoopt.testing.gradients import check_backbone_gradients, check_head_gradients
-from rotoopt.testing.wiring import (
+from rotoopt.testing._checks import check_invariants, check_losses_repeat, check_resume, check_rotations
+from rotoopt.testing._gradients import check_backbone_gradients, check_head_gradients
+from rotoopt.testing._wiring import (
     check_heads_share_the_representation,
     check_losses_pass_through_their_heads,
     check_parameters_are_optimized,

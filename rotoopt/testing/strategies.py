@@ -9,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rotoopt.testing.models import Batch, Network, batches, network
-from rotoopt.testing.sampler import Sampler
+from rotoopt.testing._models import Batch, Network, batches, network
+from rotoopt.testing._sampler import Sampler
 
 # Shapes of a representation, each with the dimensions to rotate: vectors, tokens, maps.
 Layout = tuple[tuple[int, ...], int | tuple[int, ...]]

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from rotoopt.metrics import mean_relative_change
+from rotoopt.diagnostics import mean_relative_change
 from tests.benchmarks.comparison_methods import METHODS, SINGLE_TASK, Method, Setting
 from tests.benchmarks.comparison_run import Job, run
 from tests.benchmarks.official_rotograd import make_environment

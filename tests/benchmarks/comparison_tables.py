@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from rotoopt.metrics import mean_rank, mean_relative_change
+from rotoopt.diagnostics import mean_rank, mean_relative_change
 from tests.benchmarks.comparison import Results, choose, final_jobs
 from tests.benchmarks.comparison_methods import METHODS, SINGLE_TASK, Method
 from tests.benchmarks.problems import Problem

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from rotoopt.diagnostics import History, history
-from rotoopt.diagnostics.harm import NUM_BLOCKS, SIGNIFICANT, WINDOW, harm, trend
+from rotoopt.diagnostics import History, _history
+from rotoopt.diagnostics._harm import WINDOW, harm
 from tests.contract.models import train, wrap
 from tests.diagnostics.fakes import FakeOptimizer
 
@@ -65,7 +65,7 @@ class Case:
 CASES = {
     "noise": Case(False),
     "cosines fall": Case(
-        True, cosine=0.7 - 0.7 * RISE, says=r"mean cosine between task gradients fell from 0\.\d\d to "
+        True, cosine=0.7 - 0.7 * RISE, says=r"mean cosine between task gradients fell from 0\.\d\d to 0\.\d\d"
     ),
     "cosines fall, rotations hardly turn": Case(False, cosine=0.7 - 0.7 * RISE, turn=0.4),
     "cosines fall, rotations rest": Case(False, cosine=0.7 - 0.7 * RISE, turn=0.0, network_lr=ABOVE),
@@ -102,28 +102,6 @@ def test_warns_in_all_of_many_runs_or_in_none(name: str) -> None:
             assert "turned by up to 2.0 radians from step 0 to step 999" in warning
             assert re.search(case.says, warning)
             assert "rotate=False" in warning
-
-
-def test_false_trends_are_as_rare_as_stated() -> None:
-    """Count the orders of the blocks by their inversions, of which a trend has few."""
-    counts = torch.ones(1, dtype=torch.float64)
-    for n in range(2, NUM_BLOCKS + 1):  # the n-th block goes before 0, 1, ... n - 1 of the others
-        counts = torch.nn.functional.conv1d(
-            torch.nn.functional.pad(counts, (n - 1, n - 1))[None, None], torch.ones(1, 1, n, dtype=torch.float64)
-        )[0, 0]
-    num_pairs = NUM_BLOCKS * (NUM_BLOCKS - 1) // 2
-    deviation = num_pairs / trend(torch.arange(float(NUM_BLOCKS)))
-    inversions = torch.arange(num_pairs + 1)
-    false = (num_pairs - 2 * inversions) / deviation >= SIGNIFICANT
-    assert counts.sum() == math.factorial(NUM_BLOCKS)
-    assert counts[false].sum() / counts.sum() < 1e-5
-
-
-def test_trend_counts_pairs_in_order() -> None:
-    blocks = torch.randn(NUM_BLOCKS)
-    pairs = [(i, j) for i in range(NUM_BLOCKS) for j in range(i + 1, NUM_BLOCKS)]
-    ascending = sum(1 if blocks[i] < blocks[j] else -1 for i, j in pairs)
-    assert trend(blocks) == pytest.approx(ascending / math.sqrt(950))  # n (n - 1) (2 n + 5) / 18
 
 
 def test_tasks_that_come_and_go_are_no_fall() -> None:
@@ -173,7 +151,7 @@ def train_and_record(steps: int, **options: Any) -> None:
 
 
 def test_only_rotations_at_a_high_rate_are_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history, "WINDOW", 200)
+    monkeypatch.setattr(_history, "WINDOW", 200)
     harmless: list[dict[str, Any]] = [{}, {"rotate": False}, {"init": "haar", "rotation_lr": 0.01}]
     for options in harmless:
         train_and_record(300, **options)

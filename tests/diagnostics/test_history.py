@@ -18,8 +18,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotoopt import RotoGrad, RotoGradOptimizer, StepRecord
-from rotoopt.diagnostics import History, history, scalars
-from rotoopt.diagnostics.measurements import Measured
+from rotoopt.diagnostics import History, _history, scalars
+from rotoopt.diagnostics._measurements import Measured
 from tests.contract.models import TwoTasks, assert_same, back_propagate, sgd, snapshot, train, wrap
 from tests.diagnostics.fakes import FakeOptimizer, random_history
 from tests.samplers import NUM_TASKS, SEEDS, Bench, Sampler
@@ -31,7 +31,7 @@ MOVE_EVERY = 4
 def frequent_moves() -> Iterator[None]:
     """Move records to the CPU often, so that few of them are on both sides."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(history, "MOVE_EVERY", MOVE_EVERY)
+        patch.setattr(_history, "MOVE_EVERY", MOVE_EVERY)
         yield
 
 

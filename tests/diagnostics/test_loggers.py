@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from rotoopt.diagnostics import History, log_step, scalars
-from rotoopt.diagnostics.measurements import columns
+from rotoopt.diagnostics._measurements import columns
 from tests.contract.models import train, wrap
 from tests.diagnostics.fakes import FakeOptimizer
 from tests.samplers import Bench

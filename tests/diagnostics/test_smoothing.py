@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rotoopt.diagnostics.smoothing import (
+from rotoopt.diagnostics._smoothing import (
     MIN_SMOOTHED,
     NUM_BINS,
     NUM_POINTS,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rotoopt.regularization.key_queues import enqueue_
+from rotoopt.regularization._key_queues import enqueue_
 from tests.contract.models import assert_same
 from tests.regularization.bi_tuning_oracle import Key, Ring, enqueue
 from tests.samplers import SEEDS

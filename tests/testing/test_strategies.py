@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rotoopt import RotoGradOptimizer
 from rotoopt.testing import check_invariants, strategies
-from rotoopt.testing.models import Batch, Network
-from rotoopt.testing.sampler import Sampler
+from rotoopt.testing._models import Batch, Network
+from rotoopt.testing._sampler import Sampler
 from tests.asserts import assert_rotations
 
 Dims = int | tuple[int, ...]

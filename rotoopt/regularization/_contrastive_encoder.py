@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
-from rotoopt.regularization.inputs import at_least_float32
-from rotoopt.regularization.pooling import GlobalAveragePool, features_of
+from rotoopt.regularization._inputs import at_least_float32
+from rotoopt.regularization._pooling import GlobalAveragePool, features_of
 
 
 class ClassifierHead(nn.Linear):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rotoopt.diagnostics.optional import require
-from rotoopt.diagnostics.smoothing import MIN_SMOOTHED, bin_means, outline, running_median
+from rotoopt.diagnostics._optional import require
+from rotoopt.diagnostics._smoothing import MIN_SMOOTHED, bin_means, outline, running_median
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from rotoopt.regularization.inputs import at_least_float32
-from rotoopt.regularization.named_tensors import NamedTensors, named_parameters, squares
+from rotoopt.regularization._inputs import at_least_float32
+from rotoopt.regularization._named_tensors import NamedTensors, named_parameters, squares
 from rotoopt.unwrap import unwrapped
 
 

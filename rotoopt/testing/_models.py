@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rotoopt.testing.sampler import Sampler
+from rotoopt.testing._sampler import Sampler
 
 Batch = tuple[Tensor, Tensor]  # inputs (B, inputs) and targets (K, B, outputs)
 

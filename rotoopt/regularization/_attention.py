@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rotoopt.regularization.inputs import at_least_float32
-from rotoopt.regularization.layer_getter import IntermediateLayerGetter
+from rotoopt.regularization._inputs import at_least_float32
+from rotoopt.regularization._layer_getter import IntermediateLayerGetter
 from rotoopt.regularization.lwf import evaluating
 from rotoopt.unwrap import unwrapped
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rotoopt.diagnostics.drawing import (
+from rotoopt.diagnostics._drawing import (
     COLORS,
     MAX_LINES,
     SEQUENTIAL,
@@ -20,8 +20,8 @@ from rotoopt.diagnostics.drawing import (
     note,
     tidy,
 )
-from rotoopt.diagnostics.measurements import pairs
-from rotoopt.diagnostics.smoothing import bin_means
+from rotoopt.diagnostics._measurements import pairs
+from rotoopt.diagnostics._smoothing import bin_means
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from rotoopt.arguments import warn_user
-from rotoopt.diagnostics.harm import WINDOW, harm
-from rotoopt.diagnostics.measurements import Measured, columns, latest, stack
-from rotoopt.diagnostics.optional import require
+from rotoopt.diagnostics._harm import WINDOW, harm
+from rotoopt.diagnostics._measurements import Measured, columns, latest, stack
+from rotoopt.diagnostics._optional import require
 from rotoopt.modules import RotateOnly
 
 MOVE_EVERY = 100  # records: the device is waited for once in so many
@@ -23,8 +23,9 @@ class History:
     one; nothing else waits for a GPU. The training is not changed, and neither graphs nor rotations are kept alive: 5
     tasks take 250 bytes per record, and 40 take 7500.
 
-    Every 100 records it also looks whether the rotations do harm by the last 1000, and warns once if they seem to. The
-    criterion is that of :func:`~rotoopt.diagnostics.harm.harm`.
+    Every 100 records it also looks whether the rotations do harm by the last 1000, and warns once if they seem to: if
+    one of them turned by half a radian or more while the cosines fell, the losses rose, or the cosines did not rise
+    although the learning rate of the rotations is above that of the network.
 
     Attributes:
         task_names: The names of the tasks, those of the heads; empty before the first record.

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rotoopt.regularization.inputs import at_least_float32
-from rotoopt.regularization.named_tensors import NamedTensors, squares
+from rotoopt.regularization._inputs import at_least_float32
+from rotoopt.regularization._named_tensors import NamedTensors, squares
 
 Reduction = Literal["sum", "batchmean"]
 

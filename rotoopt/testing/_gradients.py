@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rotoopt.optimizer import RotoGradOptimizer
-from rotoopt.testing.graph import behind_rotations, in_heads, leaves
-from rotoopt.testing.trial import LossFn, Trial
+from rotoopt.testing._graph import behind_rotations, in_heads, leaves
+from rotoopt.testing._trial import LossFn, Trial
 
 
 def check_head_gradients(optimizer: RotoGradOptimizer, losses: LossFn) -> None:

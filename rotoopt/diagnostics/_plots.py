@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rotoopt.diagnostics.drawing import add_legend, add_shared_legend, new_figure
-from rotoopt.diagnostics.history import History
-from rotoopt.diagnostics.panels import Panel, draw_cosines, draw_grad_norms, draw_losses, draw_rotations
+from rotoopt.diagnostics._drawing import add_legend, add_shared_legend, new_figure
+from rotoopt.diagnostics._history import History
+from rotoopt.diagnostics._panels import Panel, draw_cosines, draw_grad_norms, draw_losses, draw_rotations
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,10 +11,10 @@ from torch import Tensor
 from rotoopt.capture import Fork
 from rotoopt.optimizer import RotoGradOptimizer
 from rotoopt.rotations import orthogonality_error
-from rotoopt.testing.gradients import check_backbone_gradients, check_head_gradients
-from rotoopt.testing.graph import is_rotation, reached
-from rotoopt.testing.trial import LossFn, Trial
-from rotoopt.testing.wiring import (
+from rotoopt.testing._gradients import check_backbone_gradients, check_head_gradients
+from rotoopt.testing._graph import is_rotation, reached
+from rotoopt.testing._trial import LossFn, Trial
+from rotoopt.testing._wiring import (
     check_heads_share_the_representation,
     check_losses_pass_through_their_heads,
     check_parameters_are_optimized,

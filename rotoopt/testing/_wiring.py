@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rotoopt.optimizer import RotoGradOptimizer
-from rotoopt.testing.graph import Node, behind_rotations, in_heads, is_leaf, is_rotation, leaves, reached
-from rotoopt.testing.trial import LossFn, Trial
+from rotoopt.testing._graph import Node, behind_rotations, in_heads, is_leaf, is_rotation, leaves, reached
+from rotoopt.testing._trial import LossFn, Trial
 
 
 def check_heads_share_the_representation(optimizer: RotoGradOptimizer, losses: LossFn) -> None:

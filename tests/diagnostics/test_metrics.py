@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rotoopt.metrics import mean_rank, mean_relative_change
+from rotoopt.diagnostics import mean_rank, mean_relative_change
 
 METRICS = st.floats(0.01, 100)
 

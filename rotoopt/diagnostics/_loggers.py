@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol
 
-from rotoopt.diagnostics.measurements import Measured, columns, latest, stack
+from rotoopt.diagnostics._measurements import Measured, columns, latest, stack
 
 
 class Writer(Protocol):
