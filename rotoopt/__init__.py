@@ -5,30 +5,21 @@
                                                                  +-> rotation step
 
 :class:`RotoGradOptimizer` wraps any torch optimizer; ``optimizer.step(losses, rep)`` replaces
-``sum(losses).backward(); optimizer.step()``. The weightings say how K task gradients become one. ``RotoGrad`` and the
-other modules are the API of the official package.
+``sum(losses).backward(); optimizer.step()``. The weightings say how K task gradients become one;
+:mod:`rotoopt.weighting` has what one of your own needs. :mod:`rotoopt.rotograd` is the API of the official package.
 """
 
-from rotoopt.gradnorm import GradNorm
-from rotoopt.modules import RotateOnly, RotoGrad, RotoGradNorm, VanillaMTL, cached
-from rotoopt.official import rotations_from_rotograd
+from rotoopt._engine.record import StepRecord
+from rotoopt._rotation.rotations import Rotations
 from rotoopt.optimizer import RotoGradOptimizer
-from rotoopt.record import StepRecord
-from rotoopt.rotations import Rotations
-from rotoopt.weighting import EqualWeighting, RotoGradWeighting, Weighting
+from rotoopt.weighting import EqualWeighting, GradNorm, RotoGradWeighting, Weighting
 
 __all__ = [
     "RotoGradOptimizer",
     "Rotations",
     "StepRecord",
-    "EqualWeighting",
-    "GradNorm",
-    "RotoGradWeighting",
     "Weighting",
-    "RotateOnly",
-    "RotoGrad",
-    "RotoGradNorm",
-    "VanillaMTL",
-    "cached",
-    "rotations_from_rotograd",
+    "RotoGradWeighting",
+    "GradNorm",
+    "EqualWeighting",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,7 +13,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from rotoopt.arguments import (
+from rotoopt._capture.hooks import attach
+from rotoopt._capture.representation import RotatedDims
+from rotoopt._capture.wiring import check_unhooked
+from rotoopt._deploy.fold import fold
+from rotoopt._deploy.refresh import refresh
+from rotoopt._engine.arguments import (
     Heads,
     Losses,
     check_heads,
@@ -22,36 +28,32 @@ from rotoopt.arguments import (
     warn_of_missing_parameters,
     warn_user,
 )
-from rotoopt.backward import BackwardPass
-from rotoopt.capture import Capture
-from rotoopt.checkpoint import RotoGradState
-from rotoopt.deploy import fold, refresh
-from rotoopt.distributed import Processes
-from rotoopt.homogenize import Homogenizer
-from rotoopt.lie_algebra import LieAlgebraStep, RotationOptimizer
-from rotoopt.record import StepRecord
-from rotoopt.representation import RotatedDims
-from rotoopt.rotation_step import CayleyStep
-from rotoopt.rotations import Init, Rotations
-from rotoopt.weighting import Aggregator, Weighting, as_weighting
-from rotoopt.wiring import check_unhooked
-from rotoopt.wrapper import OptimizerWrapper
+from rotoopt._engine.engine import Engine
+from rotoopt._engine.memory import misfit
+from rotoopt._engine.record import StepRecord
+from rotoopt._rotation.cayley_step import CayleyStep
+from rotoopt._rotation.coordinates import OptimizerStep, RotationOptimizer
+from rotoopt._rotation.rotations import Init, Rotations
+from rotoopt._rotation.step import RotationStep
+from rotoopt._torch.checkpoint import RotoGradState
+from rotoopt._torch.private import mark_as_hooked, run_step_hooks
+from rotoopt._torch.processes import Processes
+from rotoopt._torch.wrapper import Core, OptimizerWrapper
+from rotoopt.weighting import Weighting
+from rotoopt.weighting._aggregator import Aggregator, as_weighting
 
 DEFAULT_ROTATION_LR = 5e-4
+TURN_EVERY = 16
 
 
 @dataclass
-class _Core:
-    """Everything mutable; see :class:`~rotoopt.wrapper.Core`."""
+class _Core(Core):
+    """Everything mutable; see :class:`~rotoopt._torch.wrapper.Core`."""
 
-    optimizer: Optimizer
     heads: list[nn.Module]
-    names: list[str]
-    functional: bool
-    capture: Capture
-    homogenizer: Homogenizer
-    back_propagate: BackwardPass
-    rotation_optimizer: Optimizer
+    engine: Engine
+    rotation_step: RotationStep
+    built_in_step: bool
     idle_steps: int = 0
     rotograd_loaded: bool = False  # since the latest step
 
@@ -80,7 +82,7 @@ class RotoGradOptimizer(OptimizerWrapper):
             ``backward(losses)``: in your own ``sum(losses).backward()`` the losses are what you make them.
         burn_in_period: Step at which L_k(t0) and the norms ||G_k(t0)|| are taken anew.
         rotation_lr: Learning rate of the built-in rotation step, in radians per coordinate at the first turn; it
-            decays by itself, as 1/sqrt(t). See :class:`~rotoopt.rotation_step.CayleyStep`.
+            decays by itself, as 1/sqrt(t). See :class:`~rotoopt._rotation.cayley_step.CayleyStep`.
         rotation_optimizer: A callable ``params -> torch.optim.Optimizer`` on the Lie-algebra coordinates, instead
             of the built-in step. The official recipe is ``lambda params: torch.optim.Adam(params, lr=...)``.
         init: ``"identity"``: the model computes what it did before wrapping. ``"haar"``: uniformly random rotations,
@@ -126,6 +128,7 @@ class RotoGradOptimizer(OptimizerWrapper):
         normalize_losses: bool = False,
         burn_in_period: int = 20,
         rotation_lr: float = DEFAULT_ROTATION_LR,
+        turn_every: int | None = None,
         rotation_optimizer: RotationOptimizer | None = None,
         init: Init = "identity",
         process_group: ProcessGroup | None = None,
@@ -142,6 +145,7 @@ class RotoGradOptimizer(OptimizerWrapper):
             rotation_size=rotation_size,
             burn_in_period=burn_in_period,
             rotation_lr=rotation_lr,
+            turn_every=turn_every,
             rotation_optimizer=rotation_optimizer,
             init=init,
         )
@@ -150,30 +154,29 @@ class RotoGradOptimizer(OptimizerWrapper):
         warn_of_missing_parameters(optimizer, modules, names)
         if len(names) == 1 and init == "identity":
             flags = (False,)  # a single task agrees with itself: R = I for ever, so do not even multiply by it
-        param = next(param for group in optimizer.param_groups for param in group["params"])
-        dtype = torch.promote_types(param.dtype, torch.float32) if param.is_floating_point() else torch.float32
+        if turn_every is None:
+            turn_every = TURN_EVERY if rotation_optimizer is None else 1
         processes = Processes(process_group)
-        seed = processes.shared_seed() if init == "haar" else None
-        rotations = Rotations(
-            len(names), rotation_size, rotate=flags, init=init, seed=seed, device=param.device, dtype=dtype
-        )
-        rotation_step = (
+        param = next(param for group in optimizer.param_groups for param in group["params"])
+        rotations = Rotations.like(param, len(names), rotation_size, rotate=flags, init=init, processes=processes)
+        rotation_step: RotationStep = (
             CayleyStep(rotations, rotation_lr, processes)
             if rotation_optimizer is None
-            else LieAlgebraStep(rotations, rotation_optimizer, processes)
+            else OptimizerStep(rotations, rotation_optimizer, processes)
         )
-        used_weighting.bind(len(names), param.device, dtype)
-        homogenizer = Homogenizer(
-            len(names), used_weighting, rotation_step, burn_in_period, processes, needs_losses=normalize_losses
+        engine = Engine(
+            names,
+            rotations,
+            dims=dims,
+            weighting=used_weighting,
+            burn_in_period=burn_in_period,
+            normalize_losses=normalize_losses,
+            turn_every=turn_every,
+            processes=processes,
         )
-        capture = Capture(rotations, dims, homogenizer.receive)
-        back_propagate = BackwardPass(names, capture, homogenizer, normalize_losses=normalize_losses)
-        step_optimizer = rotation_step.optimizer
-        self._wrap(
-            _Core(optimizer, modules, names, heads is None, capture, homogenizer, back_propagate, step_optimizer)
-        )
+        self._wrap(_Core(optimizer, modules, engine, rotation_step, rotation_optimizer is None))
         for task, head in enumerate(modules):
-            capture.attach(head, task)
+            attach(engine.capture, head, task)
 
     # ------------------------------------------------------------------ training
 
@@ -202,7 +205,7 @@ class RotoGradOptimizer(OptimizerWrapper):
             RuntimeError: If a loss did not pass through its rotated head, the heads do not share one
                 representation, ``backbone_loss`` passes through a head, or the losses were back-propagated before.
         """
-        self._core.back_propagate(losses, rep, backbone_loss, scaler)
+        self._core.engine.backward(losses, rep, backbone_loss, scaler)
 
     @overload
     def step(
@@ -217,6 +220,7 @@ class RotoGradOptimizer(OptimizerWrapper):
     def step(self, closure: Callable[[], float]) -> float: ...
     @overload
     def step(self, closure: Losses, rep: Tensor | None = None, *, backbone_loss: Tensor | None = None) -> None: ...
+    @mark_as_hooked
     def step(
         self,
         closure: Callable[[], float] | Losses | None = None,
@@ -241,9 +245,7 @@ class RotoGradOptimizer(OptimizerWrapper):
             What the closure returned, or None.
         """
         options = {"losses": losses, "backbone_loss": backbone_loss}
-        return self._run_with_step_hooks(RotoGradOptimizer._step, (closure, rep), options)
-
-    step.hooked = True  # type: ignore[attr-defined]
+        return run_step_hooks(self, RotoGradOptimizer._step, (closure, rep), options)
 
     def _step(
         self,
@@ -263,11 +265,14 @@ class RotoGradOptimizer(OptimizerWrapper):
         elif rep is not None or backbone_loss is not None:
             raise TypeError("`rep` and `backbone_loss` must come with `losses`, got none.")
         result = core.optimizer.step() if closure is None else core.optimizer.step(closure)
-        if core.homogenizer.pending:
+        if core.engine.pending:
             core.rotograd_loaded = False
-        elif core.capture.last_shape is None:
+            # A training loop may step inside of its autocast.
+            with torch.autocast(core.engine.rotations.device.type, enabled=False):
+                angles = core.rotation_step.step(core.engine.rotation_gradients)
+                core.engine.finish_step(angles, self.rotation_optimizer.param_groups[0]["lr"])
+        elif core.engine.capture.last_shape is None:
             self._note_idle_step()
-        core.homogenizer.finish_step()
         return result
 
     def _note_idle_step(self) -> None:
@@ -285,7 +290,7 @@ class RotoGradOptimizer(OptimizerWrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the parameters, and what was collected for the rotations."""
         super().zero_grad(set_to_none=set_to_none)
-        self._core.homogenizer.clear()
+        self._core.engine.clear()
 
     def rotate(self, rep: Tensor) -> tuple[Tensor, ...]:
         """Return R_k z for every task, for functional heads (``num_tasks=K``).
@@ -300,12 +305,12 @@ class RotoGradOptimizer(OptimizerWrapper):
             RuntimeError: If the optimizer was given modules: their hooks rotate already.
         """
         core = self._core
-        if not core.functional:
+        if core.heads:
             raise RuntimeError(
                 "`rotate` must be used with num_tasks=K, got an optimizer with `heads`. Their hooks rotate already: "
                 "call the heads on z itself."
             )
-        return tuple(core.capture.feed(rep, task) for task in range(len(core.names)))
+        return tuple(core.engine.capture.feed(rep, task) for task in range(len(core.engine.names)))
 
     def paused(self) -> AbstractContextManager[None]:
         """Return a context in which forward passes rotate, but gradients are left alone.
@@ -313,11 +318,11 @@ class RotoGradOptimizer(OptimizerWrapper):
         For saliency maps, adversarial examples and gradient penalties: inside, the model is the rotated model and its
         gradients are its true ones. What matters is where the forward pass runs.
         """
-        return self._core.capture.pause()
+        return self._core.engine.capture.pause()
 
     def remove(self) -> None:
         """Remove the hooks from the heads: the model computes again without rotations."""
-        self._core.capture.detach()
+        self._core.engine.capture.detach()
 
     # ------------------------------------------------------------------ deployment
 
@@ -349,7 +354,7 @@ class RotoGradOptimizer(OptimizerWrapper):
             >>> torch.allclose(head_a(z), rotated, atol=1e-6), len(head_a._forward_pre_hooks)
             (True, 0)
         """
-        fold(self._core.capture, self._core.heads, self._core.names)
+        fold(self._core.engine.capture, self._core.heads, self._core.engine.names)
 
     def refresh(self, model_copy: nn.Module) -> None:
         """Give a copy of the model the rotations of now.
@@ -378,42 +383,42 @@ class RotoGradOptimizer(OptimizerWrapper):
             >>> torch.equal(target[1](z), head_a(z))
             True
         """
-        refresh(self._core.capture.rotations, model_copy)
+        refresh(self._core.engine.rotations, model_copy)
 
     # ------------------------------------------------------------------ what it knows
 
     @property
     def rotations(self) -> Rotations:
         """The rotations, an ``nn.Module``: ``rotations.matrices`` is ``(K, m, m)``, ``rotations[k]`` is R_k."""
-        return self._core.capture.rotations
+        return self._core.engine.rotations
 
     @property
     def rotation_optimizer(self) -> Optimizer:
         """The optimizer of the rotations; learning-rate schedulers attach to it."""
-        return self._core.rotation_optimizer
+        return self._core.rotation_step.optimizer
 
     @property
     def task_names(self) -> tuple[str, ...]:
         """Names of the tasks, by which losses may be given: the keys of ``heads``, or what stands for them."""
-        return tuple(self._core.names)
+        return self._core.engine.names
 
     @property
     def task_weights(self) -> Tensor:
         """Weights w_k of the task gradients in the latest backward pass; ones before the first. Shape ``(K,)``."""
-        record = self._core.homogenizer.record
-        return torch.ones(len(self._core.names)) if record is None else record.weights
+        record = self._core.engine.record
+        return torch.ones(len(self.task_names)) if record is None else record.weights
 
     @property
     def last_step(self) -> StepRecord | None:
         """What the latest backward pass measured: losses, gradient norms, weights, cosines. None before the first."""
-        return self._core.homogenizer.record
+        return self._core.engine.record
 
     def __repr__(self) -> str:
         core = self._core
         inner = "\n    ".join(repr(core.optimizer).splitlines())
         return (
-            f"{type(self).__name__} (\n    tasks: {', '.join(core.names)}\n    weighting: "
-            f"{core.homogenizer.weighting!r}\n    rotations: {core.capture.rotations.extra_repr()}\n"
+            f"{type(self).__name__} (\n    tasks: {', '.join(core.engine.names)}\n    weighting: "
+            f"{core.engine.weighting!r}\n    rotations: {core.engine.rotations.extra_repr()}\n"
             f"    optimizer: {inner}\n)"
         )
 
@@ -442,15 +447,15 @@ class RotoGradOptimizer(OptimizerWrapper):
         ``dcp.save({"model": ..., "optimizer": ..., "rotograd": optimizer.rotograd_state})``. Load it the same way,
         before ``set_optimizer_state_dict``.
         """
-        return RotoGradState(self._core.homogenizer.state_dict, self._load_rotograd)
+        return RotoGradState(self._save_rotograd, self._load_rotograd)
 
     def _save(self) -> dict[str, Any]:
-        return {**super()._save(), "rotograd": self._core.homogenizer.state_dict()}
+        return {**super()._save(), "rotograd": self._save_rotograd()}
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         own = state_dict.pop("rotograd", None)
         if own is not None:
-            self._core.homogenizer.check_state_dict(own)  # before anything changes
+            self._check_rotograd(own)  # before anything changes
         super()._load(state_dict)
         if own is not None:
             self._load_rotograd(own)
@@ -461,7 +466,24 @@ class RotoGradOptimizer(OptimizerWrapper):
                 "torch.distributed.checkpoint: save and load optimizer.rotograd_state, too, and load it first."
             )
 
+    def _save_rotograd(self) -> dict[str, Any]:
+        core = self._core
+        return {
+            **core.engine.state_dict(),
+            "built_in_step": core.built_in_step,
+            "rotation_step": copy.deepcopy(core.rotation_step.state_dict()),  # the next step changes its tensors
+        }
+
+    def _check_rotograd(self, state_dict: dict[str, Any]) -> None:
+        self._core.engine.memory.check_state_dict(state_dict)
+        if self._core.built_in_step != state_dict["built_in_step"]:
+            steps = {True: "the built-in rotation step", False: "a `rotation_optimizer`"}
+            own = self._core.built_in_step
+            raise misfit(f"be of {steps[own]}", f"that of {steps[not own]}", "`rotation_optimizer`")
+
     def _load_rotograd(self, state_dict: dict[str, Any]) -> None:
-        self._core.homogenizer.check_state_dict(state_dict)
-        self._core.homogenizer.load_state_dict(state_dict)
-        self._core.rotograd_loaded = True
+        self._check_rotograd(state_dict)
+        core = self._core
+        core.engine.load_state_dict(state_dict)
+        core.rotation_step.load_state_dict(copy.deepcopy(state_dict["rotation_step"]))
+        core.rotograd_loaded = True

@@ -1,14 +1,11 @@
 """What holds for every test: seeds, determinism, hypothesis profiles, --runslow and markers."""
 
 import os
-from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
 from torch import Tensor
-
-from rotoopt import rotation_step
 
 # One thread: the sums then have one order on every machine, and small tensors gain nothing from
 # more. A test that needs more threads starts a process of its own.
@@ -72,11 +69,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def every_step() -> Iterator[None]:
-    """Let rotations turn in every step, where a test is not about when they do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rotation_step, "TURN_EVERY", 1)
-        yield

@@ -226,9 +226,9 @@ class Oracle:
         S = torch.zeros_like(self.matrices)
         S[present] = rotation_gradient(units, units.mean(dim=0))
         S *= torch.tensor(self.rotate).view(-1, 1, 1)
+        if self.t % self.turn_every:
+            return
         if self.rotation_optimizer is None:
-            if self.t % self.turn_every:
-                return
             whole = torch.zeros(len(S)).double()
             whole[present] = (units.mT @ units.mean(dim=0)).norm(dim=(1, 2))
             rounding = (4 * torch.finfo(S.dtype).eps) ** 0.5 * whole  # a task that is aligned has no S

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from rotoopt import Rotations, RotoGradOptimizer, StepRecord
-from rotoopt.representation import RotatedDims
+from rotoopt._capture.representation import RotatedDims
+from rotoopt._rotation.cayley import DenseSkew, SampleSkew, Skew
+from rotoopt._rotation.step import RotationGradient
 from rotoopt.testing._models import Network as Network
 from rotoopt.testing._models import batches as batches
 from rotoopt.testing._models import network as network
@@ -18,7 +20,6 @@ from rotoopt.testing._sampler import Sampler as Sampler
 from rotoopt.testing.strategies import LAYOUTS as LAYOUTS
 from rotoopt.testing.strategies import Layout as Layout
 from rotoopt.testing.strategies import dtypes, seeds
-from rotoopt.turn import DenseSkew, SampleSkew, Skew
 
 SEEDS, DTYPES = seeds(), dtypes()
 NUM_TASKS = st.integers(2, 10)
@@ -33,10 +34,16 @@ def haar(K: int, m: int, dtype: torch.dtype) -> Rotations:
     return Rotations(K, m, rotate=[True] * K, init="haar", device=torch.device("cpu"), dtype=dtype)
 
 
-def views(units: Tensor, target: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """Return unit gradients ``(K, n, d)`` and their mean ``(n, d)`` as the package sees them."""
+def rotation_gradient(units: Tensor, target: Tensor, dim: int = -1) -> RotationGradient:
+    """Return what a backward pass measures of unit gradients ``(K, n, d)`` and their mean ``(n, d)``."""
     dims = RotatedDims(dim)
-    return dims.view_stacked(units), dims.view(target)
+    return RotationGradient(dims.view_stacked(units), dims.view(target), torch.tensor(True))
+
+
+def unusable(gradient: RotationGradient) -> RotationGradient:
+    """Return what a backward pass measures in which something was not finite."""
+    zeros = torch.zeros_like(gradient.directions), torch.zeros_like(gradient.target)
+    return RotationGradient(*zeros, torch.tensor(False))
 
 
 class Turn:
@@ -90,13 +97,14 @@ class Bench:
     """An optimizer whose task gradients and losses are dictated: loss k is linear in r_k.
 
     There is no model: the representation is a fresh leaf, so ``backward`` returns what a backbone
-    would receive. The wrapped optimizer holds one parameter, which never has a gradient.
+    would receive. The wrapped optimizer holds one parameter, which never has a gradient. Rotations turn in every step,
+    unless ``options`` say something else.
     """
 
     def __init__(self, shape: Sequence[int], K: int, dtype: torch.dtype, **options: Any) -> None:
         self.shape, self.K, self.dtype = tuple(shape), K, dtype
         bare = SGD([nn.Parameter(torch.zeros(1, dtype=dtype))], lr=0.1)
-        self.optimizer = RotoGradOptimizer(bare, num_tasks=K, **options)
+        self.optimizer = RotoGradOptimizer(bare, num_tasks=K, **{"turn_every": 1, **options})
 
     def backward(self, grads: Sequence[Tensor | None], values: Sequence[float] | None = None) -> Tensor:
         """Back-propagate losses ``values`` (ones) whose gradients at r_k are ``grads``."""
@@ -127,7 +135,7 @@ class Bench:
     def state(self) -> dict[str, Tensor]:
         """Return rotations, references and trained weights: all that a bad batch must not touch."""
         saved = self.optimizer.state_dict()["rotograd"]
-        return dict(_tensors({key: saved[key] for key in saved if key != "rotation_optimizer"}))
+        return dict(_tensors({key: saved[key] for key in saved if key != "rotation_step"}))
 
 
 def _tensors(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

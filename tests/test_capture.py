@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.testing import assert_close
 
-from rotoopt import RotoGradOptimizer, backward
+from rotoopt import RotoGradOptimizer
+from rotoopt._engine import engine
 from tests.asserts import eps
 from tests.oracle import layout, rotate
 from tests.samplers import DTYPES, LAYOUTS, SEEDS, Bench, Layout, Network, Sampler, batches, network
@@ -203,7 +204,7 @@ def test_other_inputs_of_a_head_arrive_as_they_are() -> None:
 
 def test_wiring_is_followed_through_the_graph_in_the_first_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
     followed: list[Any] = []
-    monkeypatch.setattr(backward, "check_wiring", lambda *args: followed.append(args))
+    monkeypatch.setattr(engine, "check_wiring", lambda *args: followed.append(args))
     bench = Bench((4, 6), 3, torch.float32)
     for grads in torch.randn(3, 3, 4, 6):
         bench.step(list(grads))

@@ -19,12 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from rotoopt import RotoGradOptimizer
-from rotoopt.representation import RotatedDims
+from rotoopt._capture.representation import RotatedDims
 from tests.asserts import relative_error
 from tests.contract.models import REP_SIZE, TwoTasks, assert_same, snapshot, train
 from tests.samplers import DTYPES, LAYOUTS, SEEDS, Layout, Network, batches, network
 
-pytestmark = pytest.mark.usefixtures("every_step")
 KEEPS = "Every head should begin with a linear layer"
 
 

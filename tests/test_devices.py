@@ -31,8 +31,6 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "Adam": lambda: {"rotation_optimizer": partial(Adam, lr=0.1), "rotation_size": 8},
 }
 
-pytestmark = pytest.mark.usefixtures("every_step")
-
 
 @pytest.fixture(autouse=True)
 def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:

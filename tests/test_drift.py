@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rotoopt.rotations import orthogonality_error
-from rotoopt.turn import DenseSkew, SampleSkew, Skew, repair_columns_
+from rotoopt._rotation.cayley import DenseSkew, SampleSkew, Skew, orthogonality_error, repair_columns_
 from tests.asserts import assert_same_bits, eps
 from tests.samplers import DTYPES, NUM_TASKS, SEEDS, SIZES, Sampler
 

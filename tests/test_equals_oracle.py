@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
-from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer, RotoGradWeighting, rotation_step
-from rotoopt.turn import DenseSkew, SampleSkew
+from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer, RotoGradWeighting
+from rotoopt._rotation.cayley import DenseSkew, SampleSkew
 from tests.asserts import relative_error
 from tests.oracle import LossFn, Oracle
 from tests.samplers import LAYOUTS, SEEDS, Layout, Network, Sampler, batches, network
@@ -136,12 +136,6 @@ def loss_of(prediction: Tensor, target: Tensor, scale: Tensor, offset: float) ->
 
 def check(case: Case, dtype: torch.dtype) -> Tensor:
     """Train twice, the package in ``dtype`` and the oracle in float64; return how far each rotation has come."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rotation_step, "TURN_EVERY", case.turn_every)
-        return _check(case, dtype)
-
-
-def _check(case: Case, dtype: torch.dtype) -> Tensor:
     sampler, scales = Sampler(case.seed), torch.logspace(*case.scales, case.K, dtype=dtype)
     model = network(case.seed, case.layout[0][1:], case.K, dtype)
     truth = copy.deepcopy(model).double()
@@ -153,6 +147,7 @@ def _check(case: Case, dtype: torch.dtype) -> Tensor:
         "normalize_losses": case.normalize_losses,
         "burn_in_period": BURN_IN,
         "rotation_lr": 0.1,  # so that the rotations turn by tenths of a radian
+        "turn_every": case.turn_every,
         "rotation_optimizer": ROTATION_OPTIMIZERS[case.rotation_optimizer],
     }
     bare = make_optimizer(model, case, scales)
@@ -174,7 +169,6 @@ def _check(case: Case, dtype: torch.dtype) -> Tensor:
         weight_lr=WEIGHT_LR,
         rotation_size=size,
         matrices=start,
-        turn_every=case.turn_every,
         **options,
     )
     offset = 9.0 if case.negative else 0.0

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rotoopt.first_layers import CONVOLUTIONS, UnfoldableError, find_first_layers
-from rotoopt.representation import RotatedDims
+from rotoopt._capture.representation import RotatedDims
+from rotoopt._deploy.first_layers import CONVOLUTIONS, UnfoldableError, find_first_layers
 from tests.asserts import eps, relative_error
 from tests.contract.models import assert_same
 from tests.heads import FOLDABLE, OWNED, UNFOLDABLE, VECTORS, Case, Head, predict, trained

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from rotoopt.gradients import TaskGradients
+from rotoopt.weighting._gradients import TaskGradients
 from tests.asserts import assert_same_bits, eps
 from tests.samplers import DTYPES, NUM_TASKS, SEEDS, Sampler
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from rotoopt import EqualWeighting, Rotations, RotoGradOptimizer, RotoGradWeighting
-from rotoopt.modules import RotateOnly, RotoGrad, RotoGradNorm, VanillaMTL, cached
+from rotoopt import EqualWeighting, RotoGradOptimizer, RotoGradWeighting
+from rotoopt._rotation import coordinates
+from rotoopt._rotation.cayley import turn_
+from rotoopt.rotograd import RotateOnly, RotoGrad, RotoGradNorm, VanillaMTL, cached
 from tests.asserts import assert_rotations
 from tests.contract.models import assert_same
 
@@ -214,14 +216,13 @@ def test_bad_first_loss_neither_flips_nor_poisons_a_gradient(value: float) -> No
 def test_rotations_turn_once_per_step_and_not_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("RotoGrad")
     steppers = optimizers(model)
-    turns: list[None] = []
-    turn = Rotations.turn_
+    turns: list[Tensor] = []
 
-    def counted(self: Rotations, skew: Tensor) -> None:
-        turns.append(None)
-        turn(self, skew)
+    def counted(matrices: Tensor, skew: Tensor) -> None:
+        turns.append(skew)
+        turn_(matrices, skew)
 
-    monkeypatch.setattr(Rotations, "turn_", counted)
+    monkeypatch.setattr(coordinates, "turn_", counted)
     train(model, steppers, 0, 1, 2)
     assert len(turns) == 2  # before the second and the third forward pass
     model.eval()

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from rotoopt.normalization import Reference
+from rotoopt.weighting import Measurements
+from rotoopt.weighting._references import Reference
 from tests.samplers import Bench, Sampler
 
 K, STEPS = 3, 8
@@ -84,18 +85,28 @@ def test_optimizer_takes_its_references_so(kinds: list[list[str]], burn_in: int,
         assert_close(state["loss_reference.values"], 2 * expected, rtol=0, atol=0, equal_nan=True)
 
 
+def measurements(norms: Tensor, losses: Tensor | None, references: Tensor) -> Measurements:
+    everywhere = torch.ones(K, dtype=torch.bool)
+    return Measurements(norms, everywhere, torch.tensor(True), losses, None, references, references)
+
+
 @given(seed=st.integers(0, 2**32 - 1))
-def test_ratio_of_an_unknown_reference_is_unknown(seed: int) -> None:
+def test_ratio_of_an_unknown_norm_is_unknown_and_that_of_an_unknown_loss_is_the_loss(seed: int) -> None:
     current = Sampler(seed, torch.float32).uniform(K)
-    assert Reference.unknown(K, torch.device("cpu"), torch.float32).ratios(current).isnan().all()
+    measured = measurements(current, current, torch.full((K,), math.nan))
+    assert measured.norm_ratios.isnan().all()
+    assert measured.loss_ratios is not None
+    assert torch.equal(measured.loss_ratios, current)
 
 
 @given(seed=st.integers(0, 2**32 - 1))
-def test_ratio_is_that_to_the_reference(seed: int) -> None:
-    first, current = Sampler(seed).uniform(2, K) + 0.1
-    reference = Reference.unknown(K, torch.device("cpu"), torch.float64)
-    reference = reference.updated(first, torch.ones(K, dtype=torch.bool), burnt_in=True)
-    assert_close(reference.ratios(current) * first, current, rtol=1e-14, atol=0)
+def test_ratios_are_those_to_the_references(seed: int) -> None:
+    references, current = Sampler(seed).uniform(2, K) + 0.1
+    measured = measurements(current, -current, references)
+    assert measured.loss_ratios is not None
+    assert_close(measured.norm_ratios * references, current, rtol=1e-14, atol=0)
+    assert_close(measured.loss_ratios * references, -current, rtol=1e-14, atol=0)
+    assert measurements(current, None, references).loss_ratios is None
 
 
 def test_saved_and_loaded_references_share_no_memory() -> None:

@@ -13,10 +13,8 @@ from torch.optim import SGD
 from torch.testing import assert_close
 
 from rotoopt import EqualWeighting
-from rotoopt.rotations import orthogonality_error
+from rotoopt._rotation.cayley import orthogonality_error
 from tests.samplers import NUM_TASKS, SEEDS, SIZES, Bench, Sampler
-
-pytestmark = pytest.mark.usefixtures("every_step")
 
 
 @given(K=NUM_TASKS, seed=SEEDS, data=st.data())

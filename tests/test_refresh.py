@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
 from rotoopt import RotoGradOptimizer
-from rotoopt.representation import RotatedDims
+from rotoopt._capture.representation import RotatedDims
 from tests.asserts import eps
 from tests.contract.models import TwoTasks, assert_moved, assert_same, back_propagate, snapshot, train, wrap
 from tests.oracle import layout, rotate

@@ -5,10 +5,9 @@ import math
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.testing import assert_close
 
-from rotoopt.representation import RotatedDims, apply_rotation, correlate
+from rotoopt._capture.representation import RotatedDims, rotated
 from tests.asserts import eps
 from tests.oracle import layout, rotate
 from tests.samplers import DTYPES, LAYOUTS, SEEDS, Layout, Sampler
@@ -16,10 +15,6 @@ from tests.samplers import DTYPES, LAYOUTS, SEEDS, Layout, Sampler
 # Of float64: sums of at most 36 products of numbers of size up to about 5.
 ROUNDING = 1e-13
 LAYOUT = st.sampled_from(LAYOUTS)
-
-
-def rotated(rep: Tensor, matrix: Tensor, dims: RotatedDims) -> Tensor:
-    return dims.restore(apply_rotation(matrix, dims.view(rep)), rep)
 
 
 @st.composite
@@ -101,17 +96,6 @@ def test_transposed_rotation_is_the_inverse(layout_: Layout, seed: int) -> None:
     rep = sampler.normal(*shape)
     (R,) = sampler.rotations(1, dims.size(rep))
     assert_close(rotated(rotated(rep, R, dims), R.mT, dims), rep, rtol=ROUNDING, atol=ROUNDING)
-
-
-@given(layout_=LAYOUT, seed=SEEDS, K=st.integers(1, 4), rest=st.integers(0, 3))
-def test_correlation_is_a_sum_over_samples(layout_: Layout, seed: int, K: int, rest: int) -> None:
-    shape, dim = layout_
-    sampler, dims = Sampler(seed), RotatedDims(dim)
-    x, y = sampler.normal(K, *shape), sampler.normal(*shape)
-    m = dims.size(y) - rest
-    index = layout(y.shape, dims.dim)[:, :m]
-    expected = torch.stack([rep.flatten()[index].T @ y.flatten()[index] for rep in x])
-    assert_close(correlate(dims.view_stacked(x), dims.view(y), m), expected, rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_size_is_the_product_of_the_rotated_dimensions() -> None:

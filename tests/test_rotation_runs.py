@@ -18,7 +18,6 @@ from torch.testing import assert_close
 from tests.asserts import assert_rotations, assert_same_bits
 from tests.samplers import DTYPES, LAYOUTS, NUM_TASKS, SEEDS, SIZES, Bench, Layout, Sampler
 
-pytestmark = pytest.mark.usefixtures("every_step")
 LAYOUT = st.sampled_from(LAYOUTS)
 LOG_LRS = st.floats(-4, 1)
 
@@ -144,10 +143,9 @@ def test_resumed_runs_are_uninterrupted_ones(K: int, layout: Layout, seed: int, 
         assert_same_bits(other.matrices, run(whole, steps))
 
 
-def test_scheduler_of_the_rotations_gives_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scheduler_of_the_rotations_gives_no_warning() -> None:
     """Even in steps that do not turn."""
-    monkeypatch.setattr("rotoopt.rotation_step.TURN_EVERY", 8)
-    bench, sampler = Bench((4, 6), 3, torch.float64), Sampler(0)
+    bench, sampler = Bench((4, 6), 3, torch.float64, turn_every=8), Sampler(0)
     scheduler = ExponentialLR(bench.optimizer.rotation_optimizer, 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -10,30 +10,45 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from rotoopt import rotation_step
-from rotoopt.distributed import Processes
-from rotoopt.rotation_step import MAX_STEP, CayleyStep, NormalizedStep
-from rotoopt.turn import DenseSkew, SampleSkew, Skew
+from rotoopt._capture.representation import RotatedDims
+from rotoopt._rotation import cayley_step
+from rotoopt._rotation.cayley import DenseSkew, SampleSkew, Skew
+from rotoopt._rotation.cayley_step import MAX_STEP, CayleyStep, NormalizedStep
+from rotoopt._rotation.step import RotationGradient
+from rotoopt._torch.processes import Processes
 from tests.asserts import assert_same_bits, eps
-from tests.samplers import DTYPES, NUM_SAMPLES, NUM_TASKS, SEEDS, SIZES, Bench, Sampler, haar, views
+from tests.oracle import layout
+from tests.samplers import (
+    DTYPES,
+    LAYOUTS,
+    NUM_SAMPLES,
+    NUM_TASKS,
+    SEEDS,
+    SIZES,
+    Bench,
+    Layout,
+    Sampler,
+    haar,
+    rotation_gradient,
+    unusable,
+)
 
 LOG_LRS = st.floats(-4, 1)
-TRUE, FALSE = torch.tensor(True), torch.tensor(False)
-Gradients = tuple[Tensor, Tensor]
+TURN_EVERY = 16  # by default
 
 
-def turned(R: Tensor, *passes: Gradients, lr: float = 0.1, steps: int = 2, dense_from: float | None = None) -> Tensor:
+def turned(
+    R: Tensor, *passes: RotationGradient, lr: float = 0.1, steps: int = 2, dense_from: float | None = None
+) -> Tensor:
     """Return R after steps that all see the same gradients; the first has none to agree with."""
     rotations = haar(len(R), R.shape[-1], R.dtype)
     rotations.load_matrices(R)
     step = CayleyStep(rotations, lr, Processes())
     with pytest.MonkeyPatch.context() as patch:
         if dense_from is not None:
-            patch.setattr(rotation_step, "DENSE_FROM", dense_from)
+            patch.setattr(cayley_step, "DENSE_FROM", dense_from)
         for _ in range(steps):
-            for each in passes:
-                step.collect(*each, TRUE)
-            step.step()
+            step.step(passes)
     return rotations.matrices.clone()
 
 
@@ -51,7 +66,7 @@ def test_step_does_not_lower_the_alignment_of_its_batch(
 
     before = units(R)
     target = before.mean(dim=0)  # what the gradients are to agree with does not move
-    rotations = turned(R, views(before, target), lr=10**lr)
+    rotations = turned(R, rotation_gradient(before, target), lr=10**lr)
     gained = ((units(rotations) - before).double() * target.double()).sum(dim=(1, 2))
     # Each alignment is a sum over unit vectors, so its rounding is some eps, whatever its size.
     assert gained.min() >= -10 * m * eps(dtype)
@@ -65,8 +80,7 @@ def test_a_hidden_rotation_is_found(m: int) -> None:
     for _ in range(400):
         units = sampler.normal(8, m) @ hidden.mT @ rotations.matrices
         units /= units.norm(dim=(1, 2), keepdim=True)
-        step.collect(*views(units, units.mean(dim=0)), TRUE)
-        step.step()
+        step.step([rotation_gradient(units, units.mean(dim=0))])
     assert (units[0] * units[1]).sum() > 0.99
 
 
@@ -92,34 +106,32 @@ def test_no_plane_turns_by_more_than_a_radian(K: int, n: int, m: int, seed: int,
     if one_for_all:  # as large as a mean of unit gradients can be
         target = sampler.normal(n, m)
         target /= target.norm()
-    turns = R.mT @ turned(R, views(units, target), lr=1e6)
+    turns = R.mT @ turned(R, rotation_gradient(units, target), lr=1e6)
     angles = torch.linalg.eigvals(turns).angle().abs()
     assert angles.max() <= 2 * math.atan(MAX_STEP / 2) + 1e-9  # that of cay(S) with ||S||_2 = 1: 0.93
 
 
 def test_step_without_gradient_keeps_every_bit_after_others() -> None:
     sampler = Sampler(0)
-    gradients = views(*sampler.directions(2, 6, 4))
+    gradients = rotation_gradient(*sampler.directions(2, 6, 4))
     rotations = haar(2, 4, torch.float64)
     step = CayleyStep(rotations, 0.1, Processes())
-    nothing = views(torch.zeros(2, 6, 4).double(), torch.zeros(6, 4).double())
-    for directions, target in (gradients, gradients, nothing):
+    nothing = rotation_gradient(torch.zeros(2, 6, 4).double(), torch.zeros(6, 4).double())
+    for each in (gradients, gradients, nothing):
         before = rotations.matrices.clone()
-        step.collect(directions, target, TRUE)
-        angles = step.step()
+        angles = step.step([each])
     assert_same_bits(rotations.matrices, before)
     assert not angles.any()
 
 
 def test_a_few_columns_are_repaired_with_every_turn_and_all_in_the_end() -> None:
-    m, count, sampler = 2 * rotation_step.REPAIRED_SHARE + 2, 3, Sampler(0)  # which is no multiple of the count
+    m, count, sampler = 2 * cayley_step.REPAIRED_SHARE + 2, 3, Sampler(0)  # which is no multiple of the count
     rotations = haar(2, m, torch.float64)
     rotations.load_matrices(1.001 * sampler.rotations(2, m))
     step = CayleyStep(rotations, 1e-9, Processes())
-    gradients, repaired = views(*sampler.directions(2, 4, m)), torch.zeros(m, dtype=torch.bool)
+    gradients, repaired = rotation_gradient(*sampler.directions(2, 4, m)), torch.zeros(m, dtype=torch.bool)
     for turn in range(m + 1):
-        step.collect(*gradients, TRUE)
-        step.step()
+        step.step([gradients])
         first = turn * count % m
         if turn > 0:  # the first gradient has none to agree with: nothing turns
             repaired[first : first + count] = True
@@ -132,7 +144,7 @@ def test_a_few_columns_are_repaired_with_every_turn_and_all_in_the_end() -> None
 def test_lr_is_the_root_mean_square_turn(K: int, n: int, m: int, seed: int) -> None:
     sampler = Sampler(seed)
     R, lr = sampler.rotations(K, m), 1e-5
-    S = R.mT @ turned(R, views(*sampler.directions(K, n, m)), lr=lr)  # I + S, but for O(lr^2)
+    S = R.mT @ turned(R, rotation_gradient(*sampler.directions(K, n, m)), lr=lr)  # I + S, but for O(lr^2)
     mean_square = S.tril(-1).square().sum(dim=(1, 2)) / (m * (m - 1) / 2)
     # The second step, after two gradients alike: lr / sqrt(2). The rest is of the order of lr m.
     assert_close(mean_square.sqrt(), torch.full((K,), lr / 2**0.5).double(), rtol=1e-2, atol=0)
@@ -140,19 +152,19 @@ def test_lr_is_the_root_mean_square_turn(K: int, n: int, m: int, seed: int) -> N
 
 def test_rotations_turn_every_few_steps() -> None:
     sampler, moved = Sampler(0), []
-    bench = Bench((4, 6), 3, torch.float64, rotation_size=6)
+    bench = Bench((4, 6), 3, torch.float64, rotation_size=6, turn_every=None)
     grads = list(sampler.normal(3, 4, 6))
-    for _ in range(2 * rotation_step.TURN_EVERY + 1):
+    for _ in range(2 * TURN_EVERY + 1):
         before = bench.matrices
         bench.step(grads)
         moved.append(not torch.equal(bench.matrices, before))
-    assert [step for step, each in enumerate(moved) if each] == [rotation_step.TURN_EVERY, 2 * rotation_step.TURN_EVERY]
+    assert [step for step, each in enumerate(moved) if each] == [TURN_EVERY, 2 * TURN_EVERY]
 
 
 @given(K=NUM_TASKS, m=SIZES, n=NUM_SAMPLES, seed=SEEDS, lr=LOG_LRS)
 def test_low_rank_and_dense_steps_are_the_same(K: int, m: int, n: int, seed: int, lr: float) -> None:
     sampler = Sampler(seed)
-    R, gradients = sampler.rotations(K, m), views(*sampler.directions(K, n, m))
+    R, gradients = sampler.rotations(K, m), rotation_gradient(*sampler.directions(K, n, m))
     low, dense = (turned(R, gradients, lr=10**lr, dense_from=share) for share in (math.inf, 0.0))
     # The norm of S, as a difference, has an error of some eps |U|^2 |V|^2: more of it where S is small.
     assert_close(low, dense, rtol=0, atol=1e-10)
@@ -161,7 +173,7 @@ def test_low_rank_and_dense_steps_are_the_same(K: int, m: int, n: int, seed: int
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS)
 def test_form_changes_at_the_threshold_and_nothing_else_does(K: int, m: int, seed: int) -> None:
     sampler = Sampler(seed)
-    n = max(1, math.ceil(rotation_step.DENSE_FROM * m) - 1)  # the most samples of a turn of low rank
+    n = max(1, math.ceil(cayley_step.DENSE_FROM * m) - 1)  # the most samples of a turn of low rank
     R, (units, target) = sampler.rotations(K, m), sampler.directions(K, n, m)
     forms: list[type[Skew]] = []
 
@@ -173,10 +185,10 @@ def test_form_changes_at_the_threshold_and_nothing_else_does(K: int, m: int, see
     with pytest.MonkeyPatch.context() as patch:
         for form in originals:
             patch.setattr(form, "turn_", noted)
-        below = turned(R, views(units, target))
+        below = turned(R, rotation_gradient(units, target))
         zeros = torch.zeros(K, 1, m).double()
-        above = turned(R, views(torch.cat([units, zeros], dim=1), torch.cat([target, zeros[0]])))
-    assert forms == [SampleSkew if n < rotation_step.DENSE_FROM * m else DenseSkew] * 2 + [DenseSkew] * 2
+        above = turned(R, rotation_gradient(torch.cat([units, zeros], dim=1), torch.cat([target, zeros[0]])))
+    assert forms == [SampleSkew if n < cayley_step.DENSE_FROM * m else DenseSkew] * 2 + [DenseSkew] * 2
     assert_close(below, above, rtol=0, atol=1e-12)
 
 
@@ -187,23 +199,20 @@ def test_several_backwards_are_averaged(K: int, m: int, counts: list[int], seed:
     R, passes = sampler.rotations(K, m), [sampler.directions(K, n, m) for n in counts]
     units = torch.cat([units for units, _ in passes], dim=1) / len(passes)
     target = torch.cat([target for _, target in passes])
-    expected = turned(R, views(units, target))
-    assert_close(turned(R, *(views(*each) for each in passes)), expected, rtol=0, atol=1e-12)
+    expected = turned(R, rotation_gradient(units, target))
+    assert_close(turned(R, *(rotation_gradient(*each) for each in passes)), expected, rtol=0, atol=1e-12)
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS, n=NUM_SAMPLES)
 def test_an_unusable_pass_does_not_count(K: int, m: int, seed: int, n: int) -> None:
     sampler = Sampler(seed)
-    gradients, results = views(*sampler.directions(K, n, m)), []
+    gradients, results = rotation_gradient(*sampler.directions(K, n, m)), []
     for num_bad in (0, 1, 2):
         rotations = haar(K, m, torch.float64)
         rotations.load_matrices(torch.eye(m).double().expand(K, m, m))
         step = CayleyStep(rotations, 0.1, Processes())
         for _ in range(3):
-            step.collect(*gradients, TRUE)
-            for _ in range(num_bad):
-                step.collect(gradients[0] * math.nan, gradients[1], FALSE)
-            step.step()
+            step.step([gradients, *[unusable(gradients)] * num_bad])
         results.append(rotations.matrices)
     for result in results[1:]:
         assert_close(result, results[0], rtol=0, atol=1e-12)
@@ -213,13 +222,13 @@ def test_an_unusable_pass_does_not_count(K: int, m: int, seed: int, n: int) -> N
 def test_what_keeps_every_bit(K: int, n: int, m: int, seed: int, dtype: torch.dtype, dense: float) -> None:
     sampler = Sampler(seed, dtype)
     R, (units, target) = sampler.rotations(K, m), sampler.directions(K, n, m)
-    nothing = views(torch.zeros_like(units), torch.zeros_like(target))
+    nothing = rotation_gradient(torch.zeros_like(units), torch.zeros_like(target))
     assert_same_bits(turned(R, nothing, dense_from=dense), R)
-    assert_same_bits(turned(R, views(units, target), lr=0.0, dense_from=dense), R)
-    assert_same_bits(turned(R, views(units, target), steps=1, dense_from=dense), R)
+    assert_same_bits(turned(R, rotation_gradient(units, target), lr=0.0, dense_from=dense), R)
+    assert_same_bits(turned(R, rotation_gradient(units, target), steps=1, dense_from=dense), R)
     still = sampler.integer(K)
     units[still] = 0
-    assert_same_bits(turned(R, views(units, target), dense_from=dense)[still], R[still])
+    assert_same_bits(turned(R, rotation_gradient(units, target), dense_from=dense)[still], R[still])
 
 
 @given(K=NUM_TASKS, n=NUM_SAMPLES, m=SIZES, seed=SEEDS, dtype=DTYPES, dense=st.sampled_from([0.0, math.inf]))
@@ -229,7 +238,7 @@ def test_aligned_gradients_do_not_turn(K: int, n: int, m: int, seed: int, dtype:
     unit /= unit.norm()
     R = sampler.rotations(K, m)
     # S is rounding, some eps, and the step size is at most one.
-    result = turned(R, views(unit.expand(K, n, m), 0.7 * unit), lr=10.0, dense_from=dense)
+    result = turned(R, rotation_gradient(unit.expand(K, n, m), 0.7 * unit), lr=10.0, dense_from=dense)
     assert_close(result, R, rtol=0, atol=20 * eps(dtype))
 
 
@@ -244,10 +253,9 @@ def test_one_feature_cannot_turn(K: int, seed: int, haar: bool) -> None:
 def test_loaded_step_goes_on_in_the_dtype_of_its_rotations() -> None:
     sampler = Sampler(0)
     saved = CayleyStep(haar(2, 4, torch.float64), 0.1, Processes())
-    saved.collect(*views(*sampler.directions(2, 6, 4)), TRUE)
-    saved.step()
+    saved.step([rotation_gradient(*sampler.directions(2, 6, 4))])
     loaded = CayleyStep(haar(2, 4, torch.float32), 0.1, Processes())
-    assert loaded.lr == 0.1
+    assert loaded.optimizer.param_groups[0]["lr"] == 0.1
     loaded.load_state_dict(saved.state_dict())
     kept = [tensor for tensor in loaded.state_dict()["agreement"].values() if tensor is not None]
     assert len(kept) == 3
@@ -255,19 +263,31 @@ def test_loaded_step_goes_on_in_the_dtype_of_its_rotations() -> None:
 
 
 def test_positions_of_a_map_count_as_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotation_step, "SampleSkew", None)  # 12 samples of 16 features: the dense form is cheaper
+    monkeypatch.setattr(cayley_step, "SampleSkew", None)  # 12 samples of 16 features: the dense form is cheaper
     units, target = Sampler(0).directions(2, 3, 16, 4)
-    turned(Sampler(1).rotations(2, 16), views(units, target, dim=1))
+    turned(Sampler(1).rotations(2, 16), rotation_gradient(units, target, dim=1))
 
 
 @given(K=NUM_TASKS, n=NUM_SAMPLES, m=st.integers(2, 24), seed=SEEDS)
 def test_angles_are_the_root_mean_square_over_all_vectors(K: int, n: int, m: int, seed: int) -> None:
     sampler = Sampler(seed)
-    rotations, gradients = haar(K, m, torch.float64), views(*sampler.directions(K, n, m))
+    rotations, gradients = haar(K, m, torch.float64), rotation_gradient(*sampler.directions(K, n, m))
     step = CayleyStep(rotations, 1e-5, Processes())
     for _ in range(2):
         before = rotations.matrices.clone()
-        step.collect(*gradients, TRUE)
-        angles = step.step()
+        angles = step.step([gradients])
     moved = torch.linalg.matrix_norm(rotations.matrices - before)  # of m unit vectors, each by its angle
     assert_close(angles, moved / m**0.5, rtol=1e-3, atol=1e-12)
+
+
+@given(layout_=st.sampled_from(LAYOUTS), seed=SEEDS, K=st.integers(1, 4), rest=st.integers(0, 3))
+def test_correlation_is_a_sum_over_samples(layout_: Layout, seed: int, K: int, rest: int) -> None:
+    shape, dim = layout_
+    sampler, dims = Sampler(seed), RotatedDims(dim)
+    x, y = sampler.normal(K, *shape), sampler.normal(*shape)
+    m = dims.size(y) - rest
+    index = layout(y.shape, dims.dim)[:, :m]
+    expected = torch.stack([rep.flatten()[index].T @ y.flatten()[index] for rep in x])
+    gradient = RotationGradient(dims.view_stacked(x), dims.view(y), torch.tensor(True))
+    assert_close(gradient.correlation(m), expected, rtol=1e-13, atol=1e-13)
+    assert gradient.num_samples == len(index)

@@ -15,7 +15,6 @@ from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer, RotoGradWeighti
 from tests.asserts import assert_same_bits, eps, relative_error
 from tests.samplers import DTYPES, LAYOUTS, SEEDS, Layout, Network, Sampler, batches, network
 
-pytestmark = pytest.mark.usefixtures("every_step")
 LAYOUT = st.sampled_from(LAYOUTS)
 STEPS = 5
 BARE: dict[str, Callable[..., Optimizer]] = {

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from rotoopt.turn import DenseSkew, SampleSkew, cayley_delta
+from rotoopt._rotation.cayley import DenseSkew, SampleSkew, cayley_delta
 from tests.asserts import assert_rotations, assert_same_bits, eps, relative_error
 from tests.oracle import cayley_step
 from tests.samplers import DTYPES, NUM_SAMPLES, NUM_TASKS, SEEDS, SIZES, SKEW_SCALES, Sampler, Turn

@@ -14,8 +14,9 @@ from torch.optim import SGD
 from torch.testing import assert_close
 
 from rotoopt import EqualWeighting, GradNorm
-from rotoopt.gradnorm import CommonNorm, gradnorm_gradient
-from rotoopt.weighting import as_weighting, gradient_shares
+from rotoopt.weighting import gradient_shares
+from rotoopt.weighting._aggregator import as_weighting
+from rotoopt.weighting._gradnorm import CommonNorm, gradnorm_gradient
 from tests.asserts import eps
 from tests.oracle import shares
 from tests.samplers import DTYPES, LAYOUTS, NUM_TASKS, SEEDS, Bench, Layout, Sampler

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotoopt.arguments import warn_user
+from rotoopt._engine.arguments import warn_user
 from rotoopt.diagnostics._harm import WINDOW, harm
 from rotoopt.diagnostics._measurements import Measured, columns, latest, stack
 from rotoopt.diagnostics._optional import require
-from rotoopt.modules import RotateOnly
+from rotoopt.rotograd._modules import RotateOnly
 
 MOVE_EVERY = 100  # records: the device is waited for once in so many
 

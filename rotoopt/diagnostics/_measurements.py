@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rotoopt.modules import RotateOnly
+from rotoopt._engine.record import alignment, conflict_rate
 from rotoopt.optimizer import RotoGradOptimizer
-from rotoopt.record import alignment, conflict_rate
+from rotoopt.rotograd._modules import RotateOnly
 
 Measured = RotoGradOptimizer | RotateOnly
 

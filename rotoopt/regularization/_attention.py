@@ -9,10 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rotoopt._torch.modules import in_eval_mode, unwrapped
 from rotoopt.regularization._inputs import at_least_float32
 from rotoopt.regularization._layer_getter import IntermediateLayerGetter
-from rotoopt.regularization.lwf import evaluating
-from rotoopt.unwrap import unwrapped
 
 # In units of the last place of the loss: what differs by less than this differs by rounding.
 ROUNDING = 16
@@ -84,7 +83,7 @@ def channel_attention(
     losses: dict[str, list[Tensor]] = {name: [] for name in getter.return_layers}
     ones: dict[str, Tensor] = {}
     # Compiled code may have no place for hooks that come later.
-    with evaluating(model), torch.compiler.set_stance("force_eager"):
+    with in_eval_mode(model), torch.compiler.set_stance("force_eager"):
         for inputs, targets in batches:
             ones = ones or _ones(getter, inputs, channel_dim)
             masked = _MaskedLoss(model, loss_fn, inputs, targets, channel_dim)

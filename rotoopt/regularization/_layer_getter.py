@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotoopt.unwrap import unwrapped
+from rotoopt._torch.modules import unwrapped
+from rotoopt._torch.private import version
 
 # The outputs of a layer in one forward pass, each with torch's count of changes in place, None if there can be none.
 Outputs = list[tuple[Any, int | None]]
@@ -109,7 +110,7 @@ class _Recorder:
         elif self.clone or torch.compiler.is_compiling() or output.is_inference():
             self.found.append((output.clone(), None))
         else:
-            self.found.append((output, output._version))
+            self.found.append((output, version(output)))
 
 
 def _single(name: str, found: Outputs) -> Any:
@@ -126,8 +127,8 @@ def _single(name: str, found: Outputs) -> Any:
             f"Every layer must run once in the forward pass, got {name}, which ran {len(found)} times. Give the model "
             "one module, such as nn.Identity(), for every place to look at."
         )
-    ((output, version),) = found
-    if version is not None and output._version != version:
+    ((output, changes),) = found
+    if changes is not None and version(output) != changes:
         raise RuntimeError(
             f"The output of a layer must not be changed in place, got that of {name}, which was, as by the "
             "nn.ReLU(inplace=True) behind it. Either (a) pass clone=True, or (b) name the later layer."

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from rotoopt.unwrap import unwrapped
+from rotoopt._torch.modules import unwrapped
+from rotoopt._torch.private import without_compiled_prefixes
 
 
 class NamedTensors(nn.Module):
@@ -31,7 +32,7 @@ class NamedTensors(nn.Module):
 def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
     """Return the parameters under the names that they have where no part of the model is compiled."""
     named = unwrapped(model).named_parameters(remove_duplicate=remove_duplicate)
-    return {name.replace("_orig_mod.", ""): param for name, param in named}
+    return {without_compiled_prefixes(name): param for name, param in named}
 
 
 def squares(tensor: Tensor) -> Tensor:

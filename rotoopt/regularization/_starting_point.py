@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from rotoopt._torch.modules import unwrapped
 from rotoopt.regularization._inputs import at_least_float32
 from rotoopt.regularization._named_tensors import NamedTensors, named_parameters, squares
-from rotoopt.unwrap import unwrapped
 
 
 class L2Regularization(nn.Module):

@@ -8,8 +8,9 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import pad
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from rotoopt.capture import HeadHook, rotated
-from rotoopt.distributed import Processes
+from rotoopt._capture.hooks import hook_of
+from rotoopt._capture.representation import rotated
+from rotoopt._torch.processes import Processes
 from rotoopt.regularization._contrastive_encoder import Classifier, ClassifierHead, unit, with_one
 from rotoopt.regularization._inputs import at_least_float32, check_labels
 from rotoopt.regularization._key_queues import enqueue_
@@ -209,13 +210,9 @@ class BiTuning(nn.Module):
         enqueue_([self.queue_h, self.queue_z], self.queue_ptr, [h, z], labels)
 
 
-def _hook_of(head: nn.Module) -> HeadHook | None:
-    return next((hook for hook in head._forward_pre_hooks.values() if isinstance(hook, HeadHook)), None)
-
-
 def _rotated_for(head: nn.Module, vectors: Tensor, *, inverse: bool = False) -> Tensor:
     """Return ``vectors``, shape ``(n, d)``, turned by the rotation in front of ``head``, if any, or by its inverse."""
-    hook = _hook_of(head)
+    hook = hook_of(head)
     if hook is None or not hook.capture.rotations.rotate[hook.task]:
         return vectors
     matrix = hook.capture.rotations[hook.task]
@@ -244,7 +241,7 @@ def _check_encoders(encoder_q: Classifier, encoder_k: Classifier, num_classes: i
             f"`encoder_q` and `encoder_k` must have the same parameters and buffers, got {found}. Give the same "
             "backbone and projection_dim, or make a copy: copy.deepcopy(encoder_q)."
         )
-    if any(_hook_of(head) is not None for head in encoder_k.heads.values()):
+    if any(hook_of(head) is not None for head in encoder_k.heads.values()):
         raise ValueError(
             "`encoder_k` must not have rotations, got a copy of an encoder that has: they would stay as they are now. "
             "Copy the encoder before RotoGradOptimizer is built, or after its remove()."

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rotoopt.distributed import Processes
+from rotoopt._torch.modules import in_eval_mode
+from rotoopt._torch.processes import Processes
 from rotoopt.regularization import lwf
 from rotoopt.regularization._inputs import at_least_float32, check_labels, check_same_shape
-from rotoopt.regularization.lwf import evaluating, source_logits
+from rotoopt.regularization.lwf import source_logits
 
 
 class CoTuningLoss(nn.Module):
@@ -95,7 +96,7 @@ class Relationship(nn.Module):
         cached = cache is not None and os.path.exists(cache)
         if processes.count > 1:  # what follows is collective: all load it, or none
             cached = bool(processes.gather(torch.tensor([cached], device=device)).all())
-        with evaluating(classifier):
+        with in_eval_mode(classifier):
             if cache is not None and cached:
                 matrix = _load(cache)
                 _check_fit(matrix, next(iter(data_loader)), classifier, device, num_classes, cache)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
+from rotoopt._torch.modules import in_eval_mode
 from rotoopt.regularization._inputs import at_least_float32, check_same_shape
 from rotoopt.regularization._pooling import GlobalAveragePool, features_of
 
@@ -194,24 +194,12 @@ def record_logits(data_loader: Iterable[Any], classifier: nn.Module, device: tor
     Source: ``tllib``'s ``collect_pretrain_labels``, which leaves the model in eval mode and takes loaders that shuffle.
     """
     _check_order(data_loader)
-    with evaluating(classifier):
+    with in_eval_mode(classifier):
         batches = (batch[0] if isinstance(batch, tuple | list) else batch for batch in data_loader)
         recorded = [source_logits(classifier, x.to(device)).cpu() for x in batches]
     if not recorded:
         raise ValueError("`data_loader` must yield at least one batch, got none.")
     return torch.cat(recorded)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Have ``model`` in eval mode, and every part of it in its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @torch.no_grad()

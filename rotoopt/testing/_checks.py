@@ -8,11 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from rotoopt.capture import Fork
+from rotoopt._capture.fork import Fork
+from rotoopt._capture.graph import is_rotation, reached
+from rotoopt._rotation.cayley import orthogonality_error
 from rotoopt.optimizer import RotoGradOptimizer
-from rotoopt.rotations import orthogonality_error
 from rotoopt.testing._gradients import check_backbone_gradients, check_head_gradients
-from rotoopt.testing._graph import is_rotation, reached
 from rotoopt.testing._trial import LossFn, Trial
 from rotoopt.testing._wiring import (
     check_heads_share_the_representation,

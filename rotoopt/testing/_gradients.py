@@ -9,8 +9,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from rotoopt._capture.graph import behind_rotations, in_heads, leaves
 from rotoopt.optimizer import RotoGradOptimizer
-from rotoopt.testing._graph import behind_rotations, in_heads, leaves
 from rotoopt.testing._trial import LossFn, Trial
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from rotoopt.arguments import Losses, check_losses
+from rotoopt._engine.arguments import Losses, check_losses
 from rotoopt.optimizer import RotoGradOptimizer
 
 LossFn = Callable[[], Losses]
@@ -26,7 +26,8 @@ class Trial:
     def __init__(self, optimizer: RotoGradOptimizer, losses: LossFn) -> None:
         self.optimizer = optimizer
         self.core = optimizer._core
-        self.names = self.core.names
+        self.engine = self.core.engine
+        self.names = self.engine.names
         self._losses = losses
 
     def losses(self) -> dict[int, Tensor]:
@@ -35,7 +36,7 @@ class Trial:
         Raises:
             AssertionError: If ``optimizer.step`` would refuse them. What the model itself raises is let through.
         """
-        self.core.capture.start_over()
+        self.engine.capture.start_over()
         torch.manual_seed(0)
         losses = self._losses()
         try:
@@ -45,7 +46,7 @@ class Trial:
 
     def fed(self) -> dict[int, bool]:
         """Return the tasks whose heads were fed in the latest forward pass, and whether z required grad."""
-        return self.core.capture._fed
+        return self.engine.capture.fed.tasks
 
     def backward(self) -> dict[int, Tensor]:
         """Compute the losses, back-propagate them as a step does, and return them."""
@@ -71,8 +72,8 @@ class Trial:
 
     def divisors(self) -> list[float]:
         """Return what the losses of the latest backward pass were divided by."""
-        references = self.core.homogenizer.loss_reference.values.tolist()
-        return references if self.core.back_propagate.normalize_losses else [1.0] * len(references)
+        references = self.engine.memory.loss_reference.values.tolist()
+        return references if self.engine.normalize_losses else [1.0] * len(references)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -81,7 +82,7 @@ class Trial:
         values = [param.detach().clone() for param in params]
         grads = [param.grad for param in params]
         state = copy.deepcopy(self.optimizer._save())  # without the user's hooks: one may be at fault
-        record = self.core.homogenizer.record
+        record = self.engine.record
         for param in params:
             param.grad = None
         try:
@@ -93,5 +94,5 @@ class Trial:
                     param.copy_(value)
                     param.grad = grad
             self.optimizer._load(state)
-            self.core.homogenizer.record = record
-            self.core.capture.start_over()
+            self.engine.record = record
+            self.engine.capture.start_over()

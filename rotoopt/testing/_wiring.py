@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from rotoopt._capture.graph import Node, behind_rotations, in_heads, is_leaf, is_rotation, leaves, reached
 from rotoopt.optimizer import RotoGradOptimizer
-from rotoopt.testing._graph import Node, behind_rotations, in_heads, is_leaf, is_rotation, leaves, reached
 from rotoopt.testing._trial import LossFn, Trial
 
 
@@ -61,7 +61,7 @@ def _check_fed(trial: Trial, task: int) -> None:
             "z is multiplied by a copy of the rotations, which does not turn with them, or (b) rotate(z) of another "
             "optimizer is used."
         )
-    if not trial.core.capture.handles:
+    if not trial.engine.capture.handles:
         raise AssertionError(
             f"There must be a rotation in front of the head of {name}, got none: fold() or remove() was called. To "
             "train on, build a new optimizer."
@@ -80,7 +80,7 @@ def _check_fed(trial: Trial, task: int) -> None:
     )
 
 
-def _check_rotated_once(rotations: Iterable[Node], names: list[str]) -> None:
+def _check_rotated_once(rotations: Iterable[Node], names: Sequence[str]) -> None:
     """Raise if z is rotated again on its way to a head."""
     for node in rotations:
         behind = [other for other in filter(is_rotation, reached([node])) if other is not node]
@@ -130,7 +130,7 @@ def check_rotations_reach_their_heads(optimizer: RotoGradOptimizer, losses: Loss
     trial = Trial(optimizer, losses)
     with trial.restored():
         before = trial.backward()
-        rotations, norms = optimizer.rotations, trial.core.homogenizer.record
+        rotations, norms = optimizer.rotations, trial.engine.record
         assert norms is not None
         depends = norms.grad_norms > 0  # a head whose last layer is zero, as some are at first, does not look at z
         for task in before:
@@ -144,7 +144,7 @@ def check_rotations_reach_their_heads(optimizer: RotoGradOptimizer, losses: Loss
             _check_changed(changed, task, trial.names, depends=bool(depends[task]))
 
 
-def _check_changed(changed: set[int], task: int, names: list[str], *, depends: bool) -> None:
+def _check_changed(changed: set[int], task: int, names: Sequence[str], *, depends: bool) -> None:
     for other in sorted(changed - {task}):
         raise AssertionError(
             f"A rotation in front of {names[task]} must change its loss and no other, got that of {names[other]} "

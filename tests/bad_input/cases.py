@@ -81,7 +81,7 @@ def check(case: Case, steps: int) -> None:
 
 
 def step(model: TwoTasks, optimizer: RotoGradOptimizer, batch: int) -> None:
-    if optimizer._core.functional:
+    if not optimizer._core.heads:
         optimizer.zero_grad()
         optimizer.step(*model.losses(batch, optimizer.rotate))
     else:

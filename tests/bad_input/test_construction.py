@@ -134,7 +134,7 @@ CASES: Cases = {
     "weighting is a name": (TypeError, f"{WEIGHTING} GradNorm(alpha=1.5)", with_options(weighting="gradnorm")),
     "weighting of another optimizer": (
         ValueError,
-        "`weighting` must not be shared between optimizers, got a GradNorm that another one trains. Make a new",
+        "`weighting` must not be shared between optimizers, got a GradNorm that another one uses. Make a new",
         shared,
     ),
     "alpha": (ValueError, "`alpha` must be a non-negative number, got -1.", lambda model: GradNorm(alpha=-1)),

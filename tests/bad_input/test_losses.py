@@ -11,7 +11,7 @@ KIND = "`losses` must be a sequence with one loss per task, or a mapping from ta
 SCALAR = r"Every loss must be a scalar, got shape \(5, 2\) for"
 GRAPH = "Every loss must have a graph, got one without for"
 COUNT = "`losses` must have one entry per task, got"
-SEE = "GradNorm and normalize_losses=True must see the losses, got none. Call optimizer.step"
+SEE = r"(GradNorm\(alpha=1\.5\)|normalize_losses=True) must see the losses, got none\. Call optimizer\.step"
 
 LOSSES = {
     "too few": Case(ValueError, f"{COUNT} 1 for 2 tasks. Put None", lambda m, o: lambda: o.step(m.losses(5)[0][:1])),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rotoopt import RotoGradOptimizer
+from rotoopt._capture.hooks import attach
 from tests.bad_input.cases import Case, check, left, losses_of, parametrize, representation, right
 from tests.contract.models import TwoTasks, assert_same, back_propagate, snapshot, wrap
 
@@ -82,7 +83,7 @@ def before_wrapping(model: TwoTasks, optimizer: RotoGradOptimizer) -> Callable[[
     optimizer.remove()
     losses, rep = model.losses(5)
     for task, head in enumerate(model.heads.values()):
-        optimizer._core.capture.attach(head, task)
+        attach(optimizer._core.engine.capture, head, task)
     return lambda: optimizer.step(losses, rep)
 
 

@@ -103,8 +103,10 @@ def assert_same(actual: Any, expected: Any) -> None:
 
 
 def assert_moved(model: TwoTasks, optimizer: RotoGradOptimizer, before: dict[str, Any]) -> None:
-    """Assert that every parameter and every rotation has moved."""
+    """Assert that every parameter has moved, and every rotation that is to turn in every step."""
     for now, then in zip(parameters(model), before["parameters"], strict=True):
         assert not torch.equal(now, then)
+    if optimizer._core.engine.turn_every > 1:  # by default, it may rest for longer than a test takes
+        return
     for now, then in zip(optimizer.rotations.matrices, before["optimizer"]["rotograd"]["matrices"], strict=True):
         assert not torch.equal(now, then)

@@ -26,6 +26,7 @@ from tests.contract.models import (
 
 OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "default": dict,
+    "every step": lambda: {"turn_every": 1},
     "EqualWeighting": lambda: {"weighting": EqualWeighting()},
     "normalize_losses": lambda: {"normalize_losses": True},
     "Adam": lambda: {"rotation_optimizer": lambda params: Adam(params, lr=0.01)},

@@ -32,6 +32,7 @@ from tests.contract.models import (
 
 OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "default": dict,
+    "every step": lambda: {"turn_every": 1},
     "EqualWeighting": lambda: {"weighting": EqualWeighting()},
     "callable": lambda: {"weighting": lambda grads: grads.sum(0)},
     "Adam": lambda: {"rotation_optimizer": partial(Adam, lr=0.01)},

@@ -107,9 +107,9 @@ def test_gradients_of_a_skipped_step_are_not_used_later() -> None:
 
 
 def test_maximize_of_the_negative() -> None:
-    model, optimizer = wrap(weighting=GradNorm(alpha=0.0))
+    model, optimizer = wrap(weighting=GradNorm(alpha=0.0), turn_every=1)
     negative_model, negative = wrap(
-        lambda params: SGD(params, lr=0.1, momentum=0.9, maximize=True), weighting=GradNorm(0.0)
+        lambda params: SGD(params, lr=0.1, momentum=0.9, maximize=True), weighting=GradNorm(0.0), turn_every=1
     )
     before = snapshot(*wrap(rotation_size=6))
     for batch in range(3):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rotoopt import RotoGradOptimizer
-from rotoopt.arguments import Heads
+from rotoopt._engine.arguments import Heads
 from tests.contract.models import (
     TwoTasks,
     assert_moved,
@@ -64,8 +64,8 @@ CALLS: dict[str, Call] = {
 }
 
 
-def run(call: Call) -> tuple[list[Tensor], Tensor, Tensor]:
-    model, optimizer = wrap()
+def run(call: Call, turn_every: int | None) -> tuple[list[Tensor], Tensor, Tensor]:
+    model, optimizer = wrap(turn_every=turn_every)
     before = snapshot(*wrap(rotation_size=6))
     for batch in range(3):
         optimizer.zero_grad()
@@ -74,9 +74,10 @@ def run(call: Call) -> tuple[list[Tensor], Tensor, Tensor]:
     return parameters(model), optimizer.rotations.matrices, optimizer.task_weights
 
 
+@pytest.mark.parametrize("turn_every", [None, 1])
 @pytest.mark.parametrize("name", CALLS)
-def test_call(name: str) -> None:
-    assert_same(run(CALLS[name]), run(CALLS["step(losses, rep)"]))
+def test_call(name: str, turn_every: int | None) -> None:
+    assert_same(run(CALLS[name], turn_every), run(CALLS["step(losses, rep)"], turn_every))
 
 
 def test_step_returns_what_the_closure_returned() -> None:

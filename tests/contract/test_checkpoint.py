@@ -135,19 +135,19 @@ MISFITS: dict[str, tuple[Builder, Builder, str]] = {
         "must hold rotations of 6 features, got 4.",
     ),
     "rotate": (
-        wrap,
+        lambda: wrap(turn_every=1),
         lambda: wrap(rotate=[True, False]),
         "must hold R = I where rotate=False, got a turned one for task 1. Build the optimizer with the `rotate` flags",
     ),
     "weighting": (
         wrap,
         lambda: wrap(weighting=GradNorm(alpha=0.5)),
-        "must be of weighting GradNorm(alpha=0.5), got that of another one. Build the optimizer with the `weighting`",
+        "must be of weighting GradNorm(alpha=0.5), got that of RotoGradWeighting. Build the optimizer with",
     ),
     "trained weighting": (
         lambda: wrap(weighting=GradNorm()),
         wrap,
-        "must be of weighting RotoGradWeighting(), got that of another one.",
+        "must be of weighting RotoGradWeighting(), got that of GradNorm.",
     ),
     "rotation optimizer": (
         wrap,

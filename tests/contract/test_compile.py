@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from rotoopt import RotoGradOptimizer
-from rotoopt.arguments import Heads
+from rotoopt._engine.arguments import Heads
 from tests.contract.models import TwoTasks, assert_moved, assert_same, back_propagate, parameters, sgd, snapshot
 
 # torch.compile looks at `.grad` of its inputs, and hides the warning only where warnings are not errors.
@@ -127,7 +127,7 @@ def compiled_and_eager(way: str, backend: Any = "eager", **options: Any) -> Iter
 
 @pytest.mark.parametrize(
     ("backend", "options"),
-    [("eager", {}), ("aot_eager", {"init": "haar", "rotation_size": 4})],
+    [("eager", {"turn_every": 1}), ("aot_eager", {"init": "haar", "rotation_size": 4})],
     ids=["rotations made lazily", "rotations from the start"],
 )
 @pytest.mark.parametrize("way", WAYS)

@@ -32,6 +32,7 @@ COPIES: dict[str, Callable[[Pair], Pair]] = {
 }
 WRAPPERS: dict[str, Callable[[], Pair]] = {
     "default": partial(wrap, adam),
+    "every step": partial(wrap, adam, turn_every=1),
     "GradNorm, Adam": lambda: wrap(adam, weighting=GradNorm(), rotation_optimizer=Adam, normalize_losses=True),
 }
 

@@ -63,7 +63,7 @@ def run(model: TwoTasks, optimizer: Optimizer, *, num_losses: int) -> list[float
 def test_two_tasks(name: str) -> None:
     model, inner = build(name)
     before = parameters(model)
-    optimizer = RotoGradOptimizer(inner, heads=model.heads)
+    optimizer = RotoGradOptimizer(inner, heads=model.heads, turn_every=1)
     sums = run(model, optimizer, num_losses=2)
     bare_model, bare = build(name)
     assert sums[0] == run(bare_model, bare, num_losses=2)[0]

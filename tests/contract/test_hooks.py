@@ -9,7 +9,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from rotoopt import GradNorm, RotoGradOptimizer
-from rotoopt.rotation_step import NormalizedStep
+from rotoopt._rotation.cayley_step import NormalizedStep
 from tests.contract.models import adam, assert_same, parameters, train, wrap
 
 Calls = list[tuple[str, type[Optimizer]]]

@@ -17,9 +17,10 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rotoopt import RotoGrad, RotoGradOptimizer, StepRecord
+from rotoopt import RotoGradOptimizer, StepRecord
 from rotoopt.diagnostics import History, _history, scalars
 from rotoopt.diagnostics._measurements import Measured
+from rotoopt.rotograd import RotoGrad
 from tests.contract.models import TwoTasks, assert_same, back_propagate, sgd, snapshot, train, wrap
 from tests.diagnostics.fakes import FakeOptimizer, random_history
 from tests.samplers import NUM_TASKS, SEEDS, Bench, Sampler

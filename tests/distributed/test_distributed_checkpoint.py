@@ -14,14 +14,13 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_optimizer_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from rotoopt import GradNorm, RotoGradOptimizer, rotation_step
+from rotoopt import GradNorm, RotoGradOptimizer
 from tests.contract.models import Make, TwoTasks, adam, assert_same, parameters, sgd, snapshot, train, wrap
 from tests.distributed.ranks import Ranks
 
 # Of torch itself, without a process group.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
-    pytest.mark.usefixtures("every_step"),
 ]
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -102,7 +101,6 @@ def test_misfit_is_refused() -> None:
 
 def resume_sharded(rank: int, folder: Path) -> list[Any]:
     """Train under FSDP2, save, load into a fresh run, and go on with both."""
-    rotation_step.TURN_EVERY = 1
     results, runs = [], []
     for _ in range(2):
         model = TwoTasks()
@@ -113,7 +111,7 @@ def resume_sharded(rank: int, folder: Path) -> list[Any]:
             fully_shard(module)
         fully_shard(model)
         bare = torch.optim.Adam(model.parameters(), lr=0.01)
-        runs.append((model, RotoGradOptimizer(bare, heads=model.heads, rotation_lr=0.05)))
+        runs.append((model, RotoGradOptimizer(bare, heads=model.heads, rotation_lr=0.05, turn_every=1)))
     train(*runs[0], *range(4))
     save(*runs[0], folder)
     dist.barrier()

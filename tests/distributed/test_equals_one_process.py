@@ -42,7 +42,7 @@ def test_task_absent_on_one_rank(ranks: Ranks, options: str) -> None:
     check(ranks, Setup(options, wrapper="find_unused_parameters", absent=1))
 
 
-@pytest.mark.parametrize("options", ["default", "GradNorm", "UPGrad"])
+@pytest.mark.parametrize("options", ["default", "EqualWeighting, as it ships", "GradNorm", "UPGrad"])
 def test_accumulation_without_synchronization(ranks: Ranks, options: str) -> None:
     check(ranks, Setup(options, micro_batches=2))
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from rotoopt import GradNorm, RotoGrad, RotoGradOptimizer, rotation_step
+from rotoopt import GradNorm, RotoGradOptimizer
+from rotoopt.rotograd import RotoGrad
 from tests.distributed.ranks import Ranks
 from tests.distributed.training import FEATURES, INPUTS, K, Model, Setup, train
 
@@ -21,11 +22,10 @@ pytestmark = pytest.mark.distributed
 
 
 def wrap(**options: Any) -> tuple[Model, RotoGradOptimizer]:
-    rotation_step.TURN_EVERY = 1
     torch.manual_seed(0)
     model = Model()
     bare = torch.optim.SGD(model.parameters(), lr=0.05)
-    return model, RotoGradOptimizer(bare, heads=model.heads, burn_in_period=2, **options)
+    return model, RotoGradOptimizer(bare, heads=model.heads, burn_in_period=2, turn_every=1, **options)
 
 
 def losses_of(model: torch.nn.Module, seed: int, *, factor: float = 1.0) -> tuple[list[Tensor], Tensor]:

@@ -15,13 +15,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torchjd.aggregation import UPGrad
 
-from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer, rotation_step
+from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer
 
 K, INPUTS, FEATURES = 3, 5, 8
 STEPS = 25
 
 OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "default": dict,
+    "as it ships": lambda: {"turn_every": None},
+    "EqualWeighting, as it ships": lambda: {"weighting": EqualWeighting(), "turn_every": None},
+    "GradNorm, mean of norms": lambda: {"weighting": GradNorm(common_norm="mean_of_norms"), "turn_every": None},
     "EqualWeighting": lambda: {"weighting": EqualWeighting()},
     "GradNorm": lambda: {"weighting": GradNorm(alpha=0.5)},
     "UPGrad": lambda: {"weighting": UPGrad()},
@@ -77,7 +80,6 @@ def train(rank: int | None, setup: Setup, steps: int = STEPS) -> Result:
         setup: What is trained, and how.
         steps: Number of steps.
     """
-    rotation_step.TURN_EVERY = 1
     torch.manual_seed(0)
     model = Model().to(setup.dtype)
     wrapped: Any = model
@@ -90,7 +92,7 @@ def train(rank: int | None, setup: Setup, steps: int = STEPS) -> Result:
         wrapped = DistributedDataParallel(model, **options)
     bare = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     optimizer = RotoGradOptimizer(
-        bare, heads=model.heads, burn_in_period=5, rotation_lr=0.05, **OPTIONS[setup.options]()
+        bare, heads=model.heads, burn_in_period=5, rotation_lr=0.05, **{"turn_every": 1, **OPTIONS[setup.options]()}
     )
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1, enabled=setup.scaled)
     generator = torch.Generator().manual_seed(1)

@@ -28,7 +28,7 @@ SEEING_LOSSES: dict[str, Callable[[], dict[str, Any]]] = {
     "GradNorm": lambda: {"weighting": GradNorm()},
     "normalize_losses": lambda: {"normalize_losses": True, "burn_in_period": 2},
 }
-OPTIONS = {"default": dict, **SEEING_LOSSES}
+OPTIONS = {"default": dict, "every step": lambda: {"turn_every": 1}, **SEEING_LOSSES}
 
 
 @pytest.fixture

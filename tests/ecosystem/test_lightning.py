@@ -17,7 +17,7 @@ from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import StepLR
 
-from rotoopt import GradNorm, RotoGradOptimizer, rotation_step
+from rotoopt import GradNorm, RotoGradOptimizer
 from tests.asserts import assert_rotations
 from tests.contract.models import TwoTasks, adam, assert_moved, assert_same, back_propagate, snapshot, train, wrap
 from tests.distributed.ranks import COUNT, Ranks
@@ -36,7 +36,7 @@ SEEING_LOSSES: dict[str, Callable[[], dict[str, Any]]] = {
     "GradNorm": lambda: {"weighting": GradNorm()},
     "normalize_losses": lambda: {"normalize_losses": True, "burn_in_period": 2},
 }
-OPTIONS = {"default": dict, **SEEING_LOSSES}
+OPTIONS = {"default": dict, "every step": lambda: {"turn_every": 1}, **SEEING_LOSSES}
 
 
 class Training(LightningModule):
@@ -98,6 +98,9 @@ class Restores(Training):
 
     outputs: Sequence[Tensor] = ()
 
+    def __init__(self) -> None:
+        super().__init__(turn_every=1)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.rotograd.load_state_dict(checkpoint["optimizer_states"][0])
 
@@ -153,9 +156,9 @@ def back(optimizer: RotoGradOptimizer, losses: list[Tensor], options: str) -> No
 
 
 @pytest.mark.parametrize("make", [Training, partial(Manual, manual_backward)], ids=["automatic", "manual"])
-def test_sum_of_losses(make: Callable[[], Training]) -> None:
-    actual = fit(make(), range(5))
-    model, optimizer = wrap(adam)
+def test_sum_of_losses(make: Callable[..., Training]) -> None:
+    actual = fit(make(turn_every=1), range(5))
+    model, optimizer = wrap(adam, turn_every=1)
     plain_loop(model, optimizer, *range(5))
     assert_same(actual, snapshot(model, optimizer))
 
@@ -273,7 +276,6 @@ def test_mixed_precision(options: str, dtype: torch.dtype) -> None:
 
 def fit_on(rank: int, make: Callable[..., Training], options: str) -> list[dict[str, Any]]:
     """Return what Lightning trains on this rank, and what a loop does that averages the gradients itself."""
-    rotation_step.TURN_EVERY = 1
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": COUNT, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test"}
     os.environ.update({name: str(value) for name, value in variables.items()})  # as torchrun does
     batches = range(rank, 10, COUNT)
@@ -292,7 +294,7 @@ def fit_on(rank: int, make: Callable[..., Training], options: str) -> list[dict[
 
 # Not `own_backward`: in manual optimization, Lightning averages gradients in `manual_backward` alone.
 DISTRIBUTED: list[tuple[Callable[..., Training], str]] = [
-    (Training, "default"),
+    (Training, "every step"),
     (SeesLosses, "GradNorm"),
     (partial(Manual, manual_backward), "default"),
     (partial(ManualSeesLosses, manual_backward_of_losses), "GradNorm"),

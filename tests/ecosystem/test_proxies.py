@@ -18,6 +18,7 @@ from tests.contract.models import TwoTasks, adam, assert_moved, assert_same, bac
 
 OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "default": dict,
+    "every step": lambda: {"turn_every": 1},
     "GradNorm": lambda: {"weighting": GradNorm(), "normalize_losses": True, "burn_in_period": 2},
     "EqualWeighting": lambda: {"weighting": EqualWeighting(), "rotation_size": 4},
     "Adam": lambda: {"rotation_optimizer": Adam},
@@ -191,7 +192,7 @@ def test_gradients_are_cleared_by_the_model(options: str) -> None:
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_step_is_replaced_for_a_while(scheduled: bool) -> None:
     """Accelerate does it in every step, to see whether the scaler leaves it out, and passes None by position."""
-    pairs = [wrap(adam) for _ in range(2)]
+    pairs = [wrap(adam, turn_every=1) for _ in range(2)]
     before = snapshot(*wrap(rotation_size=6))
     schedulers = [StepLR(optimizer, 1) for _, optimizer in pairs] if scheduled else []
     model, optimizer = pairs[0]

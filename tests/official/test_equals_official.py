@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rotoopt import RotateOnly, RotoGrad, RotoGradNorm, VanillaMTL, modules, rotations_from_rotograd
+from rotoopt import rotograd
+from rotoopt.rotograd import RotateOnly, RotoGrad, RotoGradNorm, VanillaMTL, cached, rotations_from_rotograd
 from tests.asserts import relative_error
 from tests.official import networks
 from tests.official.numbers import Case, cases, toy_runs
@@ -19,7 +20,7 @@ BOUND = 2e-9
 
 def build(case: Case) -> VanillaMTL:
     network = case.network()
-    model: VanillaMTL = getattr(modules, case.model)(network.backbone, list(network.heads), **case.options)
+    model: VanillaMTL = getattr(rotograd, case.model)(network.backbone, list(network.heads), **case.options)
     if case.state:
         model.load_state_dict(case.state, strict=False)
     return model
@@ -120,13 +121,13 @@ def run_toy(name: str) -> Tensor:
     for run in toy_runs():
         network = run.network()
         options = {} if name == "VanillaMTL" else {"rotation_shape": 2, "normalize_losses": True}
-        model: VanillaMTL = getattr(modules, name)(network.backbone, list(network.heads), **options)
+        model: VanillaMTL = getattr(rotograd, name)(network.backbone, list(network.heads), **options)
         model.load_state_dict(run.state if options else {}, strict=False)
         steppers: list[torch.optim.Optimizer] = [torch.optim.SGD(model.model_parameters(), lr=networks.TOY_LR)]
         if options:
             steppers.append(torch.optim.Adam(model.parameters(), lr=networks.TOY_ROTATION_LR))
         for _ in range(networks.TOY_STEPS):
-            with modules.cached():
+            with cached():
                 losses = networks.toy_losses(model(networks.toy_inputs().double()))
                 for stepper in steppers:
                     stepper.zero_grad()

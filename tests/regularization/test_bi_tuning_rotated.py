@@ -48,13 +48,12 @@ def padded(matrices: Tensor) -> Tensor:
     return whole
 
 
-@pytest.mark.usefixtures("every_step")
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("seed", range(3))
 def test_keys_stay_valid_while_rotations_turn(options: str, seed: int) -> None:
     """What was queued under other rotations is compared as if it had just been rotated by those of now."""
     bi_tuning = make(seed)
-    optimizer = wrap(bi_tuning, rotation_lr=0.1, **OPTIONS[options])
+    optimizer = wrap(bi_tuning, rotation_lr=0.1, turn_every=1, **OPTIONS[options])
     expected = BiTuningOracle(bi_tuning.encoder_q, bi_tuning.K, bi_tuning.m, bi_tuning.T)
     for step in range(6):
         x_q, x_k, labels = batch(10 * seed + step)

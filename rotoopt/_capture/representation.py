@@ -1,0 +1,96 @@
+"""Which dimensions of the representation are rotated, the ``(L, d, P)`` view that all maths uses, and R z."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class RotatedDims:
+    """The dimensions of a representation that a rotation mixes.
+
+    A representation of any shape is seen as ``(L, d, P)``: ``d`` features (the dimensions ``dim``, flattened in
+    row-major order), ``L`` leading and ``P`` trailing positions. Every position is one sample. The view copies
+    nothing when the rotated dimensions lie side by side, as in ``dim=-1`` (tokens) or ``dim=1`` (channels).
+
+    Args:
+        dim: The rotated dimension or dimensions, negative ones counted from the end.
+    """
+
+    def __init__(self, dim: int | Sequence[int]) -> None:
+        self.dim = tuple(dim) if isinstance(dim, Sequence) else (dim,)
+        if not self.dim or not all(isinstance(i, int) for i in self.dim):
+            raise ValueError(f"`dim` must be an int or a non-empty sequence of ints, got {dim!r}.")
+
+    def resolve(self, shape: torch.Size) -> tuple[int, ...]:
+        """Return the rotated dimensions of a representation of ``shape``, sorted and counted from zero."""
+        ndim = len(shape)
+        if any(not -ndim <= i < ndim for i in self.dim):
+            raise ValueError(
+                f"`dim` must name dimensions of the representation, got dim={self.dim} for shape {tuple(shape)}. "
+                "Use dim=-1 for vectors and token sequences, dim=1 for the channels of a (B, C, H, W) map."
+            )
+        dims = tuple(sorted(i % ndim for i in self.dim))
+        if len(set(dims)) < len(dims):
+            raise ValueError(f"`dim` must not name a dimension twice, got {self.dim} for shape {tuple(shape)}.")
+        return dims
+
+    def size(self, rep: Tensor) -> int:
+        """Return ``d``, the number of features along the rotated dimensions."""
+        return math.prod([rep.shape[i] for i in self.resolve(rep.shape)])  # a list: torch.compile traces no generator
+
+    def view(self, rep: Tensor) -> Tensor:
+        """Return ``rep`` as ``(L, d, P)``."""
+        return _group(rep, self.resolve(rep.shape))
+
+    def view_stacked(self, reps: Tensor) -> Tensor:
+        """Return K representations, stacked along a new first dimension, as ``(K, L, d, P)``."""
+        view = _group(reps, tuple(i + 1 for i in self.resolve(reps.shape[1:])))
+        return view.reshape(len(reps), -1, *view.shape[1:])
+
+    def restore(self, view: Tensor, rep: Tensor) -> Tensor:
+        """Undo :meth:`view`: return ``view`` in the shape of ``rep``."""
+        dims = self.resolve(rep.shape)
+        if _adjacent(dims):
+            return view.reshape(rep.shape)
+        end = tuple(range(rep.ndim - len(dims), rep.ndim))
+        return view.reshape(rep.movedim(dims, end).shape).movedim(end, dims)
+
+
+def _adjacent(dims: tuple[int, ...]) -> bool:
+    return dims[-1] - dims[0] + 1 == len(dims)
+
+
+def _group(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    if not _adjacent(dims):
+        end = tuple(range(tensor.ndim - len(dims), tensor.ndim))
+        tensor, dims = tensor.movedim(dims, end), end
+    first, stop = dims[0], dims[-1] + 1
+    shape = tensor.shape
+    return tensor.reshape(math.prod(shape[:first]), math.prod(shape[first:stop]), math.prod(shape[stop:]))
+
+
+def rotated(rep: Tensor, matrix: Tensor, dims: RotatedDims) -> Tensor:
+    """Return the rotation of ``rep`` by ``matrix``, in the shape and dtype of ``rep``; autocast does not reach it."""
+    with torch.autocast(rep.device.type, enabled=False):
+        return dims.restore(_apply(matrix.to(rep.dtype), dims.view(rep)), rep)
+
+
+def _apply(matrix: Tensor, features: Tensor) -> Tensor:
+    """Rotate the first ``m`` of the ``d`` features and pass the rest through.
+
+    Args:
+        matrix: R. Shape ``(m, m)`` with ``m <= d``, in the dtype of ``features``.
+        features: Shape ``(L, d, P)``.
+
+    Returns:
+        ``[R x_{1:m}, x_{m+1:d}]``, shape ``(L, d, P)``.
+    """
+    m, d = matrix.shape[-1], features.shape[1]
+    first = features[:, :m]
+    one_product = features.shape[2] == 1  # vectors and tokens: one large product instead of L small ones
+    first = (first.squeeze(2) @ matrix.mT).unsqueeze(2) if one_product else matrix @ first
+    return first if m == d else torch.cat([first, features[:, m:]], dim=1)

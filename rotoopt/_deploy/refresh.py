@@ -1,0 +1,32 @@
+"""Refreshing: copies of a model that keep up with its rotations."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rotoopt._capture.hooks import hooks_in
+from rotoopt._rotation.rotations import Rotations
+
+
+def refresh(rotations: Rotations, model_copy: nn.Module) -> None:
+    """Give a copy of the model ``rotations`` as they are now."""
+    if not isinstance(model_copy, nn.Module):
+        raise TypeError(f"`model_copy` must be a module, got a {type(model_copy).__name__}.")
+    copies = [hook.capture.rotations for hook in hooks_in(model_copy)]
+    if not copies:
+        raise ValueError(
+            "`model_copy` must have rotations in front of its heads, got a module without. Either (a) the model was "
+            "copied before the optimizer was built, or after remove() or fold(), or (b) its heads are functions that "
+            "are fed by optimizer.rotate(z), which is up to date."
+        )
+    matrices = rotations.matrices
+    for copied in copies:
+        if len(copied) != len(rotations) or copied.size not in (None, rotations.size):
+            raise ValueError(
+                f"`model_copy` must be a copy of the model, with {len(rotations)} rotations of {rotations.size} "
+                f"features, got one with {len(copied)} of {copied.size}. Was it copied from another model?"
+            )
+    with torch.inference_mode(False):  # where copies are evaluated, but they are to be refreshed elsewhere as well
+        for copied in copies:
+            copied.load_matrices(matrices)

@@ -1,0 +1,209 @@
+"""Checks of what the user hands over, each with the wording of its error."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence, Set
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Heads = Sequence[nn.Module] | Mapping[str, nn.Module] | nn.ModuleList | nn.ModuleDict
+Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None]
+
+
+def check_optimizer(optimizer: object) -> Optimizer:
+    """Return ``optimizer`` if it can be wrapped."""
+    if isinstance(optimizer, type) or not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"`optimizer` must be a torch.optim.Optimizer that is already built, got {_kind(optimizer)}. "
+            "Example: RotoGradOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), heads=[...])."
+        )
+    if not any(group["params"] for group in optimizer.param_groups):
+        raise ValueError("`optimizer` must hold at least one parameter, got none. Pass it model.parameters().")
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError(
+            "`optimizer` must have differentiable=False, got True. Task gradients are combined outside autograd, so "
+            "there is nothing to differentiate through the step."
+        )
+    return optimizer
+
+
+def check_heads(heads: Heads | None, num_tasks: int | None) -> tuple[list[nn.Module], list[str]]:
+    """Return the heads (none if functional) and how to call the tasks."""
+    if (heads is None) == (num_tasks is None):
+        raise ValueError(
+            f"Exactly one of `heads` and `num_tasks` must be given, got heads={heads!r} and num_tasks={num_tasks!r}. "
+            "Give the modules that consume the representation, or their number if they are functions."
+        )
+    if num_tasks is not None:
+        if not _is_int(num_tasks, at_least=1):
+            raise ValueError(f"`num_tasks` must be a positive int, got {num_tasks!r}.")
+        return [], [f"task {task}" for task in range(num_tasks)]
+    if isinstance(heads, Mapping | nn.ModuleDict):
+        modules, names = list(heads.values()), list(heads.keys())
+    elif isinstance(heads, Sequence | nn.ModuleList):
+        modules, names = list(heads), [f"heads[{task}]" for task in range(len(heads))]
+    else:
+        raise TypeError(
+            f"`heads` must be a sequence or a mapping of modules, got {_kind(heads)}. "
+            "List those that consume the representation, one per task, as in heads=[model.head_a, model.head_b]."
+        )
+    if not modules:
+        raise ValueError("`heads` must have at least one module, got none.")
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`heads` must be named by strings, got {names}.")
+    for name, module in zip(names, modules, strict=True):
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"`heads` must be modules, got {_kind(module)} for {name}. For functional heads give num_tasks=K "
+                "instead and feed them with the tensors of optimizer.rotate(z)."
+            )
+    if len({id(module) for module in modules}) < len(modules):
+        raise ValueError(
+            f"`heads` must be different modules, got one of them twice in {names}. Every task needs a head of its "
+            "own; wrap a shared one, as in nn.Sequential(shared), once per task."
+        )
+    return modules, names
+
+
+def check_rotate(rotate: bool | Sequence[bool], num_tasks: int) -> tuple[bool, ...]:
+    """Return one flag per task."""
+    flags = tuple(rotate) if isinstance(rotate, Iterable) else (rotate,) * num_tasks
+    if len(flags) != num_tasks or not all(isinstance(flag, bool) for flag in flags):
+        raise ValueError(f"`rotate` must be a bool or one bool per task, got {rotate!r} for {num_tasks} tasks.")
+    return flags
+
+
+def check_options(
+    *,
+    rotation_size: int | None,
+    burn_in_period: int,
+    rotation_lr: float,
+    turn_every: int | None,
+    rotation_optimizer: object,
+    init: str,
+) -> None:
+    """Check the options that stand for themselves."""
+    if rotation_size is not None and not _is_int(rotation_size, at_least=1):
+        raise ValueError(f"`rotation_size` must be a positive int or None, got {rotation_size!r}.")
+    if not _is_int(burn_in_period, at_least=0):
+        raise ValueError(f"`burn_in_period` must be a non-negative number of steps, got {burn_in_period!r}.")
+    if not isinstance(rotation_lr, int | float) or not rotation_lr >= 0:
+        raise ValueError(f"`rotation_lr` must be a non-negative number, got {rotation_lr!r}.")
+    if turn_every is not None and not _is_int(turn_every, at_least=1):
+        raise ValueError(f"`turn_every` must be a positive number of steps or None, got {turn_every!r}.")
+    if rotation_optimizer is not None and not callable(rotation_optimizer):
+        raise TypeError(
+            "`rotation_optimizer` must be a callable from parameters to a torch.optim.Optimizer, got "
+            f"{_kind(rotation_optimizer)}. "
+            "Example: rotation_optimizer=lambda params: torch.optim.Adam(params, lr=1e-4)."
+        )
+    if init not in ("identity", "haar"):
+        raise ValueError(f"`init` must be 'identity' or 'haar', got {init!r}.")
+
+
+def warn_user(message: str) -> None:
+    """Warn, and blame the line that called this package, whether or not torch wrapped the call."""
+    frame, depth = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in ("rotoopt", "torch"):
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message, stacklevel=depth)
+
+
+def warn_of_missing_parameters(optimizer: Optimizer, heads: Sequence[nn.Module], names: Sequence[str]) -> None:
+    """Warn where a head has trainable parameters that ``optimizer`` does not update."""
+    known = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    for name, head in zip(names, heads, strict=False):  # functional heads have names only
+        missing = [key for key, param in head.named_parameters() if param.requires_grad and id(param) not in known]
+        if missing:
+            warn_user(
+                f"`optimizer` should hold the parameters of every head, got one without {', '.join(missing)} of "
+                f"{name}. They will not be trained. Pass model.parameters(), or freeze them: requires_grad_(False)."
+            )
+
+
+def warn_of_frozen() -> None:
+    """Warn that no representation requires grad."""
+    warn_user(
+        "The representation should require grad, got one that does not. Either (a) the backbone is frozen: the "
+        "heads are trained by a plain backward; rotations and weights rest, or (b) `heads` holds the whole "
+        "model, whose input is rotated then: give the modules that consume the representation."
+    )
+
+
+def check_losses(losses: Losses, names: Sequence[str]) -> dict[int, Tensor]:
+    """Return the losses of the present tasks by task number."""
+    if isinstance(losses, Tensor):
+        raise TypeError(
+            f"`losses` must be a sequence with one loss per task, got a single tensor of shape {tuple(losses.shape)}. "
+            "Pass the K losses themselves, as in step([loss_a, loss_b], z), not their sum."
+        )
+    if not isinstance(losses, Iterable) or isinstance(losses, str | Set):
+        raise TypeError(
+            f"`losses` must be a sequence with one loss per task, or a mapping from task names, got {_kind(losses)}."
+        )
+    if isinstance(losses, Mapping):
+        unknown = [name for name in losses if name not in names]
+        if unknown:
+            raise ValueError(f"`losses` must be named after the tasks {list(names)}, got {unknown} as well.")
+        by_task = [losses.get(name) for name in names]
+    else:
+        by_task = list(losses)
+    if len(by_task) != len(names):
+        raise ValueError(
+            f"`losses` must have one entry per task, got {len(by_task)} for {len(names)} tasks. "
+            "Put None where a task is absent from this batch."
+        )
+    present = {task: loss for task, loss in enumerate(by_task) if loss is not None}
+    for task, loss in present.items():
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"`losses` must be tensors or None, got {_kind(loss)} for {names[task]}.")
+        _check_loss(loss, names[task])
+    if not present:
+        raise ValueError("`losses` must have at least one loss, got only None.")
+    return present
+
+
+def check_backbone_loss(loss: object) -> None:
+    """Check that ``loss`` is a scalar with a graph, or None."""
+    if loss is None:
+        return
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"`backbone_loss` must be a tensor or None, got {_kind(loss)}.")
+    _check_loss(loss, "`backbone_loss`")
+
+
+def _check_loss(loss: Tensor, name: str) -> None:
+    if loss.numel() != 1:
+        raise ValueError(
+            f"Every loss must be a scalar, got shape {tuple(loss.shape)} for {name}. Reduce it, as with loss.mean()."
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"Every loss must have a graph, got one without for {name}. Either (a) it was detached or read with "
+            ".item(), (b) the forward pass ran under no_grad(), or (c) nothing in it is trainable."
+        )
+
+
+def check_rep(rep: object, captured: torch.Size | None) -> None:
+    """Check that ``rep`` can be the representation that the heads consumed."""
+    if rep is None:
+        return
+    if not isinstance(rep, Tensor):
+        raise TypeError(f"`rep` must be the shared representation, a tensor, got {_kind(rep)}.")
+    if captured is not None and rep.shape != captured:
+        raise ValueError(
+            f"`rep` must be the representation that the heads consumed, of shape {tuple(captured)}, got shape "
+            f"{tuple(rep.shape)}. Pass the tensor that went into the heads, or leave `rep` out."
+        )
+
+
+def _is_int(value: object, *, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"

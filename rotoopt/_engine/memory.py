@@ -1,0 +1,100 @@
+"""Memory: what the method remembers from step to step, beside what trains the rotations."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from rotoopt._rotation.rotations import Rotations
+from rotoopt.weighting import Weighting
+from rotoopt.weighting._references import Reference
+
+
+class Memory:
+    """Counter, references, weights and angles of K tasks; rotations and weighting have a state of their own.
+
+    Args:
+        rotations: The K rotations.
+        weighting: The weighting.
+
+    Attributes:
+        num_steps: Number of steps so far.
+        weights: The weights of the next backward pass, for a weighting that is lagged. Shape ``(K,)``.
+        norm_reference: ||G_k(t0)||.
+        loss_reference: |L_k(t0)|.
+        total_angles: By how much each rotation has turned, in radians. Shape ``(K,)``.
+    """
+
+    def __init__(self, rotations: Rotations, weighting: Weighting) -> None:
+        K, device, dtype = len(rotations), rotations.device, rotations.dtype
+        weighting.bind(K, device, dtype)
+        self.num_steps = 0
+        self.weights = torch.ones(K, device=device, dtype=dtype)
+        self.norm_reference = Reference.unknown(K, device, dtype)
+        self.loss_reference = Reference.unknown(K, device, dtype)
+        self.total_angles = torch.zeros(K, device=device, dtype=dtype)
+        self._rotations = rotations
+        self._weighting = weighting
+
+    def follow_rotations(self) -> None:
+        """Move to the device of the rotations, which follow the representation."""
+        device = self._rotations.device
+        if self.weights.device != device:
+            self.weights, self.total_angles = self.weights.to(device), self.total_angles.to(device)
+            self.norm_reference, self.loss_reference = self.norm_reference.to(device), self.loss_reference.to(device)
+            self._weighting.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of everything, as plain containers of tensors and numbers."""
+        rotations = self._rotations
+        return {
+            "num_tasks": len(rotations),
+            "num_steps": self.num_steps,
+            "matrices": None if rotations.size is None else rotations.matrices.clone(),
+            # By its name. A copy: torch hands out the tensors of an optimizer themselves, which the next step changes.
+            "weighting": {type(self._weighting).__name__: copy.deepcopy(self._weighting.state_dict())},
+            "weights": self.weights.clone(),
+            "norm_reference": self.norm_reference.state_dict(),
+            "loss_reference": self.loss_reference.state_dict(),
+            "total_angles": self.total_angles.clone(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned; check it first with :meth:`check_state_dict`."""
+        state_dict = copy.deepcopy(state_dict)
+        if state_dict["matrices"] is not None:
+            self._rotations.load_matrices(state_dict["matrices"])
+        elif self._rotations.covers_all:
+            self._rotations.manifold = None  # saved before the first forward pass, which will make them
+        self.num_steps = state_dict["num_steps"]
+        self.weights = state_dict["weights"].to(self.weights)
+        self.norm_reference = self.norm_reference.loaded(state_dict["norm_reference"])
+        self.loss_reference = self.loss_reference.loaded(state_dict["loss_reference"])
+        self.total_angles = state_dict["total_angles"].to(self.total_angles)
+        self._weighting.load_state_dict(state_dict["weighting"].get(type(self._weighting).__name__, {}), self.weights)
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise unless ``state_dict`` fits these tasks, this size and this weighting."""
+        rotations, matrices = self._rotations, state_dict["matrices"]
+        if state_dict["num_tasks"] != len(rotations):
+            raise misfit(f"be of {len(rotations)} tasks", str(state_dict["num_tasks"]), "heads")
+        if matrices is not None:
+            if rotations.size not in (None, matrices.shape[-1]):
+                rule, found = f"hold rotations of {rotations.size} features", str(matrices.shape[-1])
+                raise misfit(rule, found, "representation and `rotation_size`")
+            turned = (matrices != torch.eye(matrices.shape[-1]).to(matrices)).flatten(1).any(dim=1).tolist()
+            for task, rotate in enumerate(rotations.rotate):
+                if turned[task] and not rotate:
+                    raise misfit("hold R = I where rotate=False", f"a turned one for task {task}", "`rotate` flags")
+        ((saved, state),) = state_dict["weighting"].items()
+        if saved != type(self._weighting).__name__ and (state or self._weighting.state_dict()):
+            raise misfit(f"be of weighting {self._weighting}", f"that of {saved}", "`weighting`")
+
+
+def misfit(rule: str, found: str, option: str) -> ValueError:
+    """Return the error for a state dict that must ``rule``, where ``option`` decides about it."""
+    return ValueError(
+        f"The state dict must {rule}, got {found}. Build the optimizer with the {option} that it was saved with."
+    )

@@ -1,0 +1,1 @@
+"""The rotations, and how they turn: tensors only."""

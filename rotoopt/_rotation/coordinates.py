@@ -1,0 +1,114 @@
+"""Lie-algebra coordinates of a turn, and the rotation step by an optimizer of the user's: the official recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rotoopt._rotation.cayley import turn_
+from rotoopt._rotation.rotations import Rotations
+from rotoopt._rotation.step import RotationGradient, mean_correlation
+from rotoopt._torch.devices import move_
+from rotoopt._torch.processes import Processes
+
+RotationOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+
+
+class Coordinates:
+    r"""Lie-algebra coordinates A around the present rotations, for whoever wants to step on them.
+
+    One parameter of shape ``(K, m, m)``, which is zero but between a step of its optimizer and :meth:`turn`. Only its
+    lower triangle counts: along :math:`R_k\,\mathrm{cay}(A_k - A_k^\top)`, A lower triangular, the gradient of the
+    rotation objective at A = 0 is :math:`-\mathrm{tril}(S_k)`.
+
+    Args:
+        rotations: The rotations to turn.
+        processes: Those that share a batch.
+    """
+
+    def __init__(self, rotations: Rotations, processes: Processes) -> None:
+        self.rotations = rotations
+        self._processes = processes
+        # Sized by the first gradient: the optimizer, and schedulers on it, exist before the rotations do.
+        empty = torch.zeros(rotations.num_tasks, 0, 0, device=rotations.device, dtype=rotations.dtype)
+        self.parameter = nn.Parameter(empty)
+        self.fit()
+
+    def fit(self) -> None:
+        """Take on the size of the rotations, if there are any."""
+        if self.rotations.size is not None and self.parameter.shape != self.rotations.matrices.shape:
+            self.parameter.data = torch.zeros_like(self.rotations.matrices)
+
+    def gradient(self, gradients: Sequence[RotationGradient]) -> Tensor:
+        """Return the mean gradient of the backward passes that are usable, zero for a task that is not rotated."""
+        self.fit()
+        correlation = mean_correlation(gradients, self.parameter.shape[-1], self._processes)
+        grad = (correlation.mT - correlation).tril(-1)
+        return torch.where(self.rotations.rotates[:, None, None], grad, 0.0).to(self.parameter.dtype)
+
+    @torch.no_grad()
+    def turn(self, where: Tensor | bool = True) -> Tensor:
+        """Apply the turn, R_k <- R_k cay(A_k - A_k^T), and start again at zero.
+
+        Args:
+            where: Whether to apply it. Shape ``()``, bool.
+
+        Returns:
+            Its angles, for small ones; see :class:`~rotoopt._rotation.step.RotationStep`. Shape ``(K,)``.
+        """
+        lower = self.parameter.tril(-1)
+        lower = torch.where(torch.as_tensor(where, device=lower.device), lower, 0.0)
+        skew = lower - lower.mT
+        turn_(self.rotations.matrices, skew)
+        self.parameter.zero_()
+        return skew.square().mean(dim=1).sum(dim=1).sqrt()
+
+
+class OptimizerStep:
+    """A rotation step by an optimizer of the user's.
+
+    The optimizer sees one parameter, the :class:`Coordinates`, with its gradient in the lower triangle. After its step
+    the turn is applied, and the coordinates start again at zero; its own state (moments) lives on.
+
+    Args:
+        rotations: The rotations to turn.
+        make_optimizer: Makes the optimizer of the coordinates.
+        processes: Those that share a batch.
+    """
+
+    def __init__(self, rotations: Rotations, make_optimizer: RotationOptimizer, processes: Processes) -> None:
+        self._coordinates = Coordinates(rotations, processes)
+        self.optimizer = make_optimizer([self._coordinates.parameter])
+        if not isinstance(self.optimizer, Optimizer):
+            raise TypeError(
+                "`rotation_optimizer` must be a callable from parameters to a torch.optim.Optimizer, "
+                f"got one that returns {type(self.optimizer).__name__}. "
+                "Example: rotation_optimizer=lambda params: torch.optim.Adam(params, lr=1e-4)."
+            )
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[RotationGradient]) -> Tensor:
+        """Turn the rotations by what the optimizer makes of the gradients; return the angles."""
+        coordinates, rotations = self._coordinates, self._coordinates.rotations
+        if coordinates.parameter.device != rotations.device:
+            move_(coordinates.parameter, self.optimizer, rotations.device)
+        if not gradients:
+            return torch.zeros_like(rotations.rotates, dtype=rotations.dtype)
+        coordinates.parameter.grad = coordinates.gradient(gradients)
+        self.optimizer.step()
+        coordinates.parameter.grad = None
+        # Where nothing was usable, what moved the coordinates is momentum.
+        return coordinates.turn(torch.stack([each.usable for each in gradients]).any())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the optimizer of the coordinates."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""
+        self._coordinates.fit()  # state tensors are matched with the shape of the coordinates
+        self.optimizer.load_state_dict(state_dict)

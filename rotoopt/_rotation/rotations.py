@@ -1,0 +1,163 @@
+"""Rotations: one R_k in SO(m) per task, all of them in one ``(K, m, m)`` tensor on ``geotorch.SO``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import geotorch
+import torch
+from geotorch.so import uniform_init_
+from torch import Tensor, nn
+
+from rotoopt._torch.processes import Processes
+
+Init = Literal["identity", "haar"]
+
+
+class Rotations(nn.Module):
+    """K rotations R_k in SO(m), kept by the optimizer and applied in front of the heads.
+
+    The rotations are a buffer of a ``geotorch.SO`` manifold, not parameters: no optimizer of the network sees
+    them, ``requires_grad`` is False, and they do not appear in the state dict of the model. They are float32,
+    or float64 where the network is float64.
+
+    Args:
+        num_tasks: K.
+        size: m. ``None``: the rotations are made by the first :meth:`create`.
+        rotate: One flag per task. A task whose flag is False keeps R_k = I.
+        init: ``"identity"``, or ``"haar"`` for rotations drawn uniformly from SO(m) (this takes numbers from
+            torch's global generator).
+        seed: Draws them from a generator of this seed instead.
+        device: Where the rotations live.
+        dtype: ``torch.float32`` or ``torch.float64``.
+    """
+
+    rotates: Tensor
+
+    def __init__(
+        self,
+        num_tasks: int,
+        size: int | None,
+        *,
+        rotate: Sequence[bool],
+        init: Init,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_tasks = num_tasks
+        self.covers_all = size is None  # else the rest of the features pass through
+        self.rotate = tuple(rotate)
+        # The flags where the step needs them, so that no step copies anything to the device.
+        self.register_buffer("rotates", torch.tensor(self.rotate, device=device), persistent=False)
+        self.init: Init = init
+        self.seed = seed
+        self.dtype = dtype
+        self.manifold: geotorch.SO | None = None
+        if size is not None:
+            self.create(size)
+
+    @classmethod
+    def like(
+        cls,
+        param: Tensor,
+        num_tasks: int,
+        size: int | None,
+        *,
+        rotate: Sequence[bool],
+        init: Init,
+        processes: Processes,
+    ) -> Rotations:
+        """Return rotations for the network that ``param`` belongs to, the same on all processes."""
+        dtype = torch.promote_types(param.dtype, torch.float32) if param.is_floating_point() else torch.float32
+        seed = processes.shared_seed() if init == "haar" else None
+        return cls(num_tasks, size, rotate=rotate, init=init, seed=seed, device=param.device, dtype=dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rotations live: on the device of the latest representation."""
+        return self.rotates.device
+
+    @property
+    def size(self) -> int | None:
+        """m, or None while the rotations do not exist yet."""
+        return None if self.manifold is None else self.manifold.n
+
+    @property
+    def matrices(self) -> Tensor:
+        """The rotations. Shape ``(K, m, m)``, detached; changes with the next step, so clone to keep it."""
+        if self.manifold is None:
+            raise RuntimeError(
+                "`rotations` must exist before they are read, got none. They are made in the first training forward, "
+                "when the size of the representation is known; give `rotation_size` to have them from the start."
+            )
+        base: Tensor = self.manifold.base
+        return base.detach()
+
+    def __len__(self) -> int:
+        return self.num_tasks
+
+    def __getitem__(self, task: int) -> Tensor:
+        return self.matrices[task]
+
+    def create(self, size: int) -> None:
+        """Make the K rotations of ``size`` features."""
+        self._allocate(size)
+        if self.init == "haar":
+            with torch.random.fork_rng([], enabled=self.seed is not None):
+                if self.seed is not None:
+                    torch.manual_seed(self.seed)
+                self._assign(_haar(self.num_tasks, size))
+        else:
+            self._assign(torch.eye(size))
+
+    def _allocate(self, size: int) -> None:
+        with torch.device("meta"):  # geotorch would draw K Haar matrices: K QR decompositions, and random numbers
+            manifold = geotorch.SO((self.num_tasks, size, size), triv="cayley")
+        manifold.to(self.dtype).to_empty(device=self.device)
+        self.manifold = manifold
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotations:
+        """Move and cast with the model they are a part of, but not below float32."""
+        before = None if self.manifold is None else self.matrices
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.manifold is not None and before is not None and self.matrices.itemsize < torch.float32.itemsize:
+            self.manifold.base = before.to(self.device, torch.float32)
+        return self
+
+    @torch.no_grad()
+    def _assign(self, matrices: Tensor) -> None:
+        base = self.matrices
+        base.copy_(matrices)
+        for task, rotate in enumerate(self.rotate):
+            if not rotate:
+                base[task].zero_().fill_diagonal_(1.0)
+
+    def load_matrices(self, matrices: Tensor) -> None:
+        """Take over ``matrices``, shape ``(K, m, m)``, as they are."""
+        if self.manifold is None:
+            self._allocate(matrices.shape[-1])
+        self.matrices.copy_(matrices)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        matrices = state_dict.get(f"{prefix}manifold.base")
+        if matrices is not None and self.manifold is None:
+            self._allocate(matrices.shape[-1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Return the options, for ``repr``."""
+        return f"num_tasks={self.num_tasks}, size={self.size}, init={self.init!r}, rotate={self.rotate}"
+
+
+def _haar(num_tasks: int, size: int) -> Tensor:
+    """Draw Haar rotations; geotorch alone returns reflections too where m is large, from about 350 in float32.
+
+    It asks ``torch.det`` for the sign, a product of m pivots that underflows to zero.
+    """
+    matrices: Tensor = uniform_init_(torch.empty(num_tasks, size, size, dtype=torch.float64))
+    reflections = torch.linalg.slogdet(matrices).sign < 0
+    matrices[reflections, :, 0] *= -1
+    return matrices

@@ -1,0 +1,84 @@
+"""What a rotation step gets and does: the gradient of the rotations, and the protocol of those who turn them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rotoopt._torch.processes import Processes
+
+
+@dataclass(frozen=True)
+class RotationGradient:
+    r"""The gradient of the rotation objective in one backward pass, in factors.
+
+    The objective, :math:`-\sum_s \langle R_k^\top \tilde g_{s,k}, v_s \rangle` over samples s, is linear in R_k. Its
+    gradient along the Lie algebra is the skew matrix :math:`S_k = N_k - N_k^\top` with :math:`N_k = U_k V^\top`.
+
+    Attributes:
+        directions: U, the unit gradients of the tasks at the representation, zero for absent ones.
+            Shape ``(K, L, d, P)``.
+        target: V, their mean, taken as constant. Shape ``(L, d, P)``.
+        usable: Whether everything in the pass was finite; if not, U and V are zero. Shape ``()``, bool.
+
+    Source: Javaloy and Valera, RotoGrad, ICLR 2022, eq. 3, with unit gradients on both sides (there, g is not
+    normalized), so that the scale of a loss cancels.
+    """
+
+    directions: Tensor
+    target: Tensor
+    usable: Tensor
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples, L P."""
+        return self.target.shape[0] * self.target.shape[2]
+
+    def correlation(self, size: int) -> Tensor:
+        r"""Return :math:`N_k` on the first ``size`` features. Shape ``(K, size, size)``."""
+        U, V = self.directions[:, :, :size], self.target[:, :size]
+        if U.shape[3] == 1:
+            return U.squeeze(3).mT @ V.squeeze(2)
+        return torch.einsum("klip,ljp->kij", U, V)
+
+
+def share_of_each(gradients: Sequence[RotationGradient]) -> Tensor:
+    """Return by what to multiply each of ``gradients`` to get the mean of the usable ones from their sum. ``()``."""
+    usable = torch.stack([each.usable for each in gradients])
+    return 1.0 / usable.sum().clamp(min=1).to(gradients[0].target)
+
+
+def mean_correlation(gradients: Sequence[RotationGradient], size: int, processes: Processes) -> Tensor:
+    """Return the mean N of the usable ``gradients``, over the joined batch of all processes. ``(K, size, size)``."""
+    correlation = torch.stack([each.correlation(size) for each in gradients]).sum(0) * share_of_each(gradients)
+    if processes.count > 1:
+        processes.sum_(correlation)
+    return correlation
+
+
+class RotationStep(Protocol):
+    """Turns the rotations by what an optimizer makes of their gradients.
+
+    Attributes:
+        optimizer: The optimizer; learning-rate schedulers attach to it.
+    """
+
+    optimizer: Optimizer
+
+    def step(self, gradients: Sequence[RotationGradient]) -> Tensor:
+        """Turn the rotations by the mean of ``gradients``, those of the backward passes since the latest step.
+
+        Returns:
+            The angle by which each rotation turned, in radians: the root mean square over all vectors. Shape ``(K,)``.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to resume."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""

@@ -1,0 +1,141 @@
+"""Every private name of torch that this package uses, with the public alternative that was tried.
+
+Not here: methods that torch asks modules to override (``_apply``, ``_load_from_state_dict``, ``_save_to_state_dict``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Step = Callable[..., float | None]
+
+
+def make_hook_tables(optimizer: Optimizer) -> None:
+    """Give ``optimizer`` the tables that its ``register_*_hook`` methods fill.
+
+    The public way is ``Optimizer.__init__``, which also makes a second list of parameter groups and a second, empty
+    state: both would hide those of the wrapped optimizer.
+    """
+    Optimizer.__setstate__(optimizer, {})
+
+
+def mark_as_hooked(step: Function) -> Function:
+    """Keep torch from wrapping ``step`` to run the step hooks, which :func:`run_step_hooks` does.
+
+    Left to torch, global hooks would run twice per step: for the wrapper and for the wrapped optimizer.
+    """
+    step.hooked = True  # type: ignore[attr-defined]
+    return step
+
+
+def run_step_hooks(optimizer: Optimizer, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """Call ``step(optimizer, *args, **kwargs)`` between the step hooks of ``optimizer``. No public name lists them."""
+    args = (optimizer, *args)
+    for pre_hook in optimizer._optimizer_step_pre_hooks.values():
+        replaced = pre_hook(optimizer, args, kwargs)
+        if replaced is None:
+            continue
+        if not isinstance(replaced, tuple) or len(replaced) != 2:
+            raise TypeError(
+                f"A step pre-hook must return None or a tuple (args, kwargs), got {replaced!r} from {pre_hook}."
+            )
+        args, kwargs = replaced
+    result = step(*args, **kwargs)
+    for post_hook in optimizer._optimizer_step_post_hooks.values():
+        post_hook(optimizer, args, kwargs)
+    return result
+
+
+def run_state_dict_hooks(optimizer: Optimizer, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return ``save()``, called between the state-dict hooks of ``optimizer``.
+
+    The public way, ``super().state_dict()``, would leave out what the wrapped optimizer adds in a ``state_dict`` of its
+    own.
+    """
+    for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
+        pre_hook(optimizer)
+    state_dict = save()
+    for post_hook in optimizer._optimizer_state_dict_post_hooks.values():
+        state_dict = post_hook(optimizer, state_dict) or state_dict
+    return state_dict
+
+
+def run_load_state_dict_hooks(
+    optimizer: Optimizer, load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]
+) -> None:
+    """Call ``load(state_dict)`` between the load hooks of ``optimizer``; see :func:`run_state_dict_hooks`."""
+    state_dict = dict(state_dict)
+    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        state_dict = pre_hook(optimizer, state_dict) or state_dict
+    load(state_dict)
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """Return the forward pre-hooks of ``module``. There are public ways to add and to remove one, none to list them."""
+    return list(module._forward_pre_hooks.values())
+
+
+@contextmanager
+def without_forward_pre_hooks(module: nn.Module, kind: type[Any]) -> Iterator[None]:
+    """Have ``module`` without its forward pre-hooks of class ``kind``.
+
+    The public way, to remove them and to register them again, gives the user's handles hooks that are no more.
+    """
+    hooks = module._forward_pre_hooks
+    module._forward_pre_hooks = type(hooks)((key, hook) for key, hook in hooks.items() if not isinstance(hook, kind))
+    try:
+        yield
+    finally:
+        module._forward_pre_hooks = hooks
+
+
+def backward_pass_id() -> int:
+    """Return the number of the backward pass that runs, -1 outside of one.
+
+    Public hooks tell neither the beginning nor the end of a backward pass that the user calls.
+    """
+    return torch._C._current_graph_task_id()
+
+
+def is_transformed() -> bool:
+    """Whether a model is being exported, traced or transformed by ``torch.func``, and not trained.
+
+    Only ``torch.func`` has no public name for it.
+    """
+    exported = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return exported or torch._C._are_functorch_transforms_active()
+
+
+def not_compiled(function: Function) -> Function:
+    """Keep ``torch.compile`` out of ``function``.
+
+    The public ``torch.compiler.disable`` imports ``torch._dynamo`` where it decorates, which takes as long as importing
+    torch; this one imports it at the first call.
+    """
+    decorated: Function = torch._disable_dynamo(function)  # type: ignore[attr-defined, assignment]
+    return decorated
+
+
+def compiled_module(module: nn.Module) -> nn.Module | None:
+    """Return the module inside of ``torch.compile(module)``, None for any other. There is no public name for it."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def without_compiled_prefixes(name: str) -> str:
+    """Return the name of a parameter without what ``torch.compile(module)`` adds to it."""
+    return name.replace("_orig_mod.", "")
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often ``tensor`` was changed in place. To compare values instead would wait for the device."""
+    return tensor._version

@@ -1,0 +1,77 @@
+"""Distributed training: what makes N processes, each with its share of the batch, equal to one with all of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Processes:
+    """The processes that train one model on different data, as DistributedDataParallel and FSDP2 do.
+
+    Every method is a collective: all processes call it, in the same order, whatever their data is. What they get
+    has the same bits on each.
+
+    Args:
+        group: The process group. ``None``: the default group if there is one by the time, else this process alone.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+
+    @property
+    def count(self) -> int:
+        """N, which is 1 outside of distributed training."""
+        return dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        """Which of the N this process is."""
+        return dist.get_rank(self.group)
+
+    def gather(self, local: Tensor) -> Tensor:
+        """Return the tensors of all processes, which have one shape. Shape ``(N, *local.shape)``."""
+        gathered = [torch.empty_like(local) for _ in range(self.count)]
+        dist.all_gather(gathered, local.contiguous(), group=self.group)
+        return torch.stack(gathered)
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Add up the tensors of all processes, in place."""
+        dist.all_reduce(tensor, group=self.group)
+
+    def mean(self, losses: Tensor, present: Tensor) -> Tensor:
+        """Return the mean losses of the tasks over all processes, NaN for a task that is absent on all.
+
+        A task that is absent on some counts as zero there: this is the loss whose gradient
+        DistributedDataParallel computes.
+
+        Args:
+            losses: L_k on this process. Shape ``(K,)``.
+            present: Which tasks are present on this process. Shape ``(K,)``, bool.
+        """
+        values, counts = self.gather(torch.stack([torch.where(present, losses, 0.0), present.to(losses)])).sum(0)
+        return torch.where(counts > 0, values / self.count, float("nan"))
+
+    def shared_seed(self) -> int | None:
+        """Return a random number; None for a process alone, which can draw from its own generator."""
+        if self.count == 1:
+            return None
+        box = [int(torch.randint(2**31, ()))]
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
+        return box[0]
+
+    def check_same(self, matrices: Tensor) -> None:
+        """Raise, on all processes, unless ``matrices`` are the same on all; waits for the device."""
+        gathered = self.gather(matrices[:, 0])
+        if not torch.equal(gathered, gathered[:1].expand_as(gathered)):
+            raise RuntimeError(
+                "The rotations must be the same on all processes, got different ones. Either (a) a checkpoint was "
+                "loaded on some processes only, or (b) init='haar' drew different numbers on each, since the optimizer "
+                "was built before torch.distributed.init_process_group(): build it afterwards."
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
+        return Processes(self.group)  # a group belongs to its process and is not copied

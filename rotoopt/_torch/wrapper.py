@@ -1,0 +1,94 @@
+"""A torch optimizer around another one, as transparent as torch allows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rotoopt._torch.private import make_hook_tables, run_load_state_dict_hooks, run_state_dict_hooks
+
+
+@dataclass
+class Core:
+    """Everything mutable of a wrapper. One object: proxies such as Lightning's keep what is set on the wrapper.
+
+    Attributes:
+        optimizer: The wrapped optimizer.
+    """
+
+    optimizer: Optimizer
+
+
+class OptimizerWrapper(Optimizer):
+    """Is an optimizer to schedulers, GradScaler, checkpoints and hooks, and passes all they do to the wrapped one."""
+
+    _core: Core
+
+    def _wrap(self, core: Core) -> None:
+        """Stand in for ``Optimizer.__init__``."""
+        self._core = core
+        make_hook_tables(self)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The wrapped optimizer."""
+        return self._core.optimizer
+
+    # Views onto the wrapped optimizer, never copies: `load_state_dict` replaces both objects there.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of the wrapped optimizer."""
+        return self._core.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self._core.optimizer.param_groups = value
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The state of the wrapped optimizer."""
+        return self._core.optimizer.state
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self._core.optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The defaults of the wrapped optimizer."""
+        return self._core.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self._core.optimizer.defaults = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the wrapped optimizer."""
+        self._core.optimizer.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the parameters."""
+        self._core.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that is needed to resume."""
+        return run_state_dict_hooks(self, self._save)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""
+        run_load_state_dict_hooks(self, self._load, state_dict)
+
+    def _save(self) -> dict[str, Any]:
+        return self._core.optimizer.state_dict()
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        self._core.optimizer.load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Not `__dict__`: a scheduler puts its own `step` there, bound to the original, and a copy would step that.
+        return {"_core": self._core}

@@ -1,0 +1,17 @@
+"""The API of the official package, ``rotograd``: where code for it changes its import, and nothing else.
+
+``from rotograd import RotoGrad`` becomes ``from rotoopt.rotograd import RotoGrad``. All mathematics is that of
+:class:`~rotoopt.RotoGradOptimizer`, which needs no such model.
+"""
+
+from rotoopt.rotograd._modules import RotateOnly, RotoGrad, RotoGradNorm, VanillaMTL, cached
+from rotoopt.rotograd._state_dict import rotations_from_rotograd
+
+__all__ = [
+    "RotoGrad",
+    "RotateOnly",
+    "RotoGradNorm",
+    "VanillaMTL",
+    "cached",
+    "rotations_from_rotograd",
+]

@@ -1,0 +1,376 @@
+"""The official package's API: a model made of backbone, heads and rotations, whose optimizers are the user's.
+
+``VanillaMTL``, ``RotateOnly``, ``RotoGrad`` and ``RotoGradNorm`` take the arguments that those of ``rotograd`` 0.1.6
+take. All mathematics is that of :class:`~rotoopt.RotoGradOptimizer`, which needs no such model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rotoopt._capture.capture import Capture
+from rotoopt._capture.representation import RotatedDims
+from rotoopt._engine.arguments import Losses, check_backbone_loss, check_losses
+from rotoopt._engine.engine import Engine
+from rotoopt._engine.record import StepRecord
+from rotoopt._rotation.coordinates import Coordinates
+from rotoopt._rotation.rotations import Rotations
+from rotoopt._torch.processes import Processes
+from rotoopt.rotograd._rotation_parameter import RotationParameter
+from rotoopt.rotograd._state_dict import has_official_rotations, rotations_from_rotograd, without_official_rotations
+from rotoopt.weighting import EqualWeighting, GradNorm, Measurements, RotoGradWeighting, Weighting
+
+
+class VanillaMTL(nn.Module):
+    """A backbone and heads, trained by the sum of the losses: the baseline.
+
+    Args:
+        backbone: Computes the representation; may return a tuple, whose first entry it then is.
+        heads: One module per task. The sequence is copied, the modules are not.
+
+    Attributes:
+        backbone: The backbone.
+        heads: The heads, an ``nn.ModuleList``.
+        num_tasks: K.
+        rep: The latest representation in training mode.
+    """
+
+    rep: Tensor | None
+
+    def __init__(self, backbone: nn.Module, heads: Sequence[nn.Module] | nn.ModuleList) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleList(heads)
+        self.num_tasks = len(self.heads)
+        self.rep = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "rep": None}  # it belongs to a graph, not to a copy
+
+    def __len__(self) -> int:
+        """Return the number of tasks."""
+        return self.num_tasks
+
+    def __getitem__(self, task: int) -> nn.Module:
+        """Return the end-to-end model of one task, which shares its parameters with this one."""
+        return SingleTask(self, task)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Feed the backbone, and its representation to every head.
+
+        Returns:
+            The list of the K predictions. Where the backbone or a head returns a tuple: this list of their first
+            entries, and a list of all the others, as the official package returns them.
+        """
+        rep, extra = _first_and_rest(self.backbone(*args, **kwargs))
+        if self.training:
+            self.rep = rep
+        predictions = []
+        for head in self.heads:
+            output = head(rep)
+            if isinstance(output, tuple | list):
+                predictions.append(output[0])
+                extra.append(output[1:])
+            else:
+                predictions.append(output)
+        return (predictions, extra) if extra else predictions
+
+    def backward(self, losses: Losses, backbone_loss: Tensor | None = None, **kwargs: Any) -> None:
+        """Fill every ``.grad``.
+
+        Args:
+            losses: One scalar per task, ``None`` for an absent one.
+            backbone_loss: A loss of the backbone alone.
+            **kwargs: Options of ``torch.autograd.backward``.
+
+        Raises:
+            ValueError: If the losses are not K scalars with graphs.
+            RuntimeError: In eval mode.
+        """
+        self._check_training()
+        check_backbone_loss(backbone_loss)
+        roots = list(check_losses(losses, self.task_names).values())
+        torch.autograd.backward(roots if backbone_loss is None else [*roots, backbone_loss], **kwargs)
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks, by which losses may be given, as ``heads[0]``."""
+        return tuple(f"heads[{task}]" for task in range(self.num_tasks))
+
+    def _check_training(self) -> None:
+        if not self.training:
+            raise RuntimeError("The model must be in training mode for backward(), got eval mode. Call model.train().")
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Return what the method trains, not the network: see :meth:`model_parameters`."""
+        return self.mtl_parameters(recurse)
+
+    def mtl_parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Return the parameters of the method: rotations, GradNorm's weights. For an optimizer of their own."""
+        return iter(param for param in self._parameters.values() if param is not None)
+
+    def model_parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Return the parameters of backbone and heads."""
+        yield from self.backbone.parameters(recurse)
+        for head in self.heads:
+            yield from head.parameters(recurse)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear all gradients, the network's too."""
+        for param in (*self.mtl_parameters(), *self.model_parameters()):
+            if param.grad is not None and set_to_none:
+                param.grad = None
+            elif param.grad is not None:
+                param.grad.detach_().zero_()
+
+
+class RotateOnly(VanillaMTL):
+    r"""A backbone and heads with a rotation in front of each: gradients are turned towards each other, not scaled.
+
+    Args:
+        backbone: Computes the representation, of shape ``(..., *rotation_shape, *post_shape)``; may return a tuple,
+            whose first entry it then is.
+        heads: One module per task. The sequence is copied, the modules are not.
+        rotation_shape: Size or shape of what is rotated, flattened. An int that is smaller than the dimension rotates
+            that many of its features.
+        post_shape: Shape of the positions behind, each of which is rotated by itself: ``(H, W)`` of a map.
+        normalize_losses: Back-propagate ``L_k / |L_k(t0)|`` instead of L_k.
+        burn_in_period: Backward pass at which the references are taken anew.
+
+    Attributes:
+        rotation_size: m, the number of features that are rotated.
+        rotation_coordinates: The parameter that the rotations are trained through, their Lie-algebra coordinates. Shape
+            ``(K, m, m)``, zero but between a step of its optimizer and the next use of the rotations.
+
+    Example:
+        >>> model = RotoGrad(nn.Linear(3, 8), [nn.Linear(8, 1), nn.Linear(8, 2)], 8)
+        >>> optimizer = torch.optim.Adam([{"params": model.model_parameters()}, {"params": model.parameters()}])
+        >>> first, second = model(torch.randn(5, 3))
+        >>> model.backward([first.square().mean(), second.abs().mean()])
+        >>> optimizer.step()
+
+    Source: Javaloy and Valera, RotoGrad, ICLR 2022; the classes of the official package, rotograd 0.1.6, for which they
+    stand in. Where they depart from it: :doc:`/how_to/migrate`.
+    """
+
+    rotation_coordinates: nn.Parameter
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        heads: Sequence[nn.Module] | nn.ModuleList,
+        rotation_shape: int | Sequence[int],
+        *,
+        post_shape: Sequence[int] = (),
+        normalize_losses: bool = False,
+        burn_in_period: int = 20,
+    ) -> None:
+        super().__init__(backbone, [])
+        self.num_tasks = len(heads)
+        self.rotation_shape = (rotation_shape,) if isinstance(rotation_shape, int) else tuple(rotation_shape)
+        self.post_shape = tuple(post_shape)
+        self.rotation_size = math.prod(self.rotation_shape)
+        self.burn_in_period = burn_in_period
+        self.normalize_losses = normalize_losses
+        end = -len(self.post_shape)
+        self._build(heads, RotatedDims(range(end - len(self.rotation_shape), end)))
+
+    def _build(self, heads: Sequence[nn.Module] | nn.ModuleList, dims: RotatedDims) -> None:
+        params = (param for head in heads for param in head.parameters() if param.is_floating_point())
+        processes = Processes()
+        self.rotations = Rotations.like(
+            next(params, torch.zeros(())),
+            self.num_tasks,
+            self.rotation_size,
+            rotate=(True,) * self.num_tasks,
+            init="haar",
+            processes=processes,
+        )
+        self._engine = Engine(
+            self.task_names,
+            self.rotations,
+            dims=dims,
+            weighting=self._make_weighting(),
+            burn_in_period=self.burn_in_period,
+            normalize_losses=self.normalize_losses,
+            turn_every=1,
+            processes=processes,
+        )
+        self._turning = RotationParameter(Coordinates(self.rotations, processes))
+        self.rotation_coordinates = self._turning.parameter
+        capture = self._engine.capture
+        self.heads = nn.ModuleList(RotatedHead(head, task, capture, self._turning) for task, head in enumerate(heads))
+
+    def _make_weighting(self) -> Weighting:
+        return EqualWeighting()
+
+    @property
+    def rotation(self) -> Sequence[Tensor]:
+        """The rotation of every task. Shape ``(m, m)`` each, detached: train :attr:`rotation_coordinates`."""
+        self._turning.turn()
+        return list(self.rotations.matrices)
+
+    def backward(self, losses: Losses, backbone_loss: Tensor | None = None, **kwargs: Any) -> None:
+        """Fill every ``.grad``: of backbone, heads, rotations and GradNorm's weights.
+
+        Args:
+            losses: One scalar per task, ``None`` for an absent one.
+            backbone_loss: A loss of the backbone alone; never normalized.
+            **kwargs: Options of ``torch.autograd.backward``.
+
+        Raises:
+            ValueError: If the losses are not K scalars with graphs.
+            RuntimeError: In eval mode; if a loss did not pass through its head.
+        """
+        self._check_training()
+        self._engine.backward(losses, None, backbone_loss, **kwargs)
+        self._turning.add(self._engine.rotation_gradients)
+        # The official package counts backward passes. Who steps, and how far that turns the rotations, is not known.
+        self._engine.finish_step(torch.zeros(self.num_tasks), math.nan)
+
+    @property
+    def last_step(self) -> StepRecord | None:
+        """What the latest backward pass measured: losses, gradient norms, cosines. None before the first."""
+        return self._engine.record
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return references and counters, which ``state_dict`` saves beside parameters and rotations."""
+        return {**self._engine.state_dict(), "matrices": None}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`get_extra_state` returned."""
+        self._engine.memory.check_state_dict(state)
+        self._engine.load_state_dict(state)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._turning.turn()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if has_official_rotations(state_dict, prefix):
+            self.rotations.load_matrices(rotations_from_rotograd(state_dict, prefix))
+            state_dict = without_official_rotations(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class RotoGrad(RotateOnly):
+    """Rotations, and task gradients of one magnitude: :class:`RotateOnly` with eqs. 1-2 of the paper.
+
+    The arguments are those of :class:`RotateOnly`.
+    """
+
+    def _make_weighting(self) -> Weighting:
+        return RotoGradWeighting()
+
+
+class RotoGradNorm(RotoGrad):
+    """Rotations, and the trained task weights of GradNorm.
+
+    The arguments are those of :class:`RotateOnly`, and
+
+    Args:
+        alpha: How strongly slow tasks are favored; see :class:`~rotoopt.GradNorm`.
+
+    Attributes:
+        weight_: The parameter that the weights are trained through, their logits. Shape ``(K,)``.
+    """
+
+    weight_: nn.Parameter
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        heads: Sequence[nn.Module] | nn.ModuleList,
+        rotation_shape: int | Sequence[int],
+        *,
+        alpha: float,
+        post_shape: Sequence[int] = (),
+        normalize_losses: bool = False,
+        burn_in_period: int = 20,
+    ) -> None:
+        self.alpha = alpha
+        self._gradnorm = UserTrainedGradNorm(alpha)
+        super().__init__(  # needs the weighting
+            backbone,
+            heads,
+            rotation_shape,
+            post_shape=post_shape,
+            normalize_losses=normalize_losses,
+            burn_in_period=burn_in_period,
+        )
+        self.weight_ = self._gradnorm.logits
+
+    def _make_weighting(self) -> Weighting:
+        return self._gradnorm
+
+    def backward(self, losses: Losses, backbone_loss: Tensor | None = None, **kwargs: Any) -> None:
+        """Fill every ``.grad``: see :meth:`RotateOnly.backward`."""
+        self._engine.memory.weights = self._gradnorm.weights  # those that the user's optimizer has made
+        super().backward(losses, backbone_loss, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if has_official_rotations(state_dict, prefix):  # there, every task has a parameter of its own
+            weights = [state_dict.pop(f"{prefix}weight_.{task}") for task in range(self.num_tasks)]
+            state_dict[f"{prefix}weight_"] = torch.stack(weights)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def weight(self) -> Sequence[Tensor]:
+        """The weight of every task, positive, with sum K; detached: train :attr:`weight_`."""
+        return list(self._gradnorm.weights)
+
+
+class UserTrainedGradNorm(GradNorm):
+    """GradNorm whose logits the user's optimizer trains: their gradients add up in ``logits.grad``."""
+
+    def __call__(self, measured: Measurements) -> Tensor:
+        """Add the gradient of the logits, and return the weights as they are."""
+        grad = self.gradient(self.logits, measured)
+        self.logits.grad = grad if self.logits.grad is None else self.logits.grad + grad
+        return self.weights
+
+
+class RotatedHead(nn.Module):
+    """A head with its rotation in front."""
+
+    def __init__(self, head: nn.Module, task: int, capture: Capture, turning: RotationParameter) -> None:
+        super().__init__()
+        self.head = head
+        self._task = task
+        self._capture = capture
+        self._turning = turning
+
+    def forward(self, rep: Tensor) -> Any:
+        """Return h_k(R_k z)."""
+        self._turning.turn()
+        return self.head(self._capture.feed(rep, self._task, training=self.training))
+
+
+class SingleTask(nn.Module):
+    """The end-to-end model of one task."""
+
+    def __init__(self, model: VanillaMTL, task: int) -> None:
+        super().__init__()
+        self.backbone = model.backbone
+        self.head = model.heads[task]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the head."""
+        rep, _ = _first_and_rest(self.backbone(*args, **kwargs))
+        return self.head(rep)
+
+
+def _first_and_rest(output: Any) -> tuple[Any, list[Any]]:
+    return (output[0], list(output[1:])) if isinstance(output, tuple | list) else (output, [])
+
+
+@contextmanager
+def cached() -> Iterator[None]:
+    """Do nothing: the official package needs it to compute every rotation but once; here they lie ready."""
+    yield

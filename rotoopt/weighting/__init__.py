@@ -1,0 +1,21 @@
+"""Weightings: how the K task gradients at the representation become the one that the backbone receives.
+
+:class:`RotoGradWeighting` is the paper's, :class:`GradNorm` trains its weights, :class:`EqualWeighting` is the plain
+sum. For one of your own, subclass :class:`Weighting`, which sees :class:`Measurements` and returns one weight per task,
+or pass any callable that maps the ``(K, n)`` gradients to ``(n,)``, such as a TorchJD aggregator.
+"""
+
+from rotoopt.weighting._equal import EqualWeighting
+from rotoopt.weighting._gradnorm import GradNorm
+from rotoopt.weighting._measurements import Measurements
+from rotoopt.weighting._rotograd import RotoGradWeighting, gradient_shares
+from rotoopt.weighting._weighting import Weighting
+
+__all__ = [
+    "Weighting",
+    "Measurements",
+    "RotoGradWeighting",
+    "EqualWeighting",
+    "GradNorm",
+    "gradient_shares",
+]

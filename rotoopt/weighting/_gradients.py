@@ -1,0 +1,104 @@
+"""What one backward pass measures at the representation: K gradients, their norms and cosines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# 2**e for every e in between is a normal float32 number, so scaling by it is exact.
+MIN_EXPONENT, MAX_EXPONENT = -126, 126
+
+
+@dataclass(frozen=True)
+class TaskGradients:
+    r"""The gradients :math:`G_k` of K losses at the shared representation.
+
+    They are kept as :math:`G_k = s_k \hat G_k` with :math:`s_k` a power of two and the entries of
+    :math:`\hat G_k` below one, so that squares neither overflow nor vanish for gradients of any scale (a
+    GradScaler multiplies by 65536), and no bit of a gradient is lost.
+
+    Attributes:
+        scaled: The gradients without their scale, one row per task, zero for an absent one. Shape ``(K, n)``,
+            float32 or float64.
+        scale: s. Shape ``(K,)``.
+        tasks: The tasks that are present, in order; None where only the device knows.
+        present: The same as a mask. Shape ``(K,)``, bool.
+        gram: Inner products :math:`\langle \hat G_i, \hat G_j \rangle`. Shape ``(K, K)``.
+    """
+
+    scaled: Tensor
+    scale: Tensor
+    tasks: tuple[int, ...] | None
+    present: Tensor
+    gram: Tensor
+
+    @classmethod
+    def of(cls, grads: Tensor, tasks: tuple[int, ...], present: Tensor) -> TaskGradients:
+        """Measure ``grads``, shape ``(K, n)``, which is scaled in place."""
+        peak = grads.abs().amax(dim=1) if grads.shape[1] else grads.sum(dim=1)  # a batch may be empty
+        exponent = torch.frexp(peak).exponent.clamp(MIN_EXPONENT, MAX_EXPONENT)
+        scale = torch.where(peak.isfinite() & (peak > 0), torch.ldexp(torch.ones_like(peak), exponent), 1.0)
+        scaled = grads.div_(scale[:, None])
+        return TaskGradients(scaled, scale, tasks, present, scaled @ scaled.mT)
+
+    def divided_by(self, divisor: Tensor | float) -> Self:
+        """Return :math:`G_k / c` with ``divisor`` c."""
+        return replace(self, scale=self.scale / divisor)
+
+    @cached_property
+    def num_present(self) -> Tensor:
+        """Number of present tasks. Shape ``()``."""
+        return self.present.sum()
+
+    @cached_property
+    def scaled_norms(self) -> Tensor:
+        r"""Norms :math:`\lVert \hat G_k \rVert`. Shape ``(K,)``."""
+        return self.gram.diagonal().sqrt()
+
+    @cached_property
+    def norms(self) -> Tensor:
+        r"""Frobenius norms :math:`\lVert G_k \rVert` of the whole batch; zero for an absent task. Shape ``(K,)``."""
+        return self.scaled_norms * self.scale
+
+    @cached_property
+    def finite(self) -> Tensor:
+        """Whether every gradient is finite. Shape ``()``, bool."""
+        return self.gram.isfinite().all()
+
+    @cached_property
+    def cosines(self) -> Tensor:
+        """Cosines between the gradients, zero where one of them is zero. Shape ``(K, K)``."""
+        inverse = self.inverse_scaled_norms
+        return inverse[:, None] * self.gram * inverse
+
+    @cached_property
+    def inverse_scaled_norms(self) -> Tensor:
+        r""":math:`1 / \lVert \hat G_k \rVert`, zero for a zero gradient. Shape ``(K,)``."""
+        return torch.where(self.scaled_norms == 0, 0.0, 1.0 / self.scaled_norms)
+
+    def rows(self) -> Tensor:
+        """Return the gradients of the present tasks, unscaled. Shape ``(|P|, n)``."""
+        grads = self.scaled * self.scale[:, None]
+        if self.tasks is None:
+            return grads[self.present]
+        return grads if len(self.tasks) == len(grads) else grads[list(self.tasks)]
+
+    def aggregate(self, aggregator: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what ``aggregator`` makes of the ``(|P|, n)`` gradients of the present tasks. Shape ``(n,)``."""
+        return aggregator(self.rows())
+
+    def combine(self, weights: Tensor) -> Tensor:
+        r"""Return :math:`\sum_k w_k G_k` with ``weights`` w, shape ``(K,)``, finite. Shape ``(n,)``."""
+        return (weights * self.scale) @ self.scaled
+
+    def directions(self) -> Tensor:
+        r"""Return the unit gradients :math:`U_k = G_k / \lVert G_k \rVert`, zero for a zero gradient. ``(K, n)``."""
+        return self.scaled * self.inverse_scaled_norms[:, None]

@@ -1,0 +1,101 @@
+"""Measurements: what a weighting sees of one backward pass, or of all those of a step together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rotoopt._torch.processes import Processes
+
+
+@dataclass(frozen=True)
+class Measurements:
+    r"""The norms of K task gradients, the losses, and the references of both.
+
+    Attributes:
+        norms: :math:`\lVert G_k \rVert`, the norm of the gradient of task k at the representation over the whole batch,
+            zero for an absent task. Shape ``(K,)``.
+        present: Which tasks took part. Shape ``(K,)``, bool.
+        finite: Whether all losses and gradients were finite; if not, nothing should be remembered. Shape ``()``, bool.
+        losses: L_k, NaN for an absent task. Shape ``(K,)``. ``None`` where the user back-propagated them.
+        cosines: Cosines between the gradients, zero for an absent or zero one. Shape ``(K, K)``. ``None`` where they
+            did not meet: see :attr:`Weighting.needs_cosines`.
+        norm_references: :math:`\lVert G_k(t_0) \rVert`, NaN where there is none yet. Shape ``(K,)``.
+        loss_references: :math:`|L_k(t_0)|`, NaN where there is none yet. Shape ``(K,)``.
+    """
+
+    norms: Tensor
+    present: Tensor
+    finite: Tensor
+    losses: Tensor | None
+    cosines: Tensor | None
+    norm_references: Tensor
+    loss_references: Tensor
+
+    @cached_property
+    def norm_ratios(self) -> Tensor:
+        r""":math:`\lVert G_k \rVert / \lVert G_k(t_0) \rVert`, NaN without a reference. Shape ``(K,)``."""
+        return self.norms / self.norm_references
+
+    @cached_property
+    def loss_ratios(self) -> Tensor | None:
+        """:math:`L_k / |L_k(t_0)|`, L_k without a reference, NaN for an absent task; None without losses. ``(K,)``."""
+        if self.losses is None:
+            return None
+        return self.losses / torch.where(self.loss_references.isnan(), 1.0, self.loss_references)
+
+
+def joined(parts: Sequence[Measurements]) -> Measurements:
+    """Return what several backward passes measured together, as if their batches were one; not finite ones left out.
+
+    Squared norms and losses add up: the losses of a batch are those of its parts, each divided by their number.
+    """
+    usable = [_if_finite(part) for part in parts]
+    if len(usable) == 1:
+        return usable[0]
+    norms = torch.stack([part.norms for part in usable])  # (T, K)
+    present = torch.stack([part.present for part in usable])
+    losses, cosines = _stacked([part.losses for part in usable]), _stacked([part.cosines for part in usable])
+    total = _root_sum_square(norms)
+    if losses is not None:
+        losses = torch.where(present.any(0), torch.where(present, losses, 0.0).sum(0), torch.nan)
+    if cosines is not None:
+        shares = torch.where(total > 0, norms / total, 0.0)
+        cosines = (shares[:, :, None] * cosines * shares[:, None, :]).sum(0)
+    finite = torch.stack([part.finite for part in usable]).any()
+    return replace(usable[-1], norms=total, present=present.any(0), finite=finite, losses=losses, cosines=cosines)
+
+
+def joined_across(own: Measurements, processes: Processes) -> Measurements:
+    """Return what all processes measured together, where ``own`` is of this one; its losses are those of all."""
+    told = processes.gather(torch.cat([own.norms, own.present.to(own.norms), own.finite.to(own.norms)[None]]))
+    norms, present, finite = torch.split(told, [len(own.norms), len(own.norms), 1], dim=1)
+    return replace(own, norms=_root_sum_square(norms), present=present.any(0), finite=finite.all())
+
+
+def _if_finite(part: Measurements) -> Measurements:
+    """Return ``part``; all tasks are absent from it where something was not finite."""
+    finite = part.finite
+    return replace(
+        part,
+        norms=torch.where(finite, part.norms, 0.0),
+        present=part.present & finite,
+        losses=None if part.losses is None else torch.where(finite, part.losses, torch.nan),
+        cosines=None if part.cosines is None else torch.where(finite, part.cosines, 0.0),
+    )
+
+
+def _root_sum_square(norms: Tensor) -> Tensor:
+    """Return the norms of vectors of which parts have ``norms``, ``(T, K)``, at any scale. Shape ``(K,)``."""
+    largest = norms.amax(0)
+    relative = torch.where(largest > 0, norms / largest, 0.0)
+    return largest * relative.square().sum(0).sqrt()
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    known = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(known) if len(known) == len(tensors) else None
