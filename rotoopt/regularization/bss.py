@@ -74,6 +74,7 @@ def _smallest_left_vectors(matrix: Tensor, k: int) -> Tensor:
 
     The host waits for the device here, as in every decomposition that torch has.
     """
-    gram = torch.nan_to_num(matrix @ matrix.mT, nan=0.0, posinf=0.0, neginf=0.0)  # NaN has no eigenvectors
-    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+    gram = matrix @ matrix.mT
+    finite = torch.where(gram.isfinite(), gram, 0.0)  # NaN has no eigenvectors
+    vectors: Tensor = torch.linalg.eigh(finite).eigenvectors
     return vectors[:, :k]

@@ -11,7 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rotoopt import RotoGradOptimizer
 from rotoopt.regularization import BatchSpectralShrinkage
@@ -204,6 +207,28 @@ def test_nothing_is_copied_to_the_host_but_by_the_decomposition() -> None:
     assert features.grad is not None
 
 
+class Doubles(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records the devices of all results in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.devices: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
+        self.devices |= {each.device.type for each in tensors if each.dtype == torch.float64}
+        return out
+
+
+def test_features_on_a_device_without_float64_are_decomposed_on_the_cpu() -> None:
+    """With a tensor that pretends to be there."""
+    with FakeTensorMode(), Doubles() as doubles:
+        value = BatchSpectralShrinkage(2)(torch.ones(4, 6, device="mps"))
+    assert (value.device.type, value.dtype) == ("mps", torch.float32)
+    assert doubles.devices == {"cpu"}
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiles_in_one_piece() -> None:
     features, penalty = torch.randn(4, 6, requires_grad=True), BatchSpectralShrinkage(2)
@@ -215,6 +240,7 @@ def test_compiles_in_one_piece() -> None:
 def test_copies_and_state() -> None:
     penalty, features = BatchSpectralShrinkage(k=3), torch.randn(5, 6)
     assert penalty.state_dict() == {}
+    assert repr(BatchSpectralShrinkage()) == "BatchSpectralShrinkage(k=1)"
     assert repr(penalty) == "BatchSpectralShrinkage(k=3)"
     for copied in (copy.deepcopy(penalty), pickle.loads(pickle.dumps(penalty))):
         assert_same(copied(features), penalty(features))
