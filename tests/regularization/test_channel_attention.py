@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from rotoopt import RotoGradOptimizer
 from rotoopt.regularization import AttentionBehavioralRegularization, channel_attention
+from tests.asserts import eps
 from tests.contract.models import assert_same
 from tests.regularization import oracle
 from tests.samplers import SEEDS
@@ -225,6 +226,35 @@ def test_channels_that_make_no_difference_weigh_the_same(loss_fn: str, method: A
     assert_same(attention, {name: torch.full((5,), 0.2) for name in LAYERS})
 
 
+@pytest.mark.parametrize("method", ["ablation", "first_order"])
+@given(seed=SEEDS, power=st.integers(-80, 80))
+def test_scale_of_the_loss_does_not_matter(method: Any, seed: int, power: int) -> None:
+    """Exactly, where it is a power of two, and also where the squares of the losses leave the range of float32."""
+    model = network(seed).float()
+    batches = [(x.float(), y) for x, y in draw_batches()]
+
+    def scaled(output: Tensor, target: Tensor) -> Tensor:
+        return 2.0**power * F.cross_entropy(output, target)
+
+    expected, found = (channel_attention(model, LAYERS, f, batches, method=method) for f in (F.cross_entropy, scaled))
+    assert_same(found, expected)
+    assert all(weights.std() > 1e-2 for weights in found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["ablation", "first_order"])
+def test_models_of_half_precision(method: Any, dtype: torch.dtype) -> None:
+    model = network().to(dtype)
+    batches = [(x.to(dtype), y) for x, y in draw_batches()]
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output.float(), target)
+
+    attention = channel_attention(model, LAYERS, loss_fn, batches, method=method)
+    exact = channel_attention(model.float(), LAYERS, loss_fn, [(x.float(), y) for x, y in batches], method=method)
+    assert_close(attention, exact, rtol=0.0, atol=eps(dtype))  # a fifth to a third of it
+
+
 def test_small_differences_count() -> None:
     """They are a thousandth of the loss here, and rounding in float32 is ten thousand times less."""
     model, batches = network(), draw_batches(3)
@@ -332,7 +362,7 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     ),
     "no batch": (
         ValueError,
-        "`batches` must hold at least one batch, got none. Was the iterator used up",
+        "^`batches` must hold at least one batch, got none. Was the iterator used up",
         lambda: channel_attention(network(), LAYERS, F.cross_entropy, iter(())),
     ),
     "channel_dim": (
@@ -357,7 +387,8 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     ),
     "in place": (
         RuntimeError,
-        r"must run under torch.func.vmap from second on, got: output with shape .* write x = x \+ y, not x \+= y",
+        r"must run under torch.func.vmap from second on, got: output with shape .* write x = x \+ y, not x \+= y.* "
+        r"lower chunk_size. Or pass method='first_order'",
         lambda: channel_attention(network(inplace=True), ["second"], F.cross_entropy, draw_batches()),
     ),
 }
