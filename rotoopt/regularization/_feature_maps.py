@@ -136,7 +136,7 @@ class AttentionBehavioralRegularization(nn.Module):
 
     def _distance(self, name: str, difference: Tensor, attention: Tensor) -> Tensor:
         shape, rank = tuple(difference.shape), difference.ndim
-        dim = self.channel_dim % rank if -rank <= self.channel_dim < rank else 0
+        dim = self.channel_dim % rank if abs(self.channel_dim) < rank else 0
         if dim == 0 or shape[dim] != len(attention):
             raise ValueError(
                 f"Feature maps must have samples along their first dimension, and along channel_dim={self.channel_dim} "

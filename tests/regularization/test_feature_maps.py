@@ -291,6 +291,11 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
         CHANNELS.format(4, 3),
         lambda: AttentionBehavioralRegularization({"conv": WEIGHTS}, channel_dim=4)({"conv": A}, {"conv": A}),
     ),
+    "dimension beyond": (
+        ValueError,
+        CHANNELS.format(5, 3),
+        lambda: AttentionBehavioralRegularization({"conv": WEIGHTS}, channel_dim=5)({"conv": A}, {"conv": A}),
+    ),
     "attention of other layers": (
         ValueError,
         r"must be those of the layers with attention, \['a'\], got those of \['conv'\]",
