@@ -193,8 +193,7 @@ class BiTuning(nn.Module):
     def _class_weights(self) -> tuple[Tensor, Tensor]:
         """Return the unit vectors of [w, b], to meet rotated features, and of [R'w, b], to meet unrotated ones."""
         head = self.encoder_q.head
-        weight = at_least_float32(head.weight)
-        bias = head.bias.to(weight)[:, None]
+        weight, bias = at_least_float32(head.weight), head.bias[:, None]
         turned = _rotated_for(head, weight, inverse=True)
         return unit(torch.cat([weight, bias], dim=1)), unit(torch.cat([turned, bias], dim=1))
 

@@ -202,6 +202,18 @@ def test_encoder_returns_what_it_says() -> None:
     assert_same(model.eval()(x), y)
     assert model.head.weight.std() < 0.02
     assert not model.head.bias.any()
+    assert model.heads == {"classifier": model.head, "projector": model.projector}
+
+
+@given(seed=SEEDS)
+def test_encoder_pools_what_the_backbone_returns(seed: int) -> None:
+    torch.manual_seed(seed)
+    pool = nn.Linear(FEATURES, FEATURES)
+    model, x = Classifier(Backbone(), C, P, pool_layer=pool), torch.randn(7, INPUTS)
+    y, z, _ = model(x)
+    h = pool(model.backbone(x))
+    assert_same(model.represent(x), h)
+    assert_same((y, z), (model.head(h), F.normalize(model.projector(h))))
 
 
 @pytest.mark.parametrize("finetune", [False, True])
@@ -211,6 +223,14 @@ def test_parameter_groups(finetune: bool) -> None:
     assert len(rates) == len(list(model.parameters()))
     for name, param in model.named_parameters():
         assert rates[id(param)] == pytest.approx(0.05 if finetune and not name.startswith("head") else 0.5)
+
+
+def test_defaults_are_tllibs() -> None:
+    model = Classifier(Backbone(), C)
+    assert model.projector.out_features == model.projection_dim == 128
+    assert [group["lr"] for group in model.get_parameters()] == [0.1, 1.0, 0.1]
+    bi_tuning = BiTuning(model, copy.deepcopy(model), C)
+    assert (bi_tuning.K, bi_tuning.m, bi_tuning.T) == (40, 0.999, 0.07)
 
 
 def test_signatures_are_tllibs_and_one_more() -> None:

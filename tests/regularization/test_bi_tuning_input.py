@@ -63,22 +63,34 @@ def copied_with_rotations() -> tuple[Any, Any]:
 
 SAME = encoder()
 BAD_ENCODERS: dict[str, tuple[Callable[[], tuple[Any, Any]], type[Exception], str]] = {
-    "one module": (lambda: (SAME, SAME), ValueError, "`encoder_k` must have parameters of its own"),
+    "one module": (
+        lambda: (SAME, SAME),
+        ValueError,
+        r"^`encoder_k` must have parameters of its own, got some .* Make a copy: copy.deepcopy\(encoder_q\)",
+    ),
     "a shared layer": (sharing_a_layer, ValueError, "`encoder_k` must have parameters of its own"),
     "another projection": (
         lambda: (encoder(), Classifier(Backbone(), C, 9)),
         ValueError,
-        r"same parameters and buffers, got projector.weight: \(4, 6\) and \(9, 6\)",
+        r"got projector.weight: \(4, 6\) and \(9, 6\), projector.bias: \(4,\) and \(9,\). Give the same backbone",
     ),
     "another backbone": (
         lambda: (encoder(), Classifier(nn.Linear(INPUTS, FEATURES), C, P)),
         ValueError,
-        r"got backbone.0.weight: \(6, 4\) and None",
+        r"must have the same parameters and buffers, got backbone.0.weight: \(6, 4\) and None",
     ),
     "other classes": (lambda: (encoder(), Classifier(Backbone(), 5, P)), ValueError, "`encoder_k` must have num_cl"),
-    "no classifier": (lambda: (encoder(), nn.Linear(3, 3)), TypeError, "`encoder_k` must be a bi_tuning.Classifier"),
+    "no classifier": (
+        lambda: (encoder(), nn.Linear(3, 3)),
+        TypeError,
+        "`encoder_k` must be a bi_tuning.Classifier with its own head, got a Linear. It gives Bi-Tuning what it",
+    ),
     "another head": (with_another_head, TypeError, "`encoder_q` must be a bi_tuning.Classifier with its own head"),
-    "rotations": (copied_with_rotations, ValueError, "`encoder_k` must not have rotations"),
+    "rotations": (
+        copied_with_rotations,
+        ValueError,
+        r"^`encoder_k` must not have rotations, got a copy .* Copy the encoder before RotoGradOptimizer is built, or",
+    ),
 }
 
 
@@ -118,7 +130,8 @@ def test_batch_that_does_not_fit_is_an_error_that_changes_nothing(name: str) -> 
 def test_eval_mode_is_an_error_that_says_what_to_call(which: str) -> None:
     bi_tuning = make()
     (bi_tuning if which == "whole" else bi_tuning.encoder_q).eval()
-    with pytest.raises(RuntimeError, match="must be called in training mode, got eval mode"):
+    message = "^BiTuning must be called in training mode, got eval mode. .* to predict, call its encoder_q"
+    with pytest.raises(RuntimeError, match=message):
         bi_tuning(*batch(0))
 
 

@@ -12,6 +12,7 @@ from torch.optim import SGD
 from torch.testing import assert_close
 
 from rotoopt import RotoGradOptimizer
+from rotoopt.regularization import BiTuning
 from tests.asserts import eps
 from tests.contract.models import assert_same
 from tests.regularization.bi_tuning_cases import (
@@ -19,6 +20,7 @@ from tests.regularization.bi_tuning_cases import (
     P,
     batch,
     contrast,
+    encoder,
     fill,
     losses_of,
     make,
@@ -50,6 +52,12 @@ def test_copy_goes_on_as_the_original(way: str) -> None:
         others = copied(*batch(step))
     assert_same([each.detach() for each in others], [each.detach() for each in outputs])
     assert_same(state(copied), state(bi_tuning))
+
+
+def test_queues_are_made_where_the_encoders_are() -> None:
+    bi_tuning = BiTuning(encoder().to("meta"), encoder(1).to("meta"), C)
+    assert all(buffer.is_meta for buffer in bi_tuning.buffers())
+    assert bi_tuning.queue_z.dtype == bi_tuning.queue_h.dtype == torch.float64
 
 
 def test_module_moves_as_a_whole() -> None:
