@@ -131,9 +131,10 @@ def _mean_predictions(
         labels = labels.cpu()
         check_labels(labels, len(x), num_classes)
         probabilities = source_logits(classifier, x.to(device)).cpu().double().softmax(dim=1)
-        rows = max([-1, *labels.tolist()]) + 1 if num_classes is None else num_classes
+        labels = labels.long()
+        rows = len(labels.bincount()) if num_classes is None else num_classes
         totals = _grown(totals, rows, probabilities.shape[1] + 1)
-        totals.index_add_(0, labels.long(), F.pad(probabilities, (1, 0), value=1.0))
+        totals.index_add_(0, labels, F.pad(probabilities, (1, 0), value=1.0))
     if processes.count > 1:
         rows, columns = processes.gather(torch.tensor(totals.shape, device=device)).amax(dim=0).tolist()
         totals = _grown(totals, rows, columns).to(device)

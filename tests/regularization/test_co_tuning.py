@@ -20,7 +20,17 @@ from torch.testing import assert_close
 from rotoopt import RotoGradOptimizer
 from rotoopt.regularization import CoTuningLoss, Relationship, co_tuning, lwf
 from tests.contract.models import assert_same
-from tests.regularization.networks import COPIES, FEATURES, INPUTS, NUM_SOURCE, NUM_TARGET, Backbone, state, train
+from tests.regularization.networks import (
+    COPIES,
+    FEATURES,
+    INPUTS,
+    NUM_SOURCE,
+    NUM_TARGET,
+    Backbone,
+    Elsewhere,
+    state,
+    train,
+)
 from tests.samplers import SEEDS
 
 
@@ -146,6 +156,26 @@ def test_relationship_is_the_mean_prediction_of_each_class(seed: int, size: int,
     assert_close(relationship.relationship.sum(dim=1), torch.ones(NUM_TARGET))
 
 
+@given(seed=SEEDS, num_classes=st.integers(1, 4), of_each=st.integers(1, 3), known=st.booleans())
+def test_relationship_has_a_row_for_every_class(seed: int, num_classes: int, of_each: int, known: bool) -> None:
+    """Also where a batch is empty."""
+    torch.manual_seed(seed)
+    labels = torch.arange(num_classes).repeat(of_each)
+    whole = torch.randn(len(labels), INPUTS), labels
+    empty = whole[0][:0], labels[:0]
+    told = num_classes if known else None
+    relationship = Relationship([empty, whole, empty], source_model(), "cpu", num_classes=told)
+    assert_close(relationship.relationship.double(), oracle([whole], source_model()), rtol=0.0, atol=1e-7)
+
+
+def test_model_runs_on_the_device_and_the_relationship_is_there(tmp_path: Path) -> None:
+    model, cache = Elsewhere(), tmp_path / "cache"
+    assert Relationship([data()], model, "meta").relationship.is_meta
+    Relationship([data()], model, "cpu", cache)
+    assert Relationship([data()], model, "meta", cache).relationship.is_meta
+    assert model.devices == ["meta", "cpu", "meta"]
+
+
 def test_signature_is_tllibs_and_one_more() -> None:
     parameters = inspect.signature(Relationship).parameters
     assert list(parameters) == ["data_loader", "classifier", "device", "cache", "num_classes"]
@@ -177,7 +207,11 @@ def test_what_is_no_label_is_an_error_at_look_up(category: Tensor) -> None:
 
 X = torch.zeros(3, INPUTS)
 BAD_LABELS: dict[str, tuple[Batches, int | None, str]] = {
-    "a class without samples": ([(X, torch.tensor([0, 2, 2]))], None, r"must have a sample, got none of class \[1\]"),
+    "a class without samples": (
+        [(X, torch.tensor([0, 2, 2]))],
+        None,
+        r"must have a sample, got none of class \[1\]. Either \(a\) the labels do not .* `num_classes` is too large",
+    ),
     "a last class without": ([(X, torch.tensor([0, 1, 1]))], 4, r"got none of class \[2, 3\]"),
     "no sample": ([], None, "got none of class at all"),
     "no sample of classes that are known": ([], 2, "got none of class at all"),
@@ -249,7 +283,7 @@ def test_cache_is_the_file_of_that_name(tmp_path: Path) -> None:
 STALE: dict[str, tuple[Batches, nn.Module, int | None]] = {
     "other source classes": ([data()], nn.Linear(INPUTS, 2), None),
     "other target classes": ([data()], source_model(), 4),
-    "more target classes": ([(X, torch.tensor([0, 4, 1]))], source_model(), None),
+    "more target classes": ([(X, torch.tensor([0, 3, 1]))], source_model(), None),
 }
 
 
@@ -258,15 +292,24 @@ def test_cache_of_other_classes_is_an_error(name: str, tmp_path: Path) -> None:
     cache = tmp_path / "relationship"
     Relationship([data()], source_model(), "cpu", cache)
     batches, model, num_classes = STALE[name]
-    with pytest.raises(ValueError, match=r"`cache` must be of \d target and \d source classes, got \(3, 5\)"):
+    message = r"`cache` must be of \d target and \d source classes, got \(3, 5\) in .* or other data: delete it"
+    with pytest.raises(ValueError, match=message):
         Relationship(batches, model, "cpu", cache, num_classes=num_classes)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00v\x00"])
-def test_cache_of_another_kind_is_an_error(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("content", "reason"), [(b"", "EOFError"), (b"\x93NUMPY\x01\x00v\x00", "UnpicklingError")])
+def test_cache_of_another_kind_is_an_error(content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "cache.npy").write_bytes(content)
-    with pytest.raises(ValueError, match="`cache` must be a file that a Relationship saved, got"):
+    message = rf"`cache` must be a file that a Relationship saved, got '.*cache.npy' \({reason}\). Delete it, or"
+    with pytest.raises(ValueError, match=message):
         Relationship([data()], source_model(), "cpu", tmp_path / "cache.npy")
+
+
+def test_cache_runs_no_code(tmp_path: Path) -> None:
+    matrix = Relationship([data()], source_model(), "cpu").relationship
+    torch.save({"relationship": matrix, "more": source_model()}, tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"`cache` must be a file that .* \(UnpicklingError\)"):
+        Relationship([data()], source_model(), "cpu", tmp_path / "cache")
 
 
 def test_nothing_is_cached_where_there_is_an_error(tmp_path: Path) -> None:
