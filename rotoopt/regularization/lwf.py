@@ -224,7 +224,7 @@ def _check_order(data_loader: Iterable[Any]) -> None:
         return
     batches = data_loader.batch_sampler
     sampler = data_loader.sampler if batches is None else getattr(batches, "sampler", batches)
-    drop_last = bool(getattr(batches, "drop_last", False))
+    drop_last = getattr(batches, "drop_last", False)
     if drop_last or not isinstance(sampler, SequentialSampler):
         raise ValueError(
             "`data_loader` must yield every sample once, in the order of the data set, so that row i belongs to sample "

@@ -51,6 +51,7 @@ def test_distillation_is_torchs_kl_divergence(seed: int, T: float) -> None:
     student, teacher = logits(seed)
     expected = F.kl_div((student / T).log_softmax(dim=1), (teacher / T).softmax(dim=1), reduction="batchmean")
     assert_close(distillation_loss(student, teacher, T), expected, rtol=1e-12, atol=1e-15)
+    assert_same(distillation_loss(student, teacher), distillation_loss(student, teacher, 1.0, form="kl"))
 
 
 @given(seed=SEEDS, T=st.floats(0.5, 10))

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -15,6 +17,7 @@ from rotoopt.regularization import lwf
 from tests.contract.models import assert_same
 from tests.regularization.lwf_cases import CLASSIFIERS, inputs, make
 from tests.regularization.networks import COPIES, FEATURES, NUM_SOURCE, NUM_TARGET, Backbone
+from tests.samplers import SEEDS
 
 
 def test_signature_is_tllibs() -> None:
@@ -37,6 +40,19 @@ def test_outputs_are_those_of_the_parts(name: str, bottleneck: bool) -> None:
     assert classifier.features_dim == (4 if bottleneck else FEATURES)
 
 
+@pytest.mark.parametrize("name", CLASSIFIERS)
+@given(seed=SEEDS, bottleneck_dim=st.integers(1, 5))
+def test_parts_that_are_given_are_used(name: str, seed: int, bottleneck_dim: int) -> None:
+    torch.manual_seed(seed)
+    pool, head = nn.Linear(FEATURES, FEATURES), nn.Linear(bottleneck_dim, NUM_TARGET)
+    bottleneck, source = nn.Linear(FEATURES, bottleneck_dim), nn.Linear(FEATURES, NUM_SOURCE)
+    classifier = CLASSIFIERS[name](Backbone(), NUM_TARGET, source, head, bottleneck, bottleneck_dim, pool_layer=pool)
+    x, _ = inputs()
+    f = pool(classifier.backbone(x))
+    assert_same(classifier(x), (source(f), head(bottleneck(f))))
+    assert (classifier.num_classes, classifier.features_dim) == (NUM_TARGET, bottleneck_dim)
+
+
 def test_keys_of_the_state_dict_are_tllibs() -> None:
     modules = {key.split(".")[0] for key in make(bottleneck=True).state_dict()}
     assert modules == {"backbone", "bottleneck", "head_source", "head_target"}
@@ -57,7 +73,10 @@ def test_default_pooling_refuses_what_is_neither_map_nor_vector(shape: tuple[int
     backbone = nn.Identity()
     backbone.out_features = FEATURES  # type: ignore[assignment]
     head = nn.Linear(FEATURES, NUM_SOURCE)
-    with pytest.raises(ValueError, match=r"must return vectors \(b, c\) or maps \(b, c, h, w\), got shape"):
+    message = (
+        r"must return vectors \(b, c\) or maps \(b, c, h, w\), got .*\. Give a `pool_layer` .*, or nn.Identity\(\)"
+    )
+    with pytest.raises(ValueError, match=message):
         lwf.Classifier(backbone, NUM_TARGET, head)(torch.randn(shape))
     tokens = lwf.Classifier(backbone, NUM_TARGET, head, pool_layer=nn.Identity())
     assert tokens(torch.randn(2, 7, FEATURES))[1].shape == (2, 7, NUM_TARGET)
@@ -69,7 +88,11 @@ def test_default_pooling_refuses_what_is_neither_map_nor_vector(shape: tuple[int
         ({"head_source": None}, TypeError, "`head_source` must be the head of the source model, got None"),
         ({"bottleneck": nn.Linear(6, 4)}, ValueError, "`bottleneck_dim` must be the number of features"),
         ({"head_target": nn.Linear(6, 2)}, ValueError, "`head_target` must have num_classes=3 outputs"),
-        ({"backbone": nn.Tanh()}, ValueError, "`backbone` must say how many features it has .* out_features=None"),
+        (
+            {"backbone": nn.Tanh()},
+            ValueError,
+            "`backbone` must say how many features it has .* out_features=None. Set it, as in backbone.out_features =",
+        ),
     ],
 )
 def test_what_does_not_fit_is_an_error_at_construction(
@@ -98,6 +121,7 @@ def test_parameter_groups(name: str, finetune: bool) -> None:
     for key, param in trainable.items():
         assert rates[id(param)] == pytest.approx(0.05 if finetune and not key.startswith(new) else 0.5)
     torch.optim.SGD(classifier.get_parameters(0.5))
+    assert {group["lr"] for group in classifier.get_parameters()} == ({0.1, 1.0} if finetune else {1.0})
 
 
 def test_source_head_gathers_no_gradients() -> None:
