@@ -140,6 +140,6 @@ def _check_name(model: nn.Module, name: str) -> None:
     try:
         model.get_submodule(name)
     except AttributeError as error:
-        near = get_close_matches(name, [known for known, _ in model.named_modules()], n=3, cutoff=0.5)
+        near = get_close_matches(name, [known for known, _ in model.named_modules()])
         hint = f"Did you mean {' or '.join(near)}?" if near else "See model.named_modules()."
         raise ValueError(f"`return_layers` must name layers of the model, got {name!r}. {hint}") from error

@@ -294,7 +294,7 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     ),
     "nothing left": (
         ValueError,
-        "`target_model` must have parameters that are not excluded, got none",
+        "^`target_model` must have parameters that are not excluded, got none",
         lambda: SPRegularization(MODEL, MODEL, exclude=["*"]),
     ),
     "no parameters": (ValueError, "must have parameters", lambda: SPRegularization(nn.ReLU(), nn.ReLU())),
@@ -329,6 +329,7 @@ def test_parameters_that_change_later_are_refused(change: Callable[[Network], Ne
     penalty = SPRegularization(target, target)
     change(target)
     with pytest.raises(
-        RuntimeError, match=r"must keep its parameters, got one where fc.weight, fc.bias is gone or has"
+        RuntimeError,
+        match=r"must keep its parameters, got one where fc.weight, fc.bias is gone or has another shape. Parametrize",
     ):
         penalty()
