@@ -262,14 +262,15 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     ),
     "with the output": (
         TypeError,
-        "must be a mapping from names of layers to tensors, got a tuple. IntermediateLayerGetter returns two",
+        "^Feature maps must be a mapping from names of layers to tensors, got a tuple. IntermediateLayerGetter returns "
+        "two things: the feature maps, and the output of the model",
         lambda: BehavioralRegularization()(({"a": A}, A), ({"a": A}, A)),
     ),
     "tensors": (TypeError, "must be a mapping .*, got a Tensor", lambda: BehavioralRegularization()(A, A)),
     "tuples of tensors": (
         TypeError,
-        "must be a mapping .*, got a tuple",
-        lambda: BehavioralRegularization()({"lstm": (A, A)}, {"lstm": (A, A)}),
+        "must be a mapping .*, got a Tensor and a tuple",
+        lambda: BehavioralRegularization()({"conv": A, "lstm": (A, A)}, {"conv": A, "lstm": (A, A)}),
     ),
     "attention of one channel": (
         ValueError,
