@@ -81,8 +81,13 @@ class RotoGradOptimizer(OptimizerWrapper):
         normalize_losses: Back-propagate ``L_k / |L_k(t0)|`` instead of L_k. Needs ``step(losses)`` or
             ``backward(losses)``: in your own ``sum(losses).backward()`` the losses are what you make them.
         burn_in_period: Step at which L_k(t0) and the norms ||G_k(t0)|| are taken anew.
-        rotation_lr: Learning rate of the built-in rotation step, in radians per coordinate at the first turn; it
-            decays by itself, as 1/sqrt(t). See :class:`~rotoopt._rotation.cayley_step.CayleyStep`.
+        rotation_lr: Learning rate of the built-in rotation step. Its t-th turn changes the coordinates of R_k by about
+            :math:`a_k \, \mathrm{lr} / \sqrt t` radians (root mean square), where :math:`a_k`, from 0 to 1, is how well
+            successive gradients of the rotation agree: zero in the first turn, about zero for noise. So rotations rest
+            unless their gradients keep a direction.
+        turn_every: Steps from one turn of the rotations to the next. ``None``: 16 for the built-in step, which then
+            costs little next to applying the rotations, and keeps them slower than the network, as the method asks; 1
+            for a ``rotation_optimizer``, which has a schedule of its own.
         rotation_optimizer: A callable ``params -> torch.optim.Optimizer`` on the Lie-algebra coordinates, instead
             of the built-in step. The official recipe is ``lambda params: torch.optim.Adam(params, lr=...)``.
         init: ``"identity"``: the model computes what it did before wrapping. ``"haar"``: uniformly random rotations,
@@ -109,8 +114,9 @@ class RotoGradOptimizer(OptimizerWrapper):
 
     Source: Javaloy and Valera, RotoGrad: Gradient Homogenization in Multitask Learning, ICLR 2022, algorithm 1. Departs
     from the official code (rotograd 0.1.6): wraps the optimizer instead of the model; starts at R_k = I; the rotation
-    objective uses unit gradients and its step decays; references are never taken from absent, zero or non-finite
-    gradients; an absent task contributes nothing instead of its previous gradient.
+    objective uses unit gradients; rotations turn in every 16th step, by a step that decays and that is multiplied by
+    how well successive gradients agree; references are never taken from absent, zero or non-finite gradients; an absent
+    task contributes nothing instead of its previous gradient.
     """
 
     _core: _Core

@@ -38,8 +38,16 @@ def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
 
 
-def wrap(options: str) -> RotoGradOptimizer:
-    return RotoGradOptimizer(SGD([nn.Parameter(torch.zeros(2))], lr=0.1), num_tasks=K, **OPTIONS[options]())
+@pytest.fixture(params=[None, 1], ids=["as it ships", "turns in every step"])
+def turn_every(request: pytest.FixtureRequest) -> int | None:
+    every: int | None = request.param
+    return every
+
+
+def wrap(options: str, turn_every: int | None = 1) -> RotoGradOptimizer:
+    return RotoGradOptimizer(
+        SGD([nn.Parameter(torch.zeros(2))], lr=0.1), num_tasks=K, turn_every=turn_every, **OPTIONS[options]()
+    )
 
 
 def step(optimizer: RotoGradOptimizer, device: torch.device, *, absent: int | None = None) -> None:
@@ -70,8 +78,8 @@ def assert_all_on(device: torch.device, optimizer: RotoGradOptimizer) -> None:
 
 @pytest.mark.parametrize("num_before", [0, 2])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_no_step_waits_for_the_device(options: str, num_before: int) -> None:
-    optimizer = wrap(options)
+def test_no_step_waits_for_the_device(options: str, num_before: int, turn_every: int | None) -> None:
+    optimizer = wrap(options, turn_every)
     for _ in range(num_before):
         step(optimizer, torch.device("cpu"))
     for absent in (None, 1, None):
@@ -80,8 +88,8 @@ def test_no_step_waits_for_the_device(options: str, num_before: int) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_state_that_was_loaded_follows(options: str) -> None:
-    saved, optimizer = wrap(options), wrap(options)
+def test_state_that_was_loaded_follows(options: str, turn_every: int | None) -> None:
+    saved, optimizer = wrap(options, turn_every), wrap(options, turn_every)
     for _ in range(2):
         step(saved, torch.device("cpu"))
     optimizer.load_state_dict(saved.state_dict())

@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rotoopt._capture.backward_pass import BackwardPass
-from rotoopt._capture.fork import Fork, Rotate
+from rotoopt._capture.fork import BackwardPass, Fed, Fork, Rotate
 from rotoopt._capture.representation import RotatedDims, rotated
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._torch.private import backward_pass_id, is_transformed, not_compiled
-
-
-@dataclass
-class Fed:
-    """What the heads were fed since the latest backward pass.
-
-    Attributes:
-        tasks: Whether the representation required grad, by task.
-        forks: The forks of all representations whose graphs are still there.
-    """
-
-    tasks: dict[int, bool] = field(default_factory=dict)
-    forks: WeakSet[Fork] = field(default_factory=WeakSet)
-
-    def looks_complete(self, tasks: Iterable[int]) -> bool:
-        """Whether it was one representation, for all of ``tasks``, and it was not used up yet."""
-        unused = [not fork.joined for fork in self.forks]
-        return unused == [True] and all(self.tasks.get(task) for task in tasks)
-
-    def is_frozen(self, tasks: Iterable[int]) -> bool:
-        """Whether all of ``tasks`` were fed a representation that does not require grad."""
-        return all(self.tasks.get(task) is False for task in tasks)
 
 
 class Capture:
@@ -52,7 +27,7 @@ class Capture:
 
     Attributes:
         handles: The handles of the hooks that feed the heads.
-        fed: What the heads were fed since the latest backward pass.
+        fed: What the heads were fed since the latest backward pass; a new one, and the next forward pass begins.
         last_shape: The shape of the latest representation that was fed in training.
     """
 
@@ -65,10 +40,6 @@ class Capture:
         self._paused = False
         self._running = running
         self._forks = WeakTensorKeyDictionary()
-
-    def start_over(self) -> None:
-        """Forget what the heads were fed: the next forward pass begins."""
-        self.fed = Fed()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_forks": None, "fed": None}

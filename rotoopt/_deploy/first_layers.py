@@ -13,12 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
 from rotoopt._capture.hooks import HeadHook
 from rotoopt._capture.representation import RotatedDims, rotated
 from rotoopt._torch.modules import in_eval_mode
-from rotoopt._torch.private import without_forward_pre_hooks
+from rotoopt._torch.private import own_parameters, tree_leaves, without_forward_pre_hooks
 
 CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -171,8 +170,7 @@ def _first_layer(layer: nn.Module, fed: Tensor, z: Tensor, dims: RotatedDims) ->
 
 def _num_owners(weight: Tensor) -> int:
     """Return how many modules have ``weight``: tied ones, such as the embedding of a language model, are anywhere."""
-    parameters = (vars(module).get("_parameters", {}).values() for module in _living_modules())
-    return sum(any(param is weight for param in each) for each in parameters)
+    return sum(any(param is weight for param in own_parameters(module)) for module in _living_modules())
 
 
 def _run(head: nn.Module, tensors: dict[str, Tensor], rep: Tensor) -> list[Any]:

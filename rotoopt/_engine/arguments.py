@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set
 
@@ -107,8 +107,8 @@ def check_options(
 
 def warn_user(message: str) -> None:
     """Warn, and blame the line that called this package, whether or not torch wrapped the call."""
-    frame, depth = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in ("rotoopt", "torch"):
+    frame, depth = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals["__name__"].partition(".")[0] in ("rotoopt", "torch"):
         frame, depth = frame.f_back, depth + 1
     warnings.warn(message, stacklevel=depth)
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotoopt._capture.backward_pass import BackwardPass
 from rotoopt._capture.capture import Capture
+from rotoopt._capture.fork import BackwardPass, Fed
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._capture.wiring import check_wiring
 from rotoopt._engine.arguments import Losses, check_backbone_loss, check_losses, check_rep, warn_of_frozen
@@ -18,12 +18,10 @@ from rotoopt._engine.memory import Memory
 from rotoopt._engine.record import StepRecord
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._rotation.step import RotationGradient
-from rotoopt._torch.devices import task_mask
 from rotoopt._torch.private import backward_pass_id
 from rotoopt._torch.processes import Processes
 from rotoopt.weighting import Measurements, Weighting
-from rotoopt.weighting._gradients import TaskGradients
-from rotoopt.weighting._joined_gradients import JoinedGradients
+from rotoopt.weighting._gradients import JoinedGradients, TaskGradients, task_mask
 from rotoopt.weighting._measurements import joined, joined_across
 
 
@@ -104,11 +102,11 @@ class Engine:
             self.close()
         finally:
             self._running = None
-            self.capture.start_over()
+            self.capture.fed = Fed()
 
     def _values(self, present: Mapping[int, Tensor]) -> Tensor:
         """Return the losses of the joined batch, NaN for an absent task. Shape ``(K,)``."""
-        self.memory.follow_rotations()
+        self._follow_rotations()
         values = torch.full_like(self.memory.weights, torch.nan)
         for task, loss in present.items():
             values[task] = loss.detach().squeeze()
@@ -124,8 +122,8 @@ class Engine:
                 f"{who} must see the losses, got none. Call optimizer.step(losses) or optimizer.backward(losses) "
                 "instead of your own sum(losses).backward()."
             )
+        self._follow_rotations()
         memory, weighting = self.memory, self.weighting
-        memory.follow_rotations()
         loss_reference = memory.loss_reference
         if losses is not None:
             loss_reference = loss_reference.updated(losses.abs(), ~losses.isnan(), burnt_in=self._burnt_in)
@@ -139,6 +137,11 @@ class Engine:
             norm_reference=memory.norm_reference,
             loss_reference=loss_reference,
         )
+
+    def _follow_rotations(self) -> None:
+        """Move what is remembered to where the rotations are, which follow the representation."""
+        if self.memory.weights.device != self.rotations.device:
+            self.memory.to(self.rotations.device)
 
     @property
     def _burnt_in(self) -> bool:

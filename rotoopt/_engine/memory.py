@@ -9,7 +9,7 @@ import torch
 
 from rotoopt._rotation.rotations import Rotations
 from rotoopt.weighting import Weighting
-from rotoopt.weighting._references import Reference
+from rotoopt.weighting._measurements import Reference
 
 
 class Memory:
@@ -38,13 +38,11 @@ class Memory:
         self._rotations = rotations
         self._weighting = weighting
 
-    def follow_rotations(self) -> None:
-        """Move to the device of the rotations, which follow the representation."""
-        device = self._rotations.device
-        if self.weights.device != device:
-            self.weights, self.total_angles = self.weights.to(device), self.total_angles.to(device)
-            self.norm_reference, self.loss_reference = self.norm_reference.to(device), self.loss_reference.to(device)
-            self._weighting.to(device)
+    def to(self, device: torch.device) -> None:
+        """Move everything but the rotations to ``device``."""
+        self.weights, self.total_angles = self.weights.to(device), self.total_angles.to(device)
+        self.norm_reference, self.loss_reference = self.norm_reference.to(device), self.loss_reference.to(device)
+        self._weighting.to(device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of everything, as plain containers of tensors and numbers."""

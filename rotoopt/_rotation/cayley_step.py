@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rotoopt._rotation.agreement import Agreement
 from rotoopt._rotation.cayley import DenseSkew, SampleSkew, Skew, repair_columns_
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._rotation.step import RotationGradient, mean_correlation, share_of_each
@@ -21,6 +20,8 @@ from rotoopt._torch.processes import Processes
 MAX_STEP = 1.0
 DENSE_FROM = 0.43  # samples per feature from which the dense turn takes fewer operations
 REPAIRED_SHARE = 64  # one column in so many is repaired with every turn
+MEMORY = 0.9  # of the agreement, per turn
+NUM_PROBES = 8
 
 
 class NormalizedStep(Optimizer):
@@ -62,12 +63,57 @@ class NormalizedStep(Optimizer):
         return loss
 
 
+class Agreement:
+    r"""Running cosine between successive rotation gradients of each task.
+
+    .. math:: a_k = \max\Bigl(0, \frac{\sum_t \beta^{-t} \langle Y_{k,t}, Y_{k,t-1} \rangle}
+        {\sum_t \beta^{-t} \lVert Y_{k,t} \rVert \lVert Y_{k,t-1} \rVert}\Bigr), \qquad Y_{k,t} = S_{k,t} P
+
+    One for gradients that stay the same, about zero for noise, and zero for those that flip. The skew gradients S are
+    compared through a few fixed random vectors P, which keeps inner products up to a few percent, so that what must be
+    remembered is ``(K, m, 8)``. The first gradient has nothing to agree with: zero. A gradient of zero, that of an
+    absent task, changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self._latest: Tensor | None = None  # Y
+        self._inner = self._norms = torch.zeros(())
+
+    def observe(self, skew: Skew, matrices: Tensor) -> Tensor:
+        """Return a after another gradient, in the dtype of ``matrices``. Shape ``(K,)``."""
+        seen = skew.times(_probes(matrices))
+        if self._latest is None:
+            self._latest, self._inner = torch.zeros_like(seen), seen.new_zeros(len(seen))
+            self._norms = self._inner
+        norms, latest = _norms(seen), self._latest
+        known = skew.half_squared_norm() > 0
+        self._inner = torch.where(known, MEMORY * self._inner + (seen * latest).sum((-2, -1)), self._inner)
+        self._norms = torch.where(known, MEMORY * self._norms + norms * _norms(latest), self._norms)
+        self._latest = torch.where(known[:, None, None], seen, latest)
+        return torch.where(self._norms > 0, self._inner / self._norms, 0.0).clamp(0.0, 1.0)
+
+    def to(self, device: torch.device) -> None:
+        """Move what is remembered to ``device``."""
+        self._latest = None if self._latest is None else self._latest.to(device)
+        self._inner, self._norms = self._inner.to(device), self._norms.to(device)
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        """Return what is needed to resume."""
+        return {"latest": self._latest, "inner": self._inner, "norms": self._norms}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor | None], like: Tensor) -> None:
+        """Load what :meth:`state_dict` returned, onto the device of ``like``."""
+        latest, inner, norms = state_dict["latest"], state_dict["inner"], state_dict["norms"]
+        self._latest = None if latest is None else latest.to(like)
+        self._inner, self._norms = (torch.zeros(()) if value is None else value.to(like) for value in (inner, norms))
+
+
 class CayleyStep:
     r"""The built-in rotation step: R_k <- R_k cay(:math:`a_k \eta_k S_k`).
 
     S is the :class:`~rotoopt._rotation.step.RotationGradient`, the step size :math:`\eta_k` is that of
     :class:`NormalizedStep`, and :math:`a_k` is how well successive gradients agree
-    (:class:`~rotoopt._rotation.agreement.Agreement`): where they are noise, the rotation rests. The first gradient has
+    (:class:`Agreement`): where they are noise, the rotation rests. The first gradient has
     nothing to agree with, and does not turn anything.
 
     The official code minimizes a squared distance whose gradient is the paper's times twice the norm of the mean
@@ -90,7 +136,7 @@ class CayleyStep:
     @torch.no_grad()
     def step(self, gradients: Sequence[RotationGradient]) -> Tensor:
         """Turn the rotations, and repair what rounding did to some of their columns; return the angles."""
-        self._follow_rotations()
+        self._follow(self.rotations.device)
         if not gradients:
             self.optimizer.step()  # a scheduler expects to see one
             return torch.zeros_like(self._sizes)
@@ -119,10 +165,10 @@ class CayleyStep:
         target = torch.cat([_columns(each.target, m) for each in gradients], dim=-1)
         return SampleSkew(tasks if len(gradients) == 1 else tasks * share_of_each(gradients), target)
 
-    def _follow_rotations(self) -> None:
-        if self._sizes.device != self.rotations.device:
-            move_(self._sizes, self.optimizer, self.rotations.device)
-            self._agreement.to(self.rotations.device)
+    def _follow(self, device: torch.device) -> None:
+        if self._sizes.device != device:
+            move_(self._sizes, self.optimizer, device)
+            self._agreement.to(device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizer, the agreement so far, and where the repair is."""
@@ -142,3 +188,15 @@ class CayleyStep:
 def _columns(samples: Tensor, m: int) -> Tensor:
     """Return ``(..., L, d, P)`` as ``(..., m, L P)``: one column per sample."""
     return samples[..., :m, :].movedim(-2, -3).flatten(-2)
+
+
+def _norms(seen: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(seen, dim=(-2, -1))
+    return norms
+
+
+def _probes(matrices: Tensor) -> Tensor:
+    """Return random signs, the same in every step and on every machine. Shape ``(m, 8)``."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, (matrices.shape[-1], NUM_PROBES), generator=generator) * 2 - 1
+    return signs.to(matrices)

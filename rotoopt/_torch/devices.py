@@ -1,9 +1,9 @@
-"""Devices: moving what an optimizer trains, and masks that are made where they are used."""
+"""Moving what an optimizer trains to another device, optimizer state included."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 
@@ -17,11 +17,3 @@ def move_(param: nn.Parameter, optimizer: Optimizer, device: torch.device) -> No
     """
     torch.utils.swap_tensors(param, nn.Parameter(param.detach().to(device)))  # type: ignore[no-untyped-call]
     optimizer.load_state_dict(optimizer.state_dict())  # torch puts loaded state where the parameter is
-
-
-def task_mask(tasks: set[int], like: Tensor) -> Tensor:
-    """Return ``tasks`` as a mask on the device of ``like``, made without a copy from the host. Shape ``(K,)``, bool."""
-    mask = torch.ones_like(like, dtype=torch.bool)
-    for task in set(range(len(mask))) - tasks:
-        mask[task] = False
-    return mask

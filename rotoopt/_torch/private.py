@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+# Leaves of nested lists, tuples and dicts. No public name of torch does that; its C++ twin needs a package of its own.
+from torch.utils._pytree import tree_leaves as tree_leaves
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Step = Callable[..., float | None]
 
@@ -96,6 +99,14 @@ def without_forward_pre_hooks(module: nn.Module, kind: type[Any]) -> Iterator[No
         yield
     finally:
         module._forward_pre_hooks = hooks
+
+
+def own_parameters(module: nn.Module) -> list[nn.Parameter | None]:
+    """Return the parameters of ``module`` itself; none where its ``__init__`` has not run yet.
+
+    The public ``module.parameters(recurse=False)`` raises there.
+    """
+    return list(vars(module).get("_parameters", {}).values())
 
 
 def backward_pass_id() -> int:

@@ -113,7 +113,7 @@ class VanillaMTL(nn.Module):
 
     def mtl_parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Return the parameters of the method: rotations, GradNorm's weights. For an optimizer of their own."""
-        return iter(param for param in self._parameters.values() if param is not None)
+        return super().parameters(recurse=False)
 
     def model_parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Return the parameters of backbone and heads."""

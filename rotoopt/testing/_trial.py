@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from rotoopt._capture.fork import Fed
 from rotoopt._engine.arguments import Losses, check_losses
 from rotoopt.optimizer import RotoGradOptimizer
 
@@ -36,7 +37,7 @@ class Trial:
         Raises:
             AssertionError: If ``optimizer.step`` would refuse them. What the model itself raises is let through.
         """
-        self.engine.capture.start_over()
+        self.engine.capture.fed = Fed()
         torch.manual_seed(0)
         losses = self._losses()
         try:
@@ -95,4 +96,4 @@ class Trial:
                     param.grad = grad
             self.optimizer._load(state)
             self.engine.record = record
-            self.engine.capture.start_over()
+            self.engine.capture.fed = Fed()

@@ -5,11 +5,9 @@ sum. For one of your own, subclass :class:`Weighting`, which sees :class:`Measur
 or pass any callable that maps the ``(K, n)`` gradients to ``(n,)``, such as a TorchJD aggregator.
 """
 
-from rotoopt.weighting._equal import EqualWeighting
 from rotoopt.weighting._gradnorm import GradNorm
 from rotoopt.weighting._measurements import Measurements
-from rotoopt.weighting._rotograd import RotoGradWeighting, gradient_shares
-from rotoopt.weighting._weighting import Weighting
+from rotoopt.weighting._weighting import EqualWeighting, RotoGradWeighting, Weighting, gradient_shares
 
 __all__ = [
     "Weighting",

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from rotoopt.weighting._gradients import TaskGradients
 from rotoopt.weighting._measurements import Measurements
-from rotoopt.weighting._rotograd import RotoGradWeighting
-from rotoopt.weighting._weighting import Weighting
+from rotoopt.weighting._weighting import RotoGradWeighting, Weighting
 
 Aggregator = Callable[[Tensor], Tensor]
 

@@ -160,3 +160,13 @@ def test_toy_ends_as_well() -> None:
 def test_exports() -> None:
     assert issubclass(RotoGradNorm, RotoGrad)
     assert issubclass(RotoGrad, RotateOnly)
+
+
+@pytest.mark.parametrize("name", [name for name, case in cases().items() if case.state])
+def test_what_is_loaded_from_the_official_package_is_not_reported(name: str) -> None:
+    case = cases()[name]
+    network = case.network()
+    model: VanillaMTL = getattr(rotograd, case.model)(network.backbone, list(network.heads), **case.options)
+    result = model.load_state_dict(case.state, strict=False)
+    assert result.unexpected_keys == []
+    assert not any("weight_" in key for key in result.missing_keys)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rotoopt.weighting import Measurements
-from rotoopt.weighting._references import Reference
+from rotoopt.weighting._measurements import Reference
 from tests.samplers import Bench, Sampler
 
 K, STEPS = 3, 8

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from rotoopt._rotation.agreement import Agreement
 from rotoopt._rotation.cayley import DenseSkew, SampleSkew
+from rotoopt._rotation.cayley_step import Agreement
 from tests.asserts import assert_same_bits
 from tests.samplers import NUM_SAMPLES, NUM_TASKS, SEEDS, SIZES, Sampler
 

@@ -1,0 +1,196 @@
+"""Taps: where the weights are known before the backward pass, gradients go on at once, and no result changes."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.optim import SGD
+from torch.testing import assert_close
+
+from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer, RotoGradWeighting
+from rotoopt._capture import fork
+from rotoopt.weighting import Measurements
+from tests.asserts import eps
+from tests.samplers import DTYPES, LAYOUTS, NUM_TASKS, SEEDS, Bench, Layout, Sampler, batches, network
+
+LAYOUT = st.sampled_from(LAYOUTS)
+NEVER = 10**9  # but in the first step
+STEPS = 4
+
+
+class Lagged(RotoGradWeighting):
+    """The paper's weights, of the step before."""
+
+    lagged = True
+
+
+MAKE: Any = st.sampled_from([EqualWeighting, Lagged, lambda: GradNorm(common_norm="mean_of_norms", lr=0.1)])
+
+
+def grads_of(sampler: Sampler, K: int, shape: tuple[int, ...]) -> Tensor:
+    return sampler.normal(K, *shape) * sampler.log_scales(K, -2, 2).view(K, *[1] * len(shape))
+
+
+@given(K=NUM_TASKS, layout=LAYOUT, seed=SEEDS, dtype=DTYPES, make=MAKE, data=st.data())
+def test_both_ways_give_the_same(
+    K: int, layout: Layout, seed: int, dtype: torch.dtype, make: Any, data: st.DataObject
+) -> None:
+    (shape, dim), sampler = layout, Sampler(seed, dtype)
+    options: dict[str, Any] = {"dim": dim, "init": "haar", "rotation_size": None, "rotation_lr": 0.0}
+    benches = []
+    for turn_every in (1, NEVER):
+        torch.manual_seed(seed)
+        benches.append(Bench(shape, K, dtype, weighting=make(), turn_every=turn_every, **options))
+    for _ in range(STEPS):
+        absent = data.draw(st.sets(st.integers(0, K - 1), max_size=K - 1))
+        grads, values = grads_of(sampler, K, shape), sampler.uniform(K).tolist()
+        batch = [None if task in absent else grad for task, grad in enumerate(grads)]
+        torch.manual_seed(seed)  # Haar rotations are drawn in the first step
+        waited = benches[0].step(batch, values)
+        torch.manual_seed(seed)
+        passed = benches[1].step(batch, values)
+        scale = float(waited.abs().max())
+        assert_close(passed, waited, rtol=0, atol=50 * K * eps(dtype) * scale)
+        for name in ("grad_norms", "weights", "present", "finite", "losses"):
+            expected, found = (getattr(bench.record, name) for bench in benches)
+            assert_close(found, expected, rtol=100 * eps(dtype), atol=0, equal_nan=True, msg=name)
+
+
+@given(K=NUM_TASKS, layout=LAYOUT, seed=SEEDS, make=MAKE)
+def test_backbone_gets_the_sum_of_the_gradients_times_the_weights_that_are_recorded(
+    K: int, layout: Layout, seed: int, make: Any
+) -> None:
+    (shape, dim), sampler = layout, Sampler(seed)
+    bench = Bench(shape, K, torch.float64, dim=dim, weighting=make(), turn_every=NEVER, rotate=False)
+    for _ in range(STEPS):
+        grads = grads_of(sampler, K, shape)
+        received = bench.step(list(grads), sampler.uniform(K).tolist())
+        weights = bench.record.weights.view(K, *[1] * len(shape))
+        expected = (weights * grads).sum(dim=0)
+        assert_close(received, expected, rtol=1e-12, atol=1e-13 * float((weights * grads).abs().max()))
+
+
+@given(K=NUM_TASKS, seed=SEEDS)
+def test_weights_are_those_that_the_step_before_measured(K: int, seed: int) -> None:
+    sampler = Sampler(seed)
+    lagged, exact = (Bench((4, 6), K, torch.float64, weighting=w, rotate=False) for w in (Lagged(), None))
+    weights = torch.ones(K).double()
+    for _ in range(STEPS):
+        grads = list(grads_of(sampler, K, (4, 6)))
+        lagged.step(grads)
+        exact.step(grads)
+        assert_close(lagged.record.weights, weights, rtol=1e-12, atol=0)
+        weights = exact.record.weights
+
+
+@given(K=NUM_TASKS, seed=SEEDS, passes=st.integers(2, 4), turn_every=st.sampled_from([1, NEVER]))
+def test_passes_of_a_step_have_one_weight_and_teach_what_one_pass_would(
+    K: int, seed: int, passes: int, turn_every: int
+) -> None:
+    """The norm of a gradient over samples that come in parts: squares add up. Losses are divided, as usual."""
+    results = []
+    for parts in (1, passes):
+        sampler = Sampler(seed)
+        bench = Bench((4, 6), K, torch.float64, weighting=Lagged(), turn_every=turn_every, rotate=False)
+        bench.step(list(grads_of(sampler, K, (4, 6))))
+        for _ in range(2):
+            whole, values = grads_of(sampler, K, (12, 6)), sampler.uniform(K)
+            used = []
+            for part in whole.view(K, parts, -1, 6).unbind(1):
+                bench.shape = tuple(part.shape[1:])
+                bench.backward(list(part), (values / parts).tolist())
+                used.append(bench.record.weights)
+            bench.optimizer.step()
+            assert all(torch.equal(weights, used[0]) for weights in used)
+            results.append((bench.record.grad_norms, bench.record.losses, bench.optimizer._core.engine.memory.weights))
+    for one, several in zip(results[:2], results[2:], strict=True):
+        assert_close(several, one, rtol=1e-12, atol=0)
+
+
+@given(K=NUM_TASKS, seed=SEEDS, data=st.data())
+def test_a_pass_per_task_is_one_pass_with_all(K: int, seed: int, data: st.DataObject) -> None:
+    """Also in the user's own backward, and in any order: the weights are known, and nobody waits for anybody."""
+    results = []
+    for apart in (False, True):
+        sampler, torch_seed = Sampler(seed), seed % 1000
+        model = network(torch_seed, (6,), K, torch.float64)
+        bare = SGD(model.parameters(), lr=0.01)
+        optimizer = RotoGradOptimizer(bare, list(model.heads), weighting=Lagged(), turn_every=NEVER)
+        for t, batch in enumerate(batches(seed, STEPS, K, torch.float64)):
+            optimizer.zero_grad()
+            losses, _ = model.losses(batch)
+            losses = [loss * 10.0 ** -(task % 4) for task, loss in enumerate(losses)]
+            if apart and t > 0:  # in the first step, rotations and cosines are measured
+                order = torch.randperm(K, generator=sampler.generator).tolist()
+                for task in order:
+                    torch.autograd.backward(losses[task], retain_graph=True)
+            else:
+                torch.autograd.backward(losses)
+            optimizer.step()
+        record = optimizer.last_step
+        assert record is not None
+        assert record.present.all()
+        results.append((record.weights, record.grad_norms, list(model.state_dict().values())))
+    assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@given(K=NUM_TASKS, seed=SEEDS)
+def test_a_pass_that_is_not_finite_teaches_nothing(bad: float, K: int, seed: int) -> None:
+    sampler = Sampler(seed)
+    bench = Bench((4, 6), K, torch.float64, weighting=Lagged(), turn_every=NEVER)
+    for _ in range(2):
+        bench.step(list(grads_of(sampler, K, (4, 6))))
+    before = bench.state()
+    grads = grads_of(sampler, K, (4, 6))
+    grads[sampler.integer(K)] *= bad
+    bench.step(list(grads))
+    assert not bench.record.finite
+    for name in ("norm_reference.values", "loss_reference.values"):
+        assert torch.equal(bench.state()[name], before[name])
+
+
+def test_nothing_waits_and_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench((4, 6), 3, torch.float64, weighting=EqualWeighting(), turn_every=NEVER)
+    sampler = Sampler(0)
+    bench.step(list(sampler.normal(3, 4, 6)))
+    monkeypatch.setattr(fork.BackwardPass, "join", None)
+    bench.backward(list(sampler.normal(3, 4, 6)))
+    assert bench.optimizer._core.engine.rotation_gradients == []
+
+
+def test_cosines_are_those_of_the_latest_step_in_which_gradients_met() -> None:
+    bench, sampler, cosines = Bench((4, 6), 3, torch.float64, weighting=EqualWeighting(), turn_every=3), Sampler(0), []
+    for _ in range(7):
+        bench.step(list(sampler.normal(3, 4, 6)))
+        cosines.append(bench.record.cosines)
+    same = [torch.equal(then, now) for then, now in pairwise(cosines)]
+    assert same == [True, True, False, True, True, False]
+
+
+class Watched(EqualWeighting):
+    """Keeps what it sees."""
+
+    def __call__(self, measured: Measurements) -> Tensor:
+        self.seen = measured
+        return super().__call__(measured)
+
+
+def test_cosines_of_several_passes_are_those_of_their_joined_batch() -> None:
+    seen = []
+    for parts in (1, 3):
+        weighting, sampler = Watched(), Sampler(0)
+        bench = Bench((12, 6), 3, torch.float64, weighting=weighting)
+        for part in sampler.normal(3, 12, 6).view(3, parts, -1, 6).unbind(1):
+            bench.shape = tuple(part.shape[1:])
+            bench.backward(list(part))
+        bench.optimizer.step()
+        seen.append(weighting.seen)
+    assert seen[0].cosines is not None
+    assert_close(seen[1].cosines, seen[0].cosines, rtol=1e-12, atol=1e-14)
