@@ -10,7 +10,7 @@ goes on working.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rotoopt._capture.representation import RotatedDims, rotated
+from rotoopt._torch.private import version
 from rotoopt.weighting import Measurements
 from rotoopt.weighting._gradients import TaskGradients
-from rotoopt.weighting._measurements import Reference
+from rotoopt.weighting._measurements import Reference, root_sum_square
 
 SPENT = (
     "The losses of one forward pass must be back-propagated together and once, got a second backward pass. Either (a) "
@@ -39,10 +40,12 @@ class Met:
     Attributes:
         gradients: The gradients.
         shape: The shape of the tensor.
+        turns: Whether the rotations turn by them.
     """
 
     gradients: TaskGradients
     shape: torch.Size
+    turns: bool
 
 
 @dataclass
@@ -52,27 +55,33 @@ class BackwardPass:
     Attributes:
         number: torch's number of the pass; None where we run it, and know when it ends.
         losses: L_k over the joined batch, NaN for an absent task; None where the user back-propagates them. ``(K,)``.
-        loss_scale: What the losses were multiplied by, as by a ``GradScaler``. Shape ``()``. None: one.
+        magnified: How many times larger the gradients are than those of the losses over the joined batch, by a
+            ``GradScaler``, and by a mean over processes that is taken afterwards. None: one.
         weights: The weights, if they are known before the pass; None until the pass has made them. Shape ``(K,)``.
         lagged: Whether the weights were known before the pass.
         meets: Whether gradients of several tasks at one tensor wait for each other, although weights are known.
         combine: What becomes of gradients that waited.
+        known_norms: The latest ||G_k|| that is not zero, with this pass; zero where there was none. Shape ``(K,)``.
         norm_reference: ||G_k(t0)||, with this pass.
         loss_reference: |L_k(t0)|, with this pass.
-        norms: Norms of the gradients that have arrived, by task: one for each tensor that entered its heads.
+        tasks: The tasks whose gradients have arrived.
+        norms: Norms of the gradients that have arrived, by task: one for each tensor that entered its heads. Only if
+            the weights were known.
         measured: What was measured, when the pass is over.
         met: Gradients that have met.
     """
 
     number: int | None
     losses: Tensor | None
-    loss_scale: Tensor | None
+    magnified: Tensor | float | None
     weights: Tensor | None
     lagged: bool
     meets: bool
-    combine: Callable[[BackwardPass, Tensor, tuple[int, ...]], Tensor]
+    combine: Callable[[BackwardPass, Tensor, tuple[int, ...], Fork], Tensor]
+    known_norms: Tensor
     norm_reference: Reference
     loss_reference: Reference
+    tasks: set[int] = field(default_factory=set)
     norms: dict[int, list[Tensor]] = field(default_factory=dict)
     measured: Measurements | None = None
     met: list[Met] = field(default_factory=list)
@@ -80,8 +89,24 @@ class BackwardPass:
     def pass_on(self, task: int, grad: Tensor) -> Tensor:
         """Measure the gradient of one task, and return it times its weight, which is known."""
         assert self.weights is not None
-        self.norms.setdefault(task, []).append(torch.linalg.vector_norm(grad))
+        self.note(task, torch.linalg.vector_norm(grad))
         return self.weights[task].to(grad.dtype) * grad
+
+    def note(self, task: int, norm: Tensor) -> None:
+        """Note the norm of the gradient of one task at one tensor."""
+        self.tasks.add(task)
+        self.norms.setdefault(task, []).append(norm)
+
+    def joint_norms(self, like: Tensor) -> Tensor:
+        """Return the norms over all tensors, zero for an absent task. Shape ``(K,)``, as ``like``."""
+        zero = like.new_zeros(())
+        return torch.stack(
+            [self._joint_norm(task).to(like) if task in self.norms else zero for task in range(len(like))]
+        )
+
+    def _joint_norm(self, task: int) -> Tensor:
+        norms = self.norms[task]
+        return norms[0] if len(norms) == 1 else root_sum_square(torch.stack(norms))
 
 
 class Fork:
@@ -94,6 +119,7 @@ class Fork:
 
     Attributes:
         shape: The shape of z.
+        version: How often z had been changed in place.
         made_by: The operation that made z, for those who ask why there are several.
         tasks: The tasks whose heads z enters.
         rotated: Whether z is rotated on its way into them.
@@ -102,7 +128,8 @@ class Fork:
 
     def __init__(self, rep: Tensor, num_tasks: int, running: Callable[[], BackwardPass]) -> None:
         self.shape = rep.shape
-        self.made_by = "a leaf" if rep.grad_fn is None else rep.grad_fn.name().removesuffix("0").removesuffix("Backward")
+        self.version = version(rep)
+        self.made_by = "a leaf" if rep.grad_fn is None else rep.grad_fn.name().partition("Backward")[0]
         self.tasks: set[int] = set()
         self.rotated = False
         self.used: tuple[int, ...] = ()
@@ -119,7 +146,7 @@ class Fork:
         zero, which takes no memory.
         """
         this = self._running()
-        if this.lagged and not (this.meets and self.rotated and len(self.tasks) > 1):
+        if this.lagged and not (this.meets and len(self.tasks) > 1):
             return this.pass_on(task, grad)
         first = self._waiting is None
         if self._waiting is None:
@@ -137,13 +164,14 @@ class Fork:
             return grad
         grads, tasks = self._waiting, tuple(sorted(self._arrived))
         self._waiting, self._arrived = None, set()
-        if self.used not in ((), tasks):
-            raise RuntimeError(SPENT)
-        self.used = tasks
+        this = self._running()
+        if not this.lagged:  # else no gradient needs the others
+            if self.used not in ((), tasks):
+                raise RuntimeError(SPENT)
+            self.used = tasks
         for task in set(range(len(grads))) - set(tasks):
             grads[task] = 0.0
-        this = self._running()
-        return grad + this.combine(this, grads, tasks).to(grad.dtype)
+        return grad + this.combine(this, grads, tasks, self).to(grad.dtype)
 
 
 @dataclass
@@ -153,16 +181,43 @@ class Fed:
     Attributes:
         tasks: Whether anything that entered its heads required grad, by task.
         forks: The forks of all tensors whose graphs are still there.
-        places: How many tensors with gradient entered each head call; 1 for all where a head reads one tensor.
+        addresses: Where the memory of everything begins that entered.
     """
 
     tasks: dict[int, bool] = field(default_factory=dict)
     forks: WeakSet[Fork] = field(default_factory=WeakSet)
+    addresses: set[int] = field(default_factory=set)
+
+    def note(self, rep: Tensor, task: int) -> None:
+        """Note that ``rep`` enters the head of ``task``."""
+        self.tasks[task] = self.tasks.get(task, False) or rep.requires_grad
+        self.addresses.add(address(rep))
 
     def only_fork(self) -> Fork | None:
         """Return the fork of the only tensor that was fed and not used up yet; None if there are none or several."""
         unused = [fork for fork in self.forks if not fork.used]
         return unused[0] if len(unused) == 1 else None
+
+    def trained(self) -> frozenset[int]:
+        """Return the tasks whose heads were fed something that requires grad."""
+        return frozenset(task for task, requires_grad in self.tasks.items() if requires_grad)
+
+    def is_frozen(self, tasks: Iterable[int]) -> bool:
+        """Whether the heads of ``tasks`` were fed, and nothing that requires grad."""
+        return all(self.tasks.get(task) is False for task in tasks)
+
+    def described(self, names: Sequence[str]) -> str:
+        """Return what entered the heads of each task: shapes, and what made them."""
+        found: dict[int, list[str]] = {}
+        for fork in self.forks:
+            for task in fork.tasks:
+                found.setdefault(task, []).append(f"{tuple(fork.shape)} made by {fork.made_by}")
+        return "; ".join(f"{names[task]}: {', '.join(sorted(found[task]))}" for task in sorted(found)) or "nothing"
+
+
+def address(tensor: Tensor) -> int:
+    """Return where the memory of ``tensor`` begins, by which a view is known; zero if it has no plain memory."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
 
 
 class Rotate(torch.autograd.Function):
@@ -174,7 +229,7 @@ class Rotate(torch.autograd.Function):
         ctx.save_for_backward(matrix)
         ctx.dims, ctx.fork, ctx.task = dims, fork, task
         # Detached, so that autograd takes it for no view, and a head may begin with an in-place ReLU.
-        return rep.detach() if matrix is None else rotated(rep, matrix, dims).detach()
+        return rep.view_as(rep) if matrix is None else rotated(rep, matrix, dims).detach()
 
     @staticmethod
     @once_differentiable

@@ -13,8 +13,8 @@ from rotoopt._torch.private import output_numel, selected_index
 Node = Any  # torch.autograd.graph.Node, whose attributes depend on the operation
 
 # What adds losses up, or multiplies them: behind these, a sum of losses is still a sum of losses.
-SUMS = ("Add", "Sub", "Neg", "Mul", "Div", "Sum", "Mean", "Stack", "Cat", "Unbind", "Select", "View", "Unsqueeze")
-SUMS += ("Reshape", "Squeeze", "Clone", "ToCopy", "Expand")
+SUMS = {"Add", "Sub", "Rsub", "Neg", "Mul", "Div", "Sum", "Mean", "Stack", "Cat", "Unbind", "Select"}
+SUMS |= {"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Clone", "ToCopy", "Expand"}
 
 
 def reached(roots: Iterable[Node | None], *, stop_at_taps: bool = False) -> set[Node]:
@@ -61,6 +61,17 @@ def is_leaf(node: Node) -> bool:
     return hasattr(node, "variable")
 
 
+def is_sum(node: Node) -> bool:
+    """Whether ``node`` adds numbers up, multiplies them, or puts them together."""
+    return operation(node) in SUMS
+
+
+def operation(node: Node) -> str:
+    """Return the name of the operation, as ``"Addmm"``."""
+    name: str = node.name()
+    return name.partition("Backward")[0]
+
+
 def leaves(nodes: Iterable[Node]) -> list[Tensor]:
     """Return the parameters among ``nodes``."""
     return [node.variable for node in nodes if is_leaf(node)]
@@ -83,7 +94,7 @@ def terms(root: Node | None) -> set[Node]:
         if node is None or node in found:
             continue
         parts = [part for part in inputs(node) if part is not None]
-        if node.name().startswith(SUMS) and parts and all(map(_is_of_numbers, parts)):
+        if is_sum(node) and parts and all(map(_is_of_numbers, parts)):
             stack.extend(parts)
         else:
             found.add(node)
@@ -92,9 +103,10 @@ def terms(root: Node | None) -> set[Node]:
 
 def _is_of_numbers(node: Node) -> bool:
     """Whether ``node`` makes one number, or puts some together."""
+    if output_numel(node) == 1:
+        return True
     parts = [part for part in inputs(node) if part is not None]
-    joins = node.name().startswith(SUMS) and bool(parts) and all(map(_is_of_numbers, parts))
-    return output_numel(node) == 1 or joins
+    return is_sum(node) and bool(parts) and all(map(_is_of_numbers, parts))
 
 
 def made_by(loss: Tensor) -> Node:
@@ -106,11 +118,11 @@ def _entry(node: Node, output: int) -> Node:
     """Return what made the number that is output ``output`` of ``node``."""
     parts = [(part, number) for part, number in node.next_functions if part is not None]
     found = None
-    if node.name().startswith("Unbind"):
+    if operation(node) == "Unbind":
         found = _stacked(parts[0][0], output)
-    elif node.name().startswith("Select"):
+    elif operation(node) == "Select":
         found = _stacked(parts[0][0], selected_index(node))
-    elif node.name().startswith(SUMS) and len(parts) == 1 and output_numel(parts[0][0]) == 1:
+    elif is_sum(node) and len(parts) == 1 and output_numel(parts[0][0]) == 1:
         found = _entry(*parts[0])
     return node if found is None else found
 
@@ -118,9 +130,9 @@ def _entry(node: Node, output: int) -> Node:
 def _stacked(node: Node, index: int) -> Node | None:
     """Return what made entry ``index`` of a vector, if it was stacked."""
     parts = [part for part in inputs(node) if part is not None]
-    if node.name().startswith("Stack"):
+    if operation(node) == "Stack":
         return inputs(node)[index]
-    if node.name().startswith(("Mul", "Div", "Add", "Neg")) and len(parts) == 1:
+    if operation(node) in {"Mul", "Div", "Add", "Neg"} and len(parts) == 1:
         return _stacked(parts[0], index)
     return None
 
@@ -128,14 +140,19 @@ def _stacked(node: Node, index: int) -> Node | None:
 def without_taps(loss: Node) -> set[Node]:
     """Return the nodes in front of the taps that no tap is behind: what goes around the heads."""
     near = reached([loss], stop_at_taps=True)
+    return near - reaching(near, filter(is_tap, near))
+
+
+def reaching(nodes: Iterable[Node], targets: Iterable[Node]) -> set[Node]:
+    """Return those of ``nodes`` that ``targets`` are reached from, and these."""
     users: dict[Node, list[Node]] = {}
-    for node in near:
-        for part in () if is_tap(node) else filter(None, inputs(node)):
+    for node in nodes:
+        for part in filter(None, inputs(node)):
             users.setdefault(part, []).append(node)
-    with_taps, stack = set(), list(filter(is_tap, near))
+    found, stack = set(), list(targets)
     while stack:
         node = stack.pop()
-        if node not in with_taps:
-            with_taps.add(node)
+        if node not in found:
+            found.add(node)
             stack.extend(users.get(node, ()))
-    return near - with_taps
+    return found

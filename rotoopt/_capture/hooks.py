@@ -12,21 +12,22 @@ from rotoopt._torch.private import forward_pre_hooks
 
 
 class HeadHook:
-    """Forward pre-hook of one head: rotates what enters it."""
+    """Forward pre-hook of a module of a head: rotates what enters it."""
 
-    def __init__(self, capture: Capture, task: int) -> None:
+    def __init__(self, capture: Capture, task: int, part: int) -> None:
         self.capture = capture
         self.task = task
+        self.part = part
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Feed the head."""
-        return self.capture.feed_all(args, kwargs, self.task, training=head.training)
+        return self.capture.feed_all(args, kwargs, self.task, self.part, training=head.training)
 
 
-def attach(capture: Capture, head: nn.Module, task: int) -> None:
-    """Put rotation ``task`` in front of ``head``."""
+def attach(capture: Capture, head: nn.Module, task: int, part: int) -> None:
+    """Put rotation ``task`` in front of ``head``, which is module number ``part`` of the task."""
     # First of all hooks: wrappers such as FSDP's hand every head a tensor of its own, which is no longer z.
-    hook = HeadHook(capture, task)
+    hook = HeadHook(capture, task, part)
     capture.handles.append(head.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
 
 

@@ -6,11 +6,92 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from rotoopt._capture.fork import SPENT, Fork
-from rotoopt._capture.graph import Node, behind, inputs, is_leaf, is_tap, taps_of, without_taps
+from rotoopt._capture.fork import SPENT, Fed
+from rotoopt._capture.graph import (
+    Node,
+    behind,
+    inputs,
+    is_leaf,
+    is_sum,
+    is_tap,
+    leaves,
+    made_by,
+    reached,
+    reaching,
+    taps_of,
+    terms,
+    without_taps,
+)
 from rotoopt._capture.hooks import hook_of
 from rotoopt._torch.modules import name_of
-from rotoopt._torch.private import output_numel
+from rotoopt._torch.private import output_numel, running_roots
+from rotoopt.weighting import Weighting
+
+
+class Wiring:
+    """How the losses of a model hang together: checked once for every set of tasks, and remembered.
+
+    Args:
+        names: How to call the K tasks.
+        heads: What belongs to each task alone, if it is known.
+    """
+
+    def __init__(self, names: Sequence[str], heads: Sequence[Sequence[nn.Module | nn.Parameter]]) -> None:
+        self._names = names
+        self._heads = heads
+        self._one_tensor: dict[frozenset[int], bool] = {}
+
+    def check(self, losses: Mapping[int, Tensor], fed: Fed, backbone_loss: Tensor | None) -> bool:
+        """Return whether ``losses`` reach one tensor through their heads, and no other; raise if one is wired wrongly."""
+        known = self._known(frozenset(losses), fed)
+        if known is not None:
+            return known
+        made = {task: made_by(loss) for task, loss in losses.items()}
+        backbone = None if backbone_loss is None else backbone_loss.grad_fn
+        check_losses(made, self._names, self._own_parameters(), backbone)
+        return self._remember(frozenset(losses), made.values())
+
+    def check_running(self, fed: Fed) -> bool:
+        """The same for a backward pass that the user calls, as far as a sum of losses tells."""
+        tasks = fed.trained()
+        known = self._known(tasks, fed)
+        if known is not None:
+            return known
+        losses = {loss for root in running_roots() for loss in terms(root.grad_fn)}
+        taps = {loss: taps_of([loss]) for loss in losses}
+        if not any(taps.values()):  # where torch does not tell what the pass began from
+            return fed.only_fork() is not None
+        through = {loss: sorted({tap.task for tap in taps[loss]}) for loss in losses}
+        for mixed in through.values():
+            if len(mixed) > 1:
+                raise RuntimeError(_mixed(self._names[mixed[0]], self._names[mixed[1]]))
+        check_heads_apart(set().union(*taps.values()), self._names)
+        own = self._own_parameters()
+        check_shared([(self._names[tasks[0]], loss) for loss, tasks in through.items() if tasks], own)
+        check_not_bypassed([loss for loss in losses if not taps[loss]], set().union(*taps.values()), own, self._names)
+        return self._remember(tasks, losses)
+
+    def _known(self, tasks: frozenset[int], fed: Fed) -> bool | None:
+        """Return whether ``tasks`` share one tensor, if that can be told without looking at graphs."""
+        if tasks not in self._one_tensor or not fed.trained() >= tasks:
+            return None
+        if not self._one_tensor[tasks]:
+            return False
+        only = fed.only_fork()
+        return True if only is not None and only.tasks >= tasks else None
+
+    def _remember(self, tasks: frozenset[int], losses: Iterable[Node]) -> bool:
+        self._one_tensor[tasks] = len({tap.fork for tap in taps_of(losses)}) == 1
+        return self._one_tensor[tasks]
+
+    def _own_parameters(self) -> dict[int, int]:
+        """Return the tasks by the ids of the parameters that belong to them alone."""
+        parts = [(part, task) for task, head in enumerate(self._heads) for part in head]
+        return {
+            id(param): task
+            for part, task in parts
+            for param in ([part] if isinstance(part, nn.Parameter) else part.parameters())
+        }
 
 
 def check_unhooked(heads: Sequence[Sequence[nn.Module]], names: Sequence[str]) -> None:
@@ -24,12 +105,9 @@ def check_unhooked(heads: Sequence[Sequence[nn.Module]], names: Sequence[str]) -
             )
 
 
-def forks_behind(losses: Iterable[Tensor]) -> set[Fork]:
-    """Return the forks that ``losses`` reach, each through its heads."""
-    return {tap.fork for tap in taps_of(loss.grad_fn for loss in losses)}
-
-
-def check_losses(losses: Mapping[int, Node], names: Sequence[str], own: set[int], backbone: Node | None) -> None:
+def check_losses(
+    losses: Mapping[int, Node], names: Sequence[str], own: Mapping[int, int], backbone: Node | None
+) -> None:
     """Raise unless every loss was computed by its own head, for the first time, and all of them share through heads.
 
     Walks the graph of every loss back to the leaves. That costs some microseconds per node, so it is done once for
@@ -38,7 +116,7 @@ def check_losses(losses: Mapping[int, Node], names: Sequence[str], own: set[int]
     Args:
         losses: What made the losses of the present tasks.
         names: How to call the K tasks in an error.
-        own: The ids of the parameters of the heads.
+        own: The tasks by the ids of their parameters.
         backbone: What made a loss that must not pass through any head.
     """
     taps = {task: taps_of([loss]) for task, loss in losses.items()}
@@ -48,11 +126,7 @@ def check_losses(losses: Mapping[int, Node], names: Sequence[str], own: set[int]
             raise RuntimeError(_not_through_its_head(names[task], ", ".join(names[other] for other in sorted(through))))
         if through != {task}:
             other = min(through - {task})
-            raise RuntimeError(
-                f"The loss of {names[task]} must be computed from the output of its own head, got one that passes "
-                f"through that of {names[other]}, too: its gradient would be given two weights. Add each term to the "
-                f"loss of its own head, or detach() the output of {names[other]} in the loss of {names[task]}."
-            )
+            raise RuntimeError(_mixed(names[task], names[other]))
     if any(tap.fork.used for found in taps.values() for tap in found):
         raise RuntimeError(SPENT)
     through_backbone = {tap.task for tap in taps_of([backbone])}
@@ -83,14 +157,14 @@ def check_heads_apart(taps: set[Node], names: Sequence[str]) -> None:
             )
 
 
-def check_shared(losses: Sequence[tuple[str, Node]], own: set[int]) -> None:
+def check_shared(losses: Sequence[tuple[str, Node]], own: Mapping[int, int]) -> None:
     """Raise if a parameter outside of the heads is shared, and a loss reaches it without passing a head.
 
     There, nothing weighs its gradient. A parameter that only weighs a loss, as log-variances do, is none of these.
 
     Args:
         losses: Losses with names, as nodes.
-        own: The ids of the parameters of the heads.
+        own: The tasks by the ids of their parameters.
     """
     past: dict[int, tuple[Tensor, list[str]]] = {}
     for name, loss in losses:
@@ -100,17 +174,60 @@ def check_shared(losses: Sequence[tuple[str, Node]], own: set[int]) -> None:
     if not past:
         return
     shared = {id(leaf.variable) for leaf in filter(is_leaf, behind(taps_of(loss for _, loss in losses)))}
-    for key, (param, reaching) in past.items():
-        if len(reaching) > 1 or key in shared:
+    for key, (param, found) in past.items():
+        if len(found) > 1 or key in shared:
             raise RuntimeError(
                 f"A parameter that tasks share must be reached through their heads, got {name_of(param)}, which "
-                f"{' and '.join(sorted(set(reaching)))} reach without passing a head: nothing weighs its gradient there. "
+                f"{' and '.join(sorted(set(found)))} reach without passing a head: nothing weighs its gradient there. "
                 "Likely causes: (a) a skip connection goes around a head: put it into the head, or hand what it carries "
                 "to the head as an input, (b) a head is called as head.forward(z), (c) a head reads something that was "
                 "stored and not handed to it, or is in an object of a class of its own, or (d) a penalty on the backbone "
                 "is part of a loss: pass it as backbone_loss. If the parameter belongs to the tasks, list it with them: "
                 "heads={'task': (head, parameter)}."
             )
+
+
+def check_not_bypassed(
+    losses: Iterable[Node], taps: Iterable[Node], own: Mapping[int, int], names: Sequence[str]
+) -> None:
+    """Raise if a loss that passes no tap takes something shared through the parameters of a head.
+
+    Args:
+        losses: Losses that pass no tap, as nodes.
+        taps: Those that other losses pass.
+        own: The tasks by the ids of their parameters.
+        names: How to call the K tasks.
+    """
+    shared = {id(param) for param in leaves(behind(taps))} - own.keys()
+    for loss in losses:
+        nodes = reached([loss])
+        with_own = reaching(nodes, [node for node in nodes if is_leaf(node) and id(node.variable) in own])
+        with_shared = reaching(nodes, [node for node in nodes if is_leaf(node) and id(node.variable) in shared])
+        for node in with_own & with_shared:
+            parts = inputs(node)
+            # A penalty on all parameters adds them up, or puts them together; a layer takes an input and a weight.
+            if not is_sum(node) and any(p in with_own and q in with_shared for p in parts for q in parts if p is not q):
+                param = next(param for param in leaves(reached([node])) if id(param) in own)
+                raise RuntimeError(_not_through_its_head(names[own[id(param)]], "none"))
+
+
+def check_weighting(weighting: Weighting, fed: Fed, names: Sequence[str], *, one_tensor: bool) -> None:
+    """Raise if ``weighting`` needs one tensor that all heads read, and there are several."""
+    if weighting.needs_one_tensor and not one_tensor:
+        raise RuntimeError(
+            f"The weighting {weighting!r} must see the gradients of all tasks at one tensor, got several tensors that "
+            f"enter the heads. {fed.described(names)}. Either (a) do what stands between them and one z inside of the "
+            "heads, or once before all of them, or (b) take a weighting that adds the gradients up: RotoGradWeighting(), "
+            "GradNorm() or EqualWeighting()."
+        )
+
+
+def _mixed(first: str, second: str) -> str:
+    return (
+        f"The loss of {first} must be computed from the output of its own head, got one that passes through that of "
+        f"{second}, too: its gradient would be given two weights. Give each head a loss of its own that the others are "
+        f"added to, or detach() the output of {second} in the loss of {first}."
+    )
 
 
 def _past_heads(loss: Node) -> list[Tensor]:

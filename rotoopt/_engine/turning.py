@@ -14,46 +14,64 @@ from rotoopt.weighting import Measurements
 
 
 def rotation_gradients(
-    passes: Sequence[BackwardPass], measured: Measurements, magnified: Sequence[Tensor | float], dims: RotatedDims
+    passes: Sequence[BackwardPass], measured: Measurements, dims: RotatedDims
 ) -> list[RotationGradient]:
-    """Return the gradients of the rotations, which add up.
+    """Return the gradients of the rotations in a step, which add up.
 
-    Passes whose weights were known are parts of one batch: their gradients are divided by the norms of all together.
-    Others were weighed one by one, and the rotations turn by their mean.
+    Gradients whose weights were known are parts of one batch: they are divided by the norms of all together. Others
+    were weighed pass by pass, and the rotations turn by the mean over the passes that are usable.
 
     Args:
-        passes: The backward passes of a step.
+        passes: The backward passes of the step.
         measured: What all of them measured together.
-        magnified: By how much the gradients of each pass are larger than those that it measured.
         dims: The rotated dimensions.
     """
-    exact = [this.measured.finite for this in passes if not this.lagged and this.measured is not None]
-    share = 1.0 / torch.stack(exact).sum().clamp(min=1).to(measured.norms) if exact else 1.0
-    found = []
-    for this, factor in zip(passes, magnified, strict=True):
-        for met in filter(lambda met: met.rotated, this.met):
-            assert this.measured is not None
-            usable = this.measured.finite
-            if this.lagged:
-                directions = met.gradients.divided(measured.norms * factor)
-                target = directions.sum(0) / measured.present.sum()
-            else:
-                directions = met.gradients.directions()
-                target = directions.sum(0) / met.gradients.num_present
-                directions = directions * share
-            directions, target = torch.where(usable, directions, 0.0), torch.where(usable, target, 0.0)
-            stacked = dims.view_stacked(directions.view(-1, *met.shape))
-            found.append(RotationGradient(stacked, dims.view(target.view(met.shape)), usable))
-    return found
+    share = _share_of_each([this for this in passes if not this.lagged])
+    return [
+        _of_batch(met, this, measured, dims) if this.lagged else _of_pass(met, this, share, dims)
+        for this in passes
+        for met in this.met
+        if met.turns
+    ]
 
 
-def partial_cosines(met: Sequence[Met], norms: Tensor) -> Tensor | None:
-    """Return the cosines of gradients with these ``norms``, as far as they met; None where none did. ``(K, K)``."""
-    if not met:
-        return None
-    total = torch.zeros_like(met[0].gradients.gram)
+def _share_of_each(passes: Sequence[BackwardPass]) -> Tensor | None:
+    """Return one over the number of usable ``passes``; None for one. Shape ``()``."""
+    usable = [this.measured.finite for this in passes if this.measured is not None]
+    return None if len(usable) <= 1 else 1.0 / torch.stack(usable).sum().clamp(min=1)
+
+
+def _of_batch(met: Met, this: BackwardPass, measured: Measurements, dims: RotatedDims) -> RotationGradient:
+    norms = measured.norms if this.magnified is None else measured.norms * this.magnified
+    directions = met.gradients.divided(norms)
+    return _factors(directions, directions.sum(0) / measured.present.sum(), met, this, dims)
+
+
+def _of_pass(met: Met, this: BackwardPass, share: Tensor | None, dims: RotatedDims) -> RotationGradient:
+    directions = met.gradients.directions()
+    target = directions.sum(0) / met.gradients.num_present
+    return _factors(directions, target if share is None else target * share, met, this, dims)
+
+
+def _factors(directions: Tensor, target: Tensor, met: Met, this: BackwardPass, dims: RotatedDims) -> RotationGradient:
+    assert this.measured is not None  # it is closed
+    usable = this.measured.finite
+    directions, target = torch.where(usable, directions, 0.0), torch.where(usable, target, 0.0)
+    return RotationGradient(
+        dims.view_stacked(directions.view(-1, *met.shape)), dims.view(target.view(met.shape)), usable
+    )
+
+
+def partial_cosines(met: Sequence[Met], norms: Tensor) -> Tensor:
+    """Return the cosines of gradients with these ``norms``, as far as they met: elsewhere they are orthogonal. ``(K, K)``.
+
+    Args:
+        met: Gradients that met, each at one tensor.
+        norms: Norms of the gradients at all tensors together. Shape ``(K,)``.
+    """
+    total, alone = torch.zeros_like(norms.outer(norms)), (norms > 0).to(norms)
     for each in met:
-        own = each.gradients
-        shares = torch.where(norms > 0, own.norms / norms, 0.0)
-        total = total + shares[:, None] * own.cosines * shares
-    return total
+        shares = torch.where(norms > 0, each.gradients.norms.to(norms) / norms, 0.0)
+        total = total + shares[:, None] * each.gradients.cosines.to(norms) * shares
+        alone = alone - shares.square()  # the share of tensors that no other task reads
+    return total + alone.clamp(min=0.0).diag()

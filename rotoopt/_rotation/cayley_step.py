@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from rotoopt._rotation.cayley import DenseSkew, SampleSkew, Skew, repair_columns_
 from rotoopt._rotation.rotations import Rotations
-from rotoopt._rotation.step import RotationGradient, mean_correlation, share_of_each
+from rotoopt._rotation.step import RotationGradient, sum_of_correlations
 from rotoopt._torch.devices import move_
 from rotoopt._torch.processes import Processes
 
@@ -157,13 +157,13 @@ class CayleyStep:
         return step * (2.0 * norm / m).sqrt()
 
     def _skew(self, gradients: Sequence[RotationGradient], m: int) -> Skew:
-        """Return the mean of the usable gradients, in the form that is cheaper to turn by."""
+        """Return the sum of the gradients, in the form that is cheaper to turn by."""
         distributed = self._processes.count > 1  # their joined samples are many, and their number is not known here
         if distributed or sum(each.num_samples for each in gradients) >= DENSE_FROM * m:
-            return DenseSkew(mean_correlation(gradients, m, self._processes))
+            return DenseSkew(sum_of_correlations(gradients, m, self._processes))
         tasks = torch.cat([_columns(each.directions, m) for each in gradients], dim=-1)
         target = torch.cat([_columns(each.target, m) for each in gradients], dim=-1)
-        return SampleSkew(tasks if len(gradients) == 1 else tasks * share_of_each(gradients), target)
+        return SampleSkew(tasks, target)
 
     def _follow(self, device: torch.device) -> None:
         if self._sizes.device != device:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from rotoopt._rotation.cayley import turn_
 from rotoopt._rotation.rotations import Rotations
-from rotoopt._rotation.step import RotationGradient, mean_correlation
+from rotoopt._rotation.step import RotationGradient, sum_of_correlations
 from rotoopt._torch.devices import move_
 from rotoopt._torch.processes import Processes
 
@@ -44,9 +44,9 @@ class Coordinates:
             self.parameter.data = torch.zeros_like(self.rotations.matrices)
 
     def gradient(self, gradients: Sequence[RotationGradient]) -> Tensor:
-        """Return the mean gradient of the backward passes that are usable, zero for a task that is not rotated."""
+        """Return the sum of ``gradients`` in coordinates, zero for a task that is not rotated."""
         self.fit()
-        correlation = mean_correlation(gradients, self.parameter.shape[-1], self._processes)
+        correlation = sum_of_correlations(gradients, self.parameter.shape[-1], self._processes)
         grad = (correlation.mT - correlation).tril(-1)
         return torch.where(self.rotations.rotates[:, None, None], grad, 0.0).to(self.parameter.dtype)
 

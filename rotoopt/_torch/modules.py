@@ -1,4 +1,4 @@
-"""Modules: what torch puts around one, and the mode that each part of one is in."""
+"""Modules and optimizers: those that there are, what torch puts around a module, and the mode that each part of one is in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rotoopt._torch.private import compiled_module, without_compiled_prefixes
 
@@ -22,6 +23,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def living_modules() -> Iterator[nn.Module]:
     """Return all modules that there are."""
     return (each for each in gc.get_objects() if issubclass(type(each), nn.Module))
+
+
+def living_optimizers() -> Iterator[Optimizer]:
+    """Return all optimizers that there are."""
+    return (each for each in gc.get_objects() if issubclass(type(each), Optimizer))
 
 
 def name_of(param: Tensor) -> str:
