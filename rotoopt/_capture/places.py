@@ -42,6 +42,8 @@ class Places:
             note: Whether to note what holds for this place.
         """
         if not self._rotations.rotate[task]:
+            if not any(self._rotations.rotate) and self._rotations.size is None and self._dims.exist_in(rep):
+                self._settle(self._dims.size(rep), rep.device)  # to be looked at
             return None
         fits = self.noted[task].get(place)
         if fits is None and (note or place[1] == Z):

@@ -323,12 +323,16 @@ class Engine:
             self._check_processes()
             measured = joined_across(measured, self.processes)
         if self.processes.count > 1 or len(self._passes) > 1:
-            latest.measured = measured
-            self._record = StepRecord.of(latest, memory, self.rotations, self._record)
+            together = replace(latest, measured=measured)
+            self._record = StepRecord.of(together, memory, self.rotations, self._record)
         reference = memory.norm_reference.updated(measured.norms, measured.present, burnt_in=self._burnt_in)
         known = torch.where(measured.norms > 0, measured.norms, memory.known_norms)
         memory.known_norms, memory.norm_reference = known, reference
-        memory.weights = self.weighting(replace(measured, norms=known, norm_references=reference.values))
+        if self.weighting.lagged:
+            seen = replace(measured, norms=torch.where(measured.present, measured.norms, known))
+        else:  # a gradient that is zero now need not be so in the next step, where the weight is used
+            seen = replace(measured, norms=known, present=measured.present & (known > 0))
+        memory.weights = self.weighting(replace(seen, norm_references=reference.values))
         return measured
 
     def _rotation_gradients(self, measured: Measurements) -> list[RotationGradient]:

@@ -125,7 +125,7 @@ class RotoGradWeighting(Weighting):
 
     with the shares :math:`\alpha_k` of :func:`~rotoopt.weighting.gradient_shares`. The combination is the sum
     :math:`\sum_k w_k G_k` over the present tasks, without a factor 1/K. Absent tasks count in C with their last known
-    norms, so that a batch per task is scaled as one of all. The weight of a zero gradient is one.
+    norms, so that a batch per task is scaled as one of all. A zero gradient stays zero.
 
     Source: RotoGrad, ICLR 2022, eqs. 1-2.
     """
@@ -137,7 +137,7 @@ class RotoGradWeighting(Weighting):
         common_norm = (gradient_shares(measured.norm_ratios, known) * norms).sum()
         # Saturates where norms lie more than 38 decades apart; the task then gets less than C, and no infinity.
         weights = (common_norm / norms).clamp(max=torch.finfo(norms.dtype).max)
-        return torch.where(norms == 0, 1.0, weights)
+        return torch.where(norms == 0, torch.where(known, 0.0, 1.0), weights)
 
 
 class EqualWeighting(Weighting):
