@@ -54,9 +54,8 @@ class Capture:
         self._running = running
         self._forks = WeakTensorKeyDictionary()
         self._changes_input: dict[tuple[int, Place], bool] = {}  # whether a head changes what it gets there in place
-        self._probes: dict[
-            tuple[int, Place], tuple[Tensor, int]
-        ] = {}  # what it got first, and how often it had changed
+        # What it got first, and how often that had been changed.
+        self._probes: dict[tuple[int, Place], tuple[Tensor, int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_forks": None, "fed": None, "_probes": {}}
@@ -92,10 +91,10 @@ class Capture:
             part: Which of the modules of task k it is.
             training: Whether it trains.
         """
-        if len(args) == 1 and not kwargs and _is_floating(args[0]):
+        if len(args) == 1 and not kwargs and is_floating(args[0]):
             return (self.feed(args[0], task, (part, Z), training=training, own=True),), kwargs
-        pairs, structure = tree_flatten_with_path((args, kwargs))
-        if not any(_is_floating(leaf) for _, leaf in pairs):
+        pairs, structure = paths_and_leaves((args, kwargs))
+        if not any(is_floating(leaf) for _, leaf in pairs):
             found = ", ".join(str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for _, x in pairs)
             raise TypeError(
                 "A floating-point tensor must enter a head, by position or keyword, alone or in lists, tuples and dicts, "
@@ -105,12 +104,12 @@ class Capture:
         fed: list[Any] = []
         for i, (path, leaf) in enumerate(pairs):
             # mha(z, z, z) gets one tensor three times, too: its gradient is one.
-            same = next((j for j in range(i) if pairs[j][1] is leaf and _is_floating(leaf)), None)
+            same = next((j for j in range(i) if pairs[j][1] is leaf and is_floating(leaf)), None)
             if same is not None:
-                self.places.note_same((part, keystr(path)), (part, keystr(pairs[same][0])), task)
+                self.places.note_same((part, path), (part, pairs[same][0]), task)
                 fed.append(fed[same])
-            elif _is_floating(leaf):
-                fed.append(self.feed(leaf, task, (part, keystr(path)), training=training, own=True))
+            elif is_floating(leaf):
+                fed.append(self.feed(leaf, task, (part, path), training=training, own=True))
             else:
                 fed.append(leaf)
         inputs: Inputs = tree_unflatten(fed, structure)
@@ -135,7 +134,7 @@ class Capture:
         matrix = self.places.matrix_for(rep, task, place, note=False)
         if matrix is not None:
             return rotated(rep, matrix, self.dims)
-        return rep.clone() if own and self._changes_input.get((task, place)) else rep
+        return rep.clone() if own and self._changes_input.get((task, place)) is not False else rep
 
     @not_compiled
     def _capture(self, rep: Tensor, task: int, place: Place, own: bool) -> Tensor:
@@ -146,14 +145,15 @@ class Capture:
         if self._paused or is_transformed():
             return self._rotate(rep, task, place, own)
         self.fed.note(rep, task)
+        matrix = self.places.matrix_for(rep, task, place, note=rep.requires_grad)
         if not rep.requires_grad:
-            return self._rotate(rep, task, place, own)
-        matrix = self.places.matrix_for(rep, task, place, note=True)
+            out = rep if matrix is None else rotated(rep, matrix, self.dims)
+            return self._own_copy(out, (task, place)) if own and matrix is None else out
         fork = self._fork(rep)
         fork.tasks.add(task)
         fork.rotated = fork.rotated or matrix is not None
         self.shapes[task, place] = rep.shape
-        out: Tensor = Rotate.apply(rep, matrix, self.dims, fork, task)  # type: ignore[no-untyped-call]
+        out = Rotate.apply(rep, matrix, self.dims, fork, task)  # type: ignore[no-untyped-call]
         return self._own_copy(out, (task, place)) if own and matrix is None else out
 
     def _own_copy(self, out: Tensor, key: tuple[int, Place]) -> Tensor:
@@ -186,5 +186,13 @@ class Capture:
         return fork
 
 
-def _is_floating(leaf: object) -> bool:
+def is_floating(leaf: object) -> bool:
+    """Whether ``leaf`` is a floating-point tensor."""
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def paths_and_leaves(inputs: Inputs) -> tuple[list[tuple[str, Any]], Any]:
+    """Return everything among ``inputs`` with its path, and their structure. An only floating-point tensor is z."""
+    pairs, structure = tree_flatten_with_path(inputs)
+    alone = sum(is_floating(leaf) for _, leaf in pairs) == 1
+    return [(Z if alone and is_floating(leaf) else keystr(path), leaf) for path, leaf in pairs], structure

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotoopt._capture.capture import Capture, Inputs
+from rotoopt._capture.capture import Capture, Inputs, paths_and_leaves
 from rotoopt._capture.places import Z
 from rotoopt._capture.representation import RotatedDims, rotated
 from rotoopt._deploy.first_layers import FirstLayer, UnfoldableError, find_first_layers, wide
 from rotoopt._engine.arguments import warn_user
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._torch.modules import unwrapped
-from rotoopt._torch.private import keystr, tree_flatten_with_path, tree_unflatten
+from rotoopt._torch.private import tree_unflatten
 
 
 class RotationHook:
@@ -37,10 +37,8 @@ class RotationHook:
     def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Rotate what enters the head."""
         matrix = head.get_buffer("rotation")
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            return (rotated(args[0], matrix, self.dims) if Z in self.paths else args[0],), kwargs
-        pairs, structure = tree_flatten_with_path((args, kwargs))
-        leaves = [rotated(leaf, matrix, self.dims) if keystr(path) in self.paths else leaf for path, leaf in pairs]
+        pairs, structure = paths_and_leaves((args, kwargs))
+        leaves = [rotated(leaf, matrix, self.dims) if path in self.paths else leaf for path, leaf in pairs]
         inputs: Inputs = tree_unflatten(leaves, structure)
         return inputs
 

@@ -142,7 +142,7 @@ class Engine:
             lagged=lagged,
             meets=weighting.needs_cosines or self._turns_are_due,
             combine=self._combine,
-            known_norms=memory.known_norms,
+            known_norms=self._passes[-1].known_norms if self._passes else memory.known_norms,
             norm_reference=memory.norm_reference,
             loss_reference=loss_reference,
         )
@@ -261,13 +261,12 @@ class Engine:
         if this is None or not this.tasks:
             return
         if this.lagged:
-            norms = this.joint_norms(self.memory.weights)
+            norms = this.joint_norms(this.known_norms)
             cosines = partial_cosines(this.met, norms) if this.meets else None
             norms = norms if this.magnified is None else norms / this.magnified
             this.measured = self._measured(this, norms, task_mask(this.tasks, norms), norms.isfinite().all(), cosines)
         memory = self.memory
-        memory.known_norms, memory.norm_reference = this.known_norms, this.norm_reference
-        memory.loss_reference = this.loss_reference
+        memory.norm_reference, memory.loss_reference = this.norm_reference, this.loss_reference
         self._record = StepRecord.of(this, memory, self.rotations, self._record, begun=bool(self._passes))
         self._passes.append(this)
 
@@ -315,6 +314,7 @@ class Engine:
         assert latest.measured is not None  # it is closed
         assert latest.weights is not None
         if not any(this.lagged for this in self._passes):
+            memory.known_norms = latest.known_norms
             if not self.weighting.needs_one_tensor:
                 memory.weights = torch.where(latest.measured.finite, latest.weights, memory.weights)
             return latest.measured

@@ -26,19 +26,19 @@ def rotation_gradients(
         measured: What all of them measured together.
         dims: The rotated dimensions.
     """
-    share = _share_of_each([this for this in passes if not this.lagged])
+    num_usable = _num_usable([this for this in passes if not this.lagged])
     return [
-        _of_batch(met, this, measured, dims) if this.lagged else _of_pass(met, this, share, dims)
+        _of_batch(met, this, measured, dims) if this.lagged else _of_pass(met, this, num_usable, dims)
         for this in passes
         for met in this.met
         if met.turns
     ]
 
 
-def _share_of_each(passes: Sequence[BackwardPass]) -> Tensor | None:
-    """Return one over the number of usable ``passes``; None for one. Shape ``()``."""
+def _num_usable(passes: Sequence[BackwardPass]) -> Tensor | None:
+    """Return the number of usable ``passes``; None for one. Shape ``()``."""
     usable = [this.measured.finite for this in passes if this.measured is not None]
-    return None if len(usable) <= 1 else 1.0 / torch.stack(usable).sum().clamp(min=1)
+    return None if len(usable) <= 1 else torch.stack(usable).sum().clamp(min=1)
 
 
 def _of_batch(met: Met, this: BackwardPass, measured: Measurements, dims: RotatedDims) -> RotationGradient:
@@ -47,10 +47,10 @@ def _of_batch(met: Met, this: BackwardPass, measured: Measurements, dims: Rotate
     return _factors(directions, directions.sum(0) / measured.present.sum(), met, this, dims)
 
 
-def _of_pass(met: Met, this: BackwardPass, share: Tensor | None, dims: RotatedDims) -> RotationGradient:
+def _of_pass(met: Met, this: BackwardPass, num_usable: Tensor | None, dims: RotatedDims) -> RotationGradient:
     directions = met.gradients.directions()
     target = directions.sum(0) / met.gradients.num_present
-    return _factors(directions, target if share is None else target * share, met, this, dims)
+    return _factors(directions, target if num_usable is None else target / num_usable, met, this, dims)
 
 
 def _factors(directions: Tensor, target: Tensor, met: Met, this: BackwardPass, dims: RotatedDims) -> RotationGradient:
