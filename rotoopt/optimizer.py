@@ -25,6 +25,7 @@ from rotoopt._engine.arguments import (
     check_heads,
     check_optimizer,
     check_options,
+    check_rotatable,
     check_rotate,
     modules_of,
     warn_user,
@@ -315,6 +316,7 @@ class RotoGradOptimizer(OptimizerWrapper):
 
         Raises:
             RuntimeError: If the optimizer was given modules: their hooks rotate already.
+            TypeError: If ``rep`` is no floating-point tensor.
         """
         core = self._core
         if core.heads:
@@ -322,6 +324,7 @@ class RotoGradOptimizer(OptimizerWrapper):
                 "`rotate` must be used with num_tasks=K, got an optimizer with `heads`. Their hooks rotate already: "
                 "call the heads on z itself."
             )
+        check_rotatable(rep)
         return tuple(core.engine.capture.feed(rep, task) for task in range(len(core.engine.names)))
 
     def paused(self) -> AbstractContextManager[None]:

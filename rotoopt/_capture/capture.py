@@ -134,7 +134,12 @@ class Capture:
         matrix = self.places.matrix_for(rep, task, place, note=False)
         if matrix is not None:
             return rotated(rep, matrix, self.dims)
-        return rep.clone() if own and self._changes_input.get((task, place)) is not False else rep
+        copies = own and self._may_be_z(task, place) and self._changes_input.get((task, place)) is not False
+        return rep.clone() if copies else rep
+
+    def _may_be_z(self, task: int, place: Place) -> bool:
+        """Whether what enters there is no mask or condition, by the looks of it."""
+        return place[1] == Z or (task, place) in self.shapes
 
     @not_compiled
     def _capture(self, rep: Tensor, task: int, place: Place, own: bool) -> Tensor:
@@ -148,7 +153,8 @@ class Capture:
         matrix = self.places.matrix_for(rep, task, place, note=rep.requires_grad)
         if not rep.requires_grad:
             out = rep if matrix is None else rotated(rep, matrix, self.dims)
-            return self._own_copy(out, (task, place)) if own and matrix is None else out
+            own = own and matrix is None and self._may_be_z(task, place)
+            return self._own_copy(out, (task, place)) if own else out
         fork = self._fork(rep)
         fork.tasks.add(task)
         fork.rotated = fork.rotated or matrix is not None

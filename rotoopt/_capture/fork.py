@@ -97,16 +97,17 @@ class BackwardPass:
         self.tasks.add(task)
         self.norms.setdefault(task, []).append(norm)
 
-    def joint_norms(self, like: Tensor) -> Tensor:
-        """Return the norms over all tensors, zero for an absent task. Shape ``(K,)``, as ``like``."""
-        zero = like.new_zeros(())
-        return torch.stack(
-            [self._joint_norm(task).to(like) if task in self.norms else zero for task in range(len(like))]
-        )
+    def joint_norms(self) -> Tensor:
+        """Return the norms over all tensors, zero for an absent task. Shape ``(K,)``."""
+        double = any(norm.dtype == torch.float64 for norms in self.norms.values() for norm in norms)
+        like = self.known_norms.double() if double else self.known_norms
+        return torch.stack([self._joint_norm(task, like) for task in range(len(like))])
 
-    def _joint_norm(self, task: int) -> Tensor:
-        norms = self.norms[task]
-        return norms[0] if len(norms) == 1 else root_sum_square(torch.stack(norms))
+    def _joint_norm(self, task: int, like: Tensor) -> Tensor:
+        norms = [norm.to(like) for norm in self.norms.get(task, ())]
+        if len(norms) > 1:
+            return root_sum_square(torch.stack(norms))
+        return norms[0] if norms else like.new_zeros(())
 
 
 class Fork:

@@ -66,6 +66,11 @@ def is_sum(node: Node) -> bool:
     return operation(node) in SUMS
 
 
+def is_compiled(node: Node) -> bool:
+    """Whether ``node`` is a whole graph that was compiled: its outputs are not told apart."""
+    return operation(node) == "CompiledFunction"
+
+
 def operation(node: Node) -> str:
     """Return the name of the operation, as ``"Addmm"``."""
     name: str = node.name()

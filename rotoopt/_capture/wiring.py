@@ -11,6 +11,7 @@ from rotoopt._capture.graph import (
     Node,
     behind,
     inputs,
+    is_compiled,
     is_leaf,
     is_sum,
     is_tap,
@@ -62,8 +63,8 @@ class Wiring:
         if not any(taps.values()):  # where torch does not tell what the pass began from
             return fed.only_fork() is not None
         through = {loss: sorted({tap.task for tap in taps[loss]}) for loss in losses}
-        for mixed in through.values():
-            if len(mixed) > 1:
+        for loss, mixed in through.items():
+            if len(mixed) > 1 and not is_behind_compiled(loss):
                 raise RuntimeError(_mixed(self._names[mixed[0]], self._names[mixed[1]]))
         check_heads_apart(set().union(*taps.values()), self._names)
         own = self._own_parameters()
@@ -75,10 +76,9 @@ class Wiring:
         """Return whether ``tasks`` share one tensor, if that can be told without looking at graphs."""
         if tasks not in self._one_tensor or not fed.trained() >= tasks:
             return None
-        if not self._one_tensor[tasks]:
-            return False
         only = fed.only_fork()
-        return True if only is not None and only.tasks >= tasks else None
+        one_tensor = only is not None and only.tasks >= tasks
+        return one_tensor if one_tensor == self._one_tensor[tasks] else None
 
     def _remember(self, tasks: frozenset[int], losses: Iterable[Node]) -> bool:
         self._one_tensor[tasks] = len({tap.fork for tap in taps_of(losses)}) == 1
@@ -124,7 +124,7 @@ def check_losses(
         through = {tap.task for tap in found}
         if task not in through:
             raise RuntimeError(_not_through_its_head(names[task], ", ".join(names[other] for other in sorted(through))))
-        if through != {task}:
+        if through != {task} and not is_behind_compiled(losses[task]):
             other = min(through - {task})
             raise RuntimeError(_mixed(names[task], names[other]))
     if any(tap.fork.used for found in taps.values() for tap in found):
@@ -138,6 +138,11 @@ def check_losses(
         )
     check_heads_apart(set().union(*taps.values()), names)
     check_shared([(names[task], loss) for task, loss in losses.items()], own)
+
+
+def is_behind_compiled(loss: Node) -> bool:
+    """Whether a graph that was compiled lies between ``loss`` and the taps, and may have made other losses, too."""
+    return any(map(is_compiled, reached([loss], stop_at_taps=True)))
 
 
 def check_heads_apart(taps: set[Node], names: Sequence[str]) -> None:
@@ -176,9 +181,11 @@ def check_shared(losses: Sequence[tuple[str, Node]], own: Mapping[int, int]) -> 
     shared = {id(leaf.variable) for leaf in filter(is_leaf, behind(taps_of(loss for _, loss in losses)))}
     for key, (param, found) in past.items():
         if len(found) > 1 or key in shared:
+            several = len(set(found)) > 1
+            who = f"the {'losses' if several else 'loss'} of {' and '.join(sorted(set(found)))}"
             raise RuntimeError(
                 f"A parameter that tasks share must be reached through their heads, got {name_of(param)}, which "
-                f"{' and '.join(sorted(set(found)))} reach without passing a head: nothing weighs its gradient there. "
+                f"{who} {'reach' if several else 'reaches'} without passing a head: nothing weighs its gradient there. "
                 "Likely causes: (a) a skip connection goes around a head: put it into the head, or hand what it carries "
                 "to the head as an input, (b) a head is called as head.forward(z), (c) a head reads something that was "
                 "stored and not handed to it, or is in an object of a class of its own, or (d) a penalty on the backbone "

@@ -66,7 +66,23 @@ def check_heads(heads: Heads | None, num_tasks: int | None) -> tuple[list[Parts]
             f"`heads` must be different modules, got one of them twice in {names}. Every task needs a head of its "
             "own; wrap a shared one, as in nn.Sequential(shared), once per task."
         )
+    _check_apart(heads_parts, names)
     return heads_parts, names
+
+
+def _check_apart(heads: Sequence[Parts], names: Sequence[str]) -> None:
+    """Check that no module of a head is a part of another one."""
+    listed = {id(module): name for name, parts in zip(names, heads, strict=True) for module in modules_of(parts)}
+    for name, parts in zip(names, heads, strict=True):
+        for head in modules_of(parts):
+            inside = next(
+                (listed[id(each)] for each in head.modules() if each is not head and id(each) in listed), None
+            )
+            if inside is not None:
+                raise ValueError(
+                    f"`heads` must lie apart, got a module of {inside} that is part of one of {name}. List what belongs "
+                    f"to each task alone; if {name} works on the output of {inside}, that is part of the backbone."
+                )
 
 
 def _parts(head: object, name: str) -> Parts:
@@ -217,6 +233,13 @@ def check_rep(rep: object, fed: Fed, names: Sequence[str]) -> None:
                 f"`rep` must be what entered the heads, got a tensor of shape {tuple(tensor.shape)} that did not. What "
                 f"did: {fed.described(names)}. Pass that, or leave `rep` out: nothing but this check needs it."
             )
+
+
+def check_rotatable(rep: object) -> None:
+    """Check that ``rep`` is what a rotation can be multiplied by."""
+    if not isinstance(rep, Tensor) or not rep.is_floating_point():
+        found = f"one of {rep.dtype}" if isinstance(rep, Tensor) else _kind(rep)
+        raise TypeError(f"`rotate` must be given the representation, a floating-point tensor, got {found}.")
 
 
 def _is_int(value: object, *, at_least: int) -> bool:

@@ -86,13 +86,13 @@ class Engine:
     ) -> None:
         """Fill every ``.grad``; ``options`` are those of ``torch.autograd.backward``."""
         present = check_losses(losses, self.names)
-        check_rep(rep, self.capture.fed, self.names)
         check_backbone_loss(backbone_loss)
         frozen = self.capture.fed.is_frozen(present)
         if frozen and not self._warned_of_frozen:
             self._warned_of_frozen = True
             warn_of_frozen()
         one_tensor = frozen or self._wiring.check(present, self.capture.fed, backbone_loss)
+        check_rep(rep, self.capture.fed, self.names)
         self.close()
         scale = None if scaler is None else scaler.scale(torch.ones((), device=next(iter(present.values())).device))
         try:
@@ -183,9 +183,11 @@ class Engine:
         number = backward_pass_id()
         if self._running is None or self._running.number not in (None, number):
             self.close()
-            one_tensor = self._wiring.check_running(self.capture.fed)
-            self._running = self._open(None, None, one_tensor=one_tensor, number=number)
-            self.capture.fed = Fed()
+            try:
+                one_tensor = self._wiring.check_running(self.capture.fed)
+                self._running = self._open(None, None, one_tensor=one_tensor, number=number)
+            finally:
+                self.capture.fed = Fed()
         return self._running
 
     @torch.no_grad()
@@ -261,7 +263,7 @@ class Engine:
         if this is None or not this.tasks:
             return
         if this.lagged:
-            norms = this.joint_norms(this.known_norms)
+            norms = this.joint_norms()
             cosines = partial_cosines(this.met, norms) if this.meets else None
             norms = norms if this.magnified is None else norms / this.magnified
             this.measured = self._measured(this, norms, task_mask(this.tasks, norms), norms.isfinite().all(), cosines)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rotoopt._capture.graph import behind_taps, in_heads, leaves, taps_of
+from rotoopt._capture.graph import behind_taps, in_heads, leaves
 from rotoopt._engine.arguments import modules_of
 from rotoopt._torch.modules import living_optimizers
 from rotoopt.optimizer import RotoGradOptimizer
@@ -72,13 +72,13 @@ def check_rotations_reach_their_heads(optimizer: RotoGradOptimizer, losses: Loss
     trial = Trial(optimizer, losses)
     with trial.restored():
         before = trial.losses()
-        reached = {tap.task for tap in taps_of(loss.grad_fn for loss in before.values()) if tap.fork.rotated}
+        rotated = {task for task, noted in enumerate(trial.engine.capture.places.noted) if any(noted.values())}
         trial.backward(before)
         rotations, record = optimizer.rotations, trial.engine.record
         assert record is not None
         depends = record.grad_norms > 0  # a head whose last layer is zero, as some are at first, does not look at z
         for task in before:
-            if task not in reached or rotations.size == 1:
+            if task not in rotated or rotations.size == 1:
                 continue
             original = rotations[task].clone()
             rotations[task].copy_(_another(original))

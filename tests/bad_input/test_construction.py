@@ -93,7 +93,16 @@ CASES: Cases = {
         with_heads(lambda model: ["left", "right"]),
     ),
     "heads are classes": (TypeError, "got the class Linear for heads[0].", with_heads(lambda model: [nn.Linear])),
-    "heads are weights": (TypeError, "got a Parameter for heads[0].", with_heads(lambda m: list(m.heads.parameters()))),
+    "heads are weights": (
+        TypeError,
+        "`heads` must have a module for every task, got none for heads[0]. A head is",
+        with_heads(lambda m: list(m.heads.parameters())),
+    ),
+    "head in a head": (
+        ValueError,
+        "`heads` must lie apart, got a module of heads[0] that is part of one of heads[1].",
+        with_heads(lambda model: [model.heads["left"], nn.Sequential(model.heads["left"], nn.Linear(1, 2))]),
+    ),
     "heads are outputs": (TypeError, "got a Tensor for heads[0].", with_heads(lambda model: [torch.zeros(2)])),
     "no heads": (ValueError, "`heads` must have at least one module, got none.", with_options(heads=[])),
     "numbered heads": (
@@ -121,7 +130,6 @@ CASES: Cases = {
     "no dim": (ValueError, f"{DIM} ().", with_options(dim=())),
     "dim is a float": (ValueError, f"{DIM} 1.5.", with_options(dim=1.5)),
     "dim is a name": (ValueError, f"{DIM} 'C'.", with_options(dim="C")),
-    "dim is None": (ValueError, f"{DIM} None.", with_options(dim=None)),
     "rotation_size is zero": (ValueError, f"{SIZE} 0.", with_options(rotation_size=0)),
     "rotation_size is a float": (ValueError, f"{SIZE} 2.5.", with_options(rotation_size=2.5)),
     "rotation_size is text": (ValueError, f"{SIZE} '8'.", with_options(rotation_size="8")),

@@ -33,14 +33,14 @@ LOSSES = {
     ),
     "sum": Case(
         TypeError,
-        r"`losses` must be a sequence with one loss per task, got a single tensor of shape \(\). Pass the K losses",
+        r"`losses` must be a sequence with one loss per task, or .* of shape \(K,\), got a tensor of shape \(\). Pass the K",
         lambda m, o: lambda: o.step(sum(m.losses(5)[0])),
     ),
-    "stacked": Case(
-        TypeError, r"a single tensor of shape \(2,\)", lambda m, o: lambda: o.step(torch.stack(m.losses(5)[0]))
+    "stacked too many": Case(
+        ValueError, f"{COUNT} 4 for 2 tasks", lambda m, o: lambda: o.step(torch.stack(m.losses(5)[0] * 2))
     ),
-    "one by one": Case(TypeError, r"a single tensor of shape \(\)", lambda m, o: lambda: o.step(*m.losses(5)[0])),
-    "rep first": Case(TypeError, r"a single tensor of shape \(5, 6\)", lambda m, o: lambda: o.step(*m.losses(5)[::-1])),
+    "one by one": Case(TypeError, r"got a tensor of shape \(\)", lambda m, o: lambda: o.step(*m.losses(5)[0])),
+    "rep first": Case(TypeError, r"got a tensor of shape \(5, 6\)", lambda m, o: lambda: o.step(*m.losses(5)[::-1])),
     "number": Case(TypeError, f"{KIND} a float", lambda m, o: lambda: o.step(0.5)),
     "none": Case(TypeError, f"{KIND} a NoneType", lambda m, o: lambda: o.backward(None)),
     "set": Case(TypeError, f"{KIND} a set", lambda m, o: lambda: o.step(set(m.losses(5)[0]))),
@@ -81,12 +81,12 @@ LOSSES = {
     ),
     "rep is a number": Case(
         TypeError,
-        "`rep` must be the shared representation, a tensor, got a list",
+        "`rep` must be the shared representation, a tensor or several in lists, tuples and dicts, got a list",
         lambda m, o: lambda: o.step(m.losses(5)[0], [1.0]),
     ),
     "rep is the input": Case(
         ValueError,
-        r"`rep` must be the representation that the heads consumed, of shape \(5, 6\), got shape \(5, 3\). Pass",
+        r"`rep` must be what entered the heads, got a tensor of shape \(5, 3\) that did not. What did: left: \(5, 6\) made by",
         lambda m, o: lambda: o.step(m.losses(5)[0], m.inputs(5)),
     ),
     "backbone_loss is a number": Case(

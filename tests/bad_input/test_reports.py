@@ -11,6 +11,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
 from rotoopt import GradNorm, RotoGradOptimizer
+from rotoopt._engine.watch import SILENT_STEPS, UNTRAINED_STEPS
 from tests.contract.models import (
     TwoTasks,
     assert_moved,
@@ -38,20 +39,43 @@ def assert_warns_once(calls: list[Callable[[], object]], message: str) -> None:
     assert [warning.filename for warning in record] == [__file__]
 
 
-def test_missing_parameters_of_a_head() -> None:
+@pytest.mark.parametrize("trained_by", ["nobody", "another optimizer", "frozen"])
+def test_parameters_of_a_head_that_nobody_updates(trained_by: str) -> None:
     model = TwoTasks()
-    optimizer = SGD([*model.backbone.parameters(), *model.heads["left"].parameters()], lr=0.1)
-    message = "`optimizer` should hold the parameters of every head, got one without weight of right. They will not"
-    assert_warns_once([lambda: RotoGradOptimizer(optimizer, heads=model.heads).remove()], message)
-    model.heads["right"].requires_grad_(False)
-    RotoGradOptimizer(optimizer, heads=model.heads)
+    bare = SGD([*model.backbone.parameters(), *model.heads["left"].parameters()], lr=0.1)
+    optimizer, other = RotoGradOptimizer(bare, heads=model.heads), SGD(model.heads["right"].parameters(), lr=0.1)
+    model.heads["right"].requires_grad_(trained_by != "frozen")
+
+    def step(batch: int) -> None:
+        optimizer.zero_grad()
+        optimizer.step(*model.losses(batch))
+        if trained_by == "another optimizer":
+            other.step()
+
+    steps = [partial(step, batch) for batch in range(2 * UNTRAINED_STEPS)]
+    if trained_by == "nobody":
+        message = "Every parameter of a head should be updated, by this optimizer or another one, got weight of right"
+        assert_warns_once(steps, message)
+    else:
+        for each in steps:
+            each()
 
 
-def test_missing_parameters_as_an_error_leave_the_model_alone() -> None:
-    model = TwoTasks()
-    with pytest.raises(UserWarning, match="should hold the parameters"):  # pytest makes errors of warnings
-        RotoGradOptimizer(SGD(model.backbone.parameters(), lr=0.1), heads=model.heads)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+def test_head_that_delivers_no_gradient_in_backward_passes_of_ones_own() -> None:
+    """In ``step(losses)``, ``None`` says so."""
+    model, optimizer = wrap()
+
+    def step(batch: int) -> None:
+        optimizer.zero_grad()
+        model.losses(batch)[0][0].backward()
+        optimizer.step()
+
+    message = f"Every head should deliver a gradient, got none from right in {SILENT_STEPS} steps of your own"
+    assert_warns_once([partial(step, batch) for batch in range(2 * SILENT_STEPS)], message)
+    model, optimizer = wrap()
+    for batch in range(2 * SILENT_STEPS):
+        optimizer.zero_grad()
+        optimizer.step([model.losses(batch)[0][0], None])
 
 
 def eval_mode(model: TwoTasks) -> TwoTasks:
@@ -155,6 +179,7 @@ def test_non_finite_loss_is_reported(value: float, normalize_losses: bool, steps
     """Rotations, references and trained weights stay as they were; the parameters are torch's business."""
     model, optimizer = wrap(normalize_losses=normalize_losses, rotation_size=6, weighting=GradNorm())
     train(model, optimizer, *range(steps))
+    model(model.inputs(0))  # notes what enters the heads
     own = optimizer.state_dict()["rotograd"]
     left, right = model.losses(5)[0]
     optimizer.zero_grad()

@@ -1,12 +1,14 @@
 """Representations that cannot be rotated."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests.bad_input.cases import Case, check, left, losses_of, parametrize, representation
 from tests.contract.models import wrap
 
-FLOAT = "The representation must be a floating-point tensor, got"
+FLOAT = "A floating-point tensor must enter a head, by position or keyword, alone or in lists, tuples and dicts, got"
 
 REPRESENTATIONS = {
     "other size": Case(
@@ -29,6 +31,12 @@ REPRESENTATIONS = {
         later=False,
         fatal=True,
     ),
+    "maps without dim": Case(
+        ValueError,
+        r"`dim` must be given for a representation of four or more dimensions, got none for shape \(5, 6, 1, 1\).*dim=1 for",
+        lambda m, o: lambda: left(m)(representation(m)[:, :, None, None]),
+        later=False,
+    ),
     "dimension twice": Case(
         ValueError,
         r"`dim` must not name a dimension twice, got \(1, -1\) for shape \(5, 6\)",
@@ -39,12 +47,17 @@ REPRESENTATIONS = {
     ),
     "integers": Case(TypeError, f"{FLOAT} torch.int64", lambda m, o: lambda: left(m)(torch.ones(5, 6).long())),
     "complex": Case(TypeError, f"{FLOAT} torch.complex64", lambda m, o: lambda: left(m)(torch.ones(5, 6) + 1j)),
-    "tuple": Case(
+    "object": Case(
         TypeError,
-        "The first input of a head must be the representation, a tensor, got tuple. For other inputs give num_tasks=K",
-        lambda m, o: lambda: left(m)((representation(m),)),
+        f"{FLOAT} SimpleNamespace. Objects of other classes are not looked into: for such inputs give num_tasks=K",
+        lambda m, o: lambda: left(m)(SimpleNamespace(z=representation(m))),
     ),
-    "list to rotate": Case(TypeError, f"{FLOAT} list", lambda m, o: lambda: o.rotate([1.0]), {"num_tasks": lambda: 2}),
+    "list to rotate": Case(
+        TypeError,
+        "`rotate` must be given the representation, a floating-point tensor, got a list",
+        lambda m, o: lambda: o.rotate([1.0]),
+        {"num_tasks": lambda: 2},
+    ),
     "rotate with heads": Case(
         RuntimeError,
         "`rotate` must be used with num_tasks=K, got an optimizer with `heads`. Their hooks rotate already",

@@ -71,9 +71,9 @@ optimizer.remove()
 
 base: torch.optim.Optimizer = optimizer
 base.step()
+optimizer.step(torch.stack([rep.mean(), rep.sum()]), {"z": [rep]})
 
 optimizer.step(3)  # type: ignore[call-overload]
-optimizer.step(rep)  # type: ignore[call-overload]
 optimizer.step([0.5, 0.5])  # type: ignore[list-item]
 optimizer.backward()  # type: ignore[call-arg]
 RotoGradOptimizer(model.parameters(), [left])  # type: ignore[arg-type]

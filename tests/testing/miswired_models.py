@@ -94,15 +94,6 @@ def one_head_for_both(model: TwoTasks, optimizer: RotoGradOptimizer) -> Sequence
     return [output, output - 1]
 
 
-def head_in_a_head() -> Wired:
-    """The second head refines the output of the first, which is a part of it."""
-    model = TwoTasks()
-    left = model.heads["left"]
-    heads = {"left": left, "right": nn.Sequential(left, nn.Linear(1, 2))}
-    optimizer = RotoGradOptimizer(Adam([*model.backbone.parameters(), *heads["right"].parameters()]), heads=heads)
-    return Wired(model, optimizer, lambda: squares([head(representation(model)) for head in heads.values()]))
-
-
 # ------------------------------------------------------------------ stale rotations
 
 
@@ -135,24 +126,7 @@ def copied_model() -> Wired:
     return Wired(model, optimizer, lambda: copied.losses(0)[0])
 
 
-def rotated_before(model: TwoTasks, optimizer: RotoGradOptimizer) -> Sequence[Tensor]:
-    """The rotation is applied by hand, too."""
-    z = representation(model)
-    return [head(z @ optimizer.rotations[task].T) for task, head in enumerate(model.heads.values())]
-
-
 # ------------------------------------------------------------------ other tensors than z
-
-
-def changed_in_place(model: TwoTasks, optimizer: RotoGradOptimizer) -> Sequence[Tensor]:
-    z = representation(model) * 2
-    left = model.heads["left"](z)
-    return [left, model.heads["right"](z.relu_())]
-
-
-def called_on_two_batches(model: TwoTasks, optimizer: RotoGradOptimizer) -> Sequence[Tensor]:
-    batches = [model(model.inputs(batch)) for batch in range(2)]
-    return [torch.cat(outputs) for outputs in zip(*batches, strict=True)]
 
 
 def z_from_before() -> Wired:

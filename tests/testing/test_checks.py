@@ -62,7 +62,7 @@ def test_checks_need_no_gradients_of_before() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Tensor], object], str]] = {
-    "single tensor": (Tensor.sum, "`losses` must be a sequence with one loss per task, got a single tensor"),
+    "single tensor": (Tensor.sum, "`losses` must be a sequence with one loss per task, or a tensor of shape"),
     "too few": (lambda output: [output.sum()], "must have one entry per task, got 1 for 2 tasks"),
     "not reduced": (lambda output: [output, output], r"must be a scalar, got shape \(5, 1\) for left"),
     "numbers": (lambda output: [output.sum().item()] * 2, "`losses` must be tensors or None, got a float for left"),
