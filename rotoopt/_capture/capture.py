@@ -97,8 +97,8 @@ class Capture:
         if not any(is_floating(leaf) for _, leaf in pairs):
             found = ", ".join(str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for _, x in pairs)
             raise TypeError(
-                "A floating-point tensor must enter a head, by position or keyword, alone or in lists, tuples and dicts, "
-                f"got {found or 'no input'}. Objects of other classes are not looked into: for such inputs give "
+                "A floating-point tensor must enter a head, by position or keyword, alone or in lists, tuples and "
+                f"dicts, got {found or 'no input'}. Objects of other classes are not looked into: for such inputs give "
                 "num_tasks=K instead of `heads`, and feed the heads the tensors of optimizer.rotate(z)."
             )
         fed: list[Any] = []
@@ -163,7 +163,7 @@ class Capture:
         return self._own_copy(out, (task, place)) if own and matrix is None else out
 
     def _own_copy(self, out: Tensor, key: tuple[int, Place]) -> Tensor:
-        """Return a copy for a head that changes what it gets in place, else ``out``; the first time, look which it is."""
+        """Return a copy for a head that changes what it gets in place, else ``out``; at first, look which it is."""
         if key not in self._changes_input and key in self._probes:
             probe, count = self._probes.pop(key)
             self._changes_input[key] = version(probe) > count

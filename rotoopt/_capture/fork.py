@@ -1,11 +1,11 @@
 """The backward pass, from the heads to what entered them: rotations, the fork where gradients meet, what they measure.
 
 In the forward pass every tensor z that enters head k passes a tap, which hands R_k z on. In the backward pass the
-gradient at z, R_k^T g_k, goes one of two ways. Where the weight of the task is known, the gradient goes on at once, times
-the weight. Where the weights need the gradients of this pass, or the rotations turn, it waits at the fork instead of
-being added to that of the other tasks; when all have arrived, a hook on z hands their combination on. So one ordinary
-``sum(losses).backward()`` does it all, and everything that works with an ordinary backward (DDP, checkpointing, compile)
-goes on working.
+gradient at z, R_k^T g_k, goes one of two ways. Where the weight of the task is known, the gradient goes on at once,
+times the weight. Where the weights need the gradients of this pass, or the rotations turn, it waits at the fork
+instead of being added to that of the other tasks; when all have arrived, a hook on z hands their combination on. So
+one ordinary ``sum(losses).backward()`` does it all, and everything that works with an ordinary backward (DDP,
+checkpointing, compile) goes on working.
 """
 
 from __future__ import annotations

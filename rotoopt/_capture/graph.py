@@ -88,9 +88,10 @@ def inputs(node: Node) -> list[Node | None]:
 
 
 def terms(root: Node | None) -> set[Node]:
-    """Return the losses that ``root`` is a sum of, as nodes: of ``sum(losses)``, of ``(w * torch.stack(losses)).mean()``.
+    """Return the losses that ``root`` is a sum of, as nodes.
 
-    What a loss itself is a sum of is not taken apart: only what is one number is, or a few that were put together.
+    So of ``sum(losses)``, or of ``(w * torch.stack(losses)).mean()``. What a loss itself is a sum of is not taken
+    apart: only what is one number is, or a few that were put together.
     """
     found: set[Node] = set()
     stack = [root]

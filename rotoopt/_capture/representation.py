@@ -32,9 +32,10 @@ class RotatedDims:
         ndim = len(shape)
         if self._assumed and ndim > 3:
             raise ValueError(
-                f"`dim` must be given for a representation of four or more dimensions, got none for shape {tuple(shape)}. "
-                "It is the dimension of the features: dim=1 for maps (B, C, H, W) and volumes (B, C, D, H, W), dim=-1 for "
-                "maps (B, H, W, C) and for tokens in windows (B, N, T, C). All others count as samples."
+                "`dim` must be given for a representation of four or more dimensions, got none for shape "
+                f"{tuple(shape)}. It is the dimension of the features: dim=1 for maps (B, C, H, W) and volumes "
+                "(B, C, D, H, W), dim=-1 for maps (B, H, W, C) and for tokens in windows (B, N, T, C). All others "
+                "count as samples."
             )
         if any(not -ndim <= i < ndim for i in self.dim):
             raise ValueError(

@@ -43,7 +43,7 @@ class Wiring:
         self._one_tensor: dict[frozenset[int], bool] = {}
 
     def check(self, losses: Mapping[int, Tensor], fed: Fed, backbone_loss: Tensor | None) -> bool:
-        """Return whether ``losses`` reach one tensor through their heads, and no other; raise if one is wired wrongly."""
+        """Return whether ``losses`` reach one tensor through their heads, and no other; raise if wired wrongly."""
         known = self._known(frozenset(losses), fed)
         if known is not None:
             return known
@@ -133,8 +133,8 @@ def check_losses(
     if through_backbone:
         raise RuntimeError(
             f"`backbone_loss` must not pass through a head, got one that passes through "
-            f"{names[min(through_backbone)]}. Add it to the loss of that task, or compute it from the representation or "
-            "the parameters of the backbone."
+            f"{names[min(through_backbone)]}. Add it to the loss of that task, or compute it from the representation "
+            "or the parameters of the backbone."
         )
     check_heads_apart(set().union(*taps.values()), names)
     check_shared([(names[task], loss) for task, loss in losses.items()], own)
@@ -151,14 +151,14 @@ def check_heads_apart(taps: set[Node], names: Sequence[str]) -> None:
         for other in filter(is_tap, behind([tap])):
             if other.task == tap.task:
                 raise RuntimeError(
-                    f"The modules of {names[tap.task]} must be the first ones that belong to it alone, got one that reads "
-                    "what another one has made. List the first one only."
+                    f"The modules of {names[tap.task]} must be the first ones that belong to it alone, got one that "
+                    "reads what another one has made. List the first one only."
                 )
             raise RuntimeError(
-                f"Heads must read the backbone, got {names[tap.task]}, which reads what the head of {names[other.task]} "
-                f"has made: its gradient would be given two weights. Either (a) detach() it on its way, or (b) make what "
-                f"{names[tap.task]} reads a part of the backbone: in `heads`, give only the layers of "
-                f"{names[other.task]} behind it."
+                f"Heads must read the backbone, got {names[tap.task]}, which reads what the head of "
+                f"{names[other.task]} has made: its gradient would be given two weights. Either (a) detach() it on its "
+                f"way, or (b) make what {names[tap.task]} reads a part of the backbone: in `heads`, give only the "
+                f"layers of {names[other.task]} behind it."
             )
 
 
@@ -186,11 +186,11 @@ def check_shared(losses: Sequence[tuple[str, Node]], own: Mapping[int, int]) -> 
             raise RuntimeError(
                 f"A parameter that tasks share must be reached through their heads, got {name_of(param)}, which "
                 f"{who} {'reach' if several else 'reaches'} without passing a head: nothing weighs its gradient there. "
-                "Likely causes: (a) a skip connection goes around a head: put it into the head, or hand what it carries "
-                "to the head as an input, (b) a head is called as head.forward(z), (c) a head reads something that was "
-                "stored and not handed to it, or is in an object of a class of its own, or (d) a penalty on the backbone "
-                "is part of a loss: pass it as backbone_loss. If the parameter belongs to the tasks, list it with them: "
-                "heads={'task': (head, parameter)}."
+                "Likely causes: (a) a skip connection goes around a head: put it into the head, or hand what it "
+                "carries to the head as an input, (b) a head is called as head.forward(z), (c) a head reads something "
+                "that was stored and not handed to it, or is in an object of a class of its own, or (d) a penalty on "
+                "the backbone is part of a loss: pass it as backbone_loss. If the parameter belongs to the tasks, list "
+                "it with them: heads={'task': (head, parameter)}."
             )
 
 
@@ -224,8 +224,8 @@ def check_weighting(weighting: Weighting, fed: Fed, names: Sequence[str], *, one
         raise RuntimeError(
             f"The weighting {weighting!r} must see the gradients of all tasks at one tensor, got several tensors that "
             f"enter the heads. {fed.described(names)}. Either (a) do what stands between them and one z inside of the "
-            "heads, or once before all of them, or (b) take a weighting that adds the gradients up: RotoGradWeighting(), "
-            "GradNorm() or EqualWeighting()."
+            "heads, or once before all of them, or (b) take a weighting that adds the gradients up: "
+            "RotoGradWeighting(), GradNorm() or EqualWeighting()."
         )
 
 

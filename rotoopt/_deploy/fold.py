@@ -119,7 +119,7 @@ def _check_foldable(capture: Capture, heads: Sequence[Sequence[nn.Module]]) -> N
 
 
 def _rotated(capture: Capture, task: int, head: Sequence[nn.Module], name: str) -> list[Rotated]:
-    """Return the modules of a task whose inputs are rotated; none for a rotation that rests at I, which needs no folding."""
+    """Return the modules of a task whose inputs are rotated; none where R = I, which needs no folding."""
     if not _is_turned(capture.rotations, task):
         return []
     rotation, found = capture.rotations[task], []

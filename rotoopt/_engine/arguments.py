@@ -80,8 +80,8 @@ def _check_apart(heads: Sequence[Parts], names: Sequence[str]) -> None:
             )
             if inside is not None:
                 raise ValueError(
-                    f"`heads` must lie apart, got a module of {inside} that is part of one of {name}. List what belongs "
-                    f"to each task alone; if {name} works on the output of {inside}, that is part of the backbone."
+                    f"`heads` must lie apart, got a module of {inside} that is part of one of {name}. List what "
+                    f"belongs to each task alone; if {name} works on the output of {inside}, that is part of the backbone."
                 )
 
 
@@ -225,7 +225,8 @@ def check_rep(rep: object, fed: Fed, names: Sequence[str]) -> None:
     tensors = [leaf for leaf in tree_leaves(rep) if isinstance(leaf, Tensor)]
     if not tensors:
         raise TypeError(
-            f"`rep` must be the shared representation, a tensor or several in lists, tuples and dicts, got {_kind(rep)}."
+            "`rep` must be the shared representation, a tensor or several in lists, tuples and dicts, got "
+            f"{_kind(rep)}."
         )
     for tensor in tensors:
         if fed.addresses and address(tensor) not in fed.addresses:

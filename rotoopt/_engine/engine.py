@@ -223,9 +223,9 @@ class Engine:
         """Return the gradient that the weighting makes of those of this very pass, and note what it saw."""
         if this.measured is not None:
             raise RuntimeError(
-                "All heads must get the same tensor in a backward pass of its own, got two tensors in one: the losses of "
-                "two forward passes, or tensors that were made before the latest backward pass. Back-propagate what "
-                "belongs to one forward pass before the next one, or call optimizer.backward(losses)."
+                "All heads must get the same tensor in a backward pass of its own, got two tensors in one: the losses "
+                "of two forward passes, or tensors that were made before the latest backward pass. Back-propagate "
+                "what belongs to one forward pass before the next one, or call optimizer.backward(losses)."
             )
         this.tasks.update(gradients.tasks or ())
         this.measured = self._measured(this, gradients.norms, gradients.present, gradients.finite, gradients.cosines)

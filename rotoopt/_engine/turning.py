@@ -63,7 +63,7 @@ def _factors(directions: Tensor, target: Tensor, met: Met, this: BackwardPass, d
 
 
 def partial_cosines(met: Sequence[Met], norms: Tensor) -> Tensor:
-    """Return the cosines of gradients with these ``norms``, as far as they met: elsewhere they are orthogonal. ``(K, K)``.
+    """Return the cosines of gradients with these ``norms``, which are orthogonal where they did not meet. ``(K, K)``.
 
     Args:
         met: Gradients that met, each at one tensor.

@@ -1,4 +1,4 @@
-"""Watches: heads that deliver no gradient, and parameters that nobody updates. Nothing fails there, but nothing learns."""
+"""Watches: heads that deliver no gradient, and parameters that nobody updates. Nothing fails, and nothing learns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNTRAINED_STEPS = 10
 
 
 class SilentHeads:
-    """Warns of a head that delivers no gradient in backward passes that the user calls, where nobody says who is absent.
+    """Warns of a head without gradient in backward passes that the user calls, where nobody says who is absent.
 
     Args:
         names: How to call the K tasks.
@@ -39,8 +39,8 @@ class SilentHeads:
                     warn_user(
                         f"Every head should deliver a gradient, got none from {name} in {SILENT_STEPS} steps of your "
                         "own backward(). Likely causes: (a) its loss is no part of what is back-propagated, or is "
-                        "detached, (b) the head is bypassed, as by head.forward(z), or was replaced after the optimizer "
-                        "was built, or (c) its task is absent from all of these batches, and all is well. "
+                        "detached, (b) the head is bypassed, as by head.forward(z), or was replaced after the "
+                        "optimizer was built, or (c) its task is absent from all of these batches, and all is well. "
                         "optimizer.step(losses) tells which."
                     )
 

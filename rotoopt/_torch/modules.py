@@ -1,4 +1,4 @@
-"""Modules and optimizers: those that there are, what torch puts around a module, and the mode that each part of one is in."""
+"""Modules and optimizers: those that there are, what torch puts around a module, the mode that each part is in."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-# What is nested in lists, tuples and dicts. No public name of torch looks there; torch.utils.pytree needs another package.
+# What is nested in lists, tuples and dicts. No public name looks there; torch.utils.pytree needs another package.
 from torch.utils._pytree import keystr as keystr
 from torch.utils._pytree import tree_flatten_with_path as tree_flatten_with_path
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -126,8 +126,8 @@ def backward_pass_id() -> int:
 def running_roots() -> list[Tensor]:
     """Return the tensors that the running backward pass began from; none where they cannot be found.
 
-    They are in a frame of ``torch.autograd``, of the thread that waits for the pass. No hook is told of them, and no public
-    name is.
+    They are in a frame of ``torch.autograd``, of the thread that waits for the pass. No hook and no public name tells
+    them.
     """
     for frame in list(sys._current_frames().values()):
         while frame is not None:

@@ -61,7 +61,7 @@ def _check_fed(trial: Trial, task: int) -> None:
 
 
 def check_losses_pass_through_their_heads(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
-    """Check, as a step does, that every loss is computed by its own head, and reaches what is shared through heads only."""
+    """Check, as a step does, that every loss comes from its own head, and reaches what is shared through heads only."""
     trial = Trial(optimizer, losses)
     with trial.restored():
         trial.check_wiring(trial.losses())
@@ -92,8 +92,8 @@ def _check_changed(changed: set[int], task: int, names: tuple[str, ...], *, depe
     for other in sorted(changed - {task}):
         raise AssertionError(
             f"A rotation in front of {names[task]} must change its loss and no other, got that of {names[other]} "
-            f"changed: its value, if not its gradient, is computed from the output of {names[task]}, too. Likely cause: "
-            f"what {names[other]} reads of it was detached, and still turns with the rotation."
+            f"changed: its value, if not its gradient, is computed from the output of {names[task]}, too. Likely "
+            f"cause: what {names[other]} reads of it was detached, and still turns with the rotation."
         )
     if depends and task not in changed:
         raise AssertionError(

@@ -97,7 +97,7 @@ def _if_finite(part: Measurements) -> Measurements:
 
 
 def _joint_cosines(cosines: Tensor, norms: Tensor, total: Tensor) -> Tensor:
-    """Return the cosines of vectors with norms ``total``, of those of parts with ``norms``. ``(T, K, K)`` to ``(K, K)``."""
+    """Return the cosines of vectors with norms ``total``, of those of parts with ``norms``. From ``(T, K, K)``."""
     shares = torch.where(total > 0, norms / total, 0.0)
     return (shares[:, :, None] * cosines * shares[:, None, :]).sum(0)
 

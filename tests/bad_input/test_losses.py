@@ -33,7 +33,7 @@ LOSSES = {
     ),
     "sum": Case(
         TypeError,
-        r"`losses` must be a sequence with one loss per task, or .* of shape \(K,\), got a tensor of shape \(\). Pass the K",
+        r"`losses` must be a sequence .* or a tensor of shape \(K,\), got a tensor of shape \(\). Pass the K losses",
         lambda m, o: lambda: o.step(sum(m.losses(5)[0])),
     ),
     "stacked too many": Case(
@@ -86,7 +86,7 @@ LOSSES = {
     ),
     "rep is the input": Case(
         ValueError,
-        r"`rep` must be what entered the heads, got a tensor of shape \(5, 3\) that did not. What did: left: \(5, 6\) made by",
+        r"`rep` must be what entered the heads, got a tensor of shape \(5, 3\) that did not. What did: left: \(5, 6\)",
         lambda m, o: lambda: o.step(m.losses(5)[0], m.inputs(5)),
     ),
     "backbone_loss is a number": Case(

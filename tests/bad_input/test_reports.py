@@ -1,7 +1,7 @@
 """What is no error, but reported: warnings, once and at the user's line, and non-finite numbers in ``last_step``."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -27,7 +27,7 @@ IDLE = r"heads should have run in training mode before step\(\), got two steps a
 FROZEN = r"The representation should require grad, got one that does not. Either \(a\) the backbone is frozen"
 
 
-def assert_warns_once(calls: list[Callable[[], object]], message: str) -> None:
+def assert_warns_once(calls: Sequence[Callable[[], object]], message: str) -> None:
     """Assert that all calls together give one warning, which names this file."""
 
     def run() -> None:
@@ -67,7 +67,7 @@ def test_head_that_delivers_no_gradient_in_backward_passes_of_ones_own() -> None
 
     def step(batch: int) -> None:
         optimizer.zero_grad()
-        model.losses(batch)[0][0].backward()
+        back_propagate(model.losses(batch)[0][:1])
         optimizer.step()
 
     message = f"Every head should deliver a gradient, got none from right in {SILENT_STEPS} steps of your own"

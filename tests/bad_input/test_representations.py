@@ -33,7 +33,7 @@ REPRESENTATIONS = {
     ),
     "maps without dim": Case(
         ValueError,
-        r"`dim` must be given for a representation of four or more dimensions, got none for shape \(5, 6, 1, 1\).*dim=1 for",
+        r"`dim` must be given for .*four or more dimensions, got none for shape \(5, 6, 1, 1\).*dim=1 for",
         lambda m, o: lambda: left(m)(representation(m)[:, :, None, None]),
         later=False,
     ),

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotoopt import RotoGradOptimizer, StepRecord
+from rotoopt._engine.arguments import modules_of
 from rotoopt.diagnostics import History, _history, scalars
 from rotoopt.diagnostics._measurements import Measured
 from rotoopt.rotograd import RotoGrad
@@ -186,8 +187,9 @@ NAMED: list[tuple[Callable[[], Measured], tuple[str, ...]]] = [
 def test_tasks_have_their_names(make: Callable[[], Measured], names: tuple[str, ...]) -> None:
     optimizer, recorded = make(), History()
     if isinstance(optimizer, RotoGradOptimizer):
-        rep, heads = torch.randn(5, 6, requires_grad=True), optimizer._core.heads
-        outputs = [head(rep) for (head,) in heads] if heads else optimizer.rotate(rep)
+        rep = torch.randn(5, 6, requires_grad=True)
+        heads = [module for parts in optimizer._core.heads for module in modules_of(parts)]
+        outputs = [head(rep) for head in heads] if heads else optimizer.rotate(rep)
         optimizer.step([output.square().mean() for output in outputs], rep)
     else:
         optimizer.backward([output.square().mean() for output in optimizer(torch.randn(5, 3))])
