@@ -6,14 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from rotoopt._capture.fork import Fork
-from rotoopt._torch.private import output_numel, selected_index
+from rotoopt._torch.private import num_outputs, output_numel, selected_index
 
 Node = Any  # torch.autograd.graph.Node, whose attributes depend on the operation
 
 # What adds losses up, or multiplies them: behind these, a sum of losses is still a sum of losses.
 SUMS = {"Add", "Sub", "Rsub", "Neg", "Mul", "Div", "Sum", "Mean", "Stack", "Cat", "Unbind", "Select"}
+BUNDLES = {"Unbind", "Split", "SplitWithSizes"}
 SUMS |= {"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Clone", "ToCopy", "Expand"}
 
 
@@ -66,9 +68,12 @@ def is_sum(node: Node) -> bool:
     return operation(node) in SUMS
 
 
-def is_compiled(node: Node) -> bool:
-    """Whether ``node`` is a whole graph that was compiled: its outputs are not told apart."""
-    return operation(node) == "CompiledFunction"
+def is_bundle(node: Node) -> bool:
+    """Whether ``node`` has several outputs that may have nothing to do with each other.
+
+    Such are a graph that was compiled, what DistributedDataParallel lets all outputs pass, and ``torch.unbind``.
+    """
+    return num_outputs(node) > 1 and (isinstance(node, BackwardCFunction) or operation(node) in BUNDLES)
 
 
 def operation(node: Node) -> str:

@@ -11,7 +11,7 @@ from rotoopt._capture.graph import (
     Node,
     behind,
     inputs,
-    is_compiled,
+    is_bundle,
     is_leaf,
     is_sum,
     is_tap,
@@ -64,7 +64,7 @@ class Wiring:
             return fed.only_fork() is not None
         through = {loss: sorted({tap.task for tap in taps[loss]}) for loss in losses}
         for loss, mixed in through.items():
-            if len(mixed) > 1 and not is_behind_compiled(loss):
+            if len(mixed) > 1 and not is_bundled(loss):
                 raise RuntimeError(_mixed(self._names[mixed[0]], self._names[mixed[1]]))
         check_heads_apart(set().union(*taps.values()), self._names)
         own = self._own_parameters()
@@ -124,7 +124,7 @@ def check_losses(
         through = {tap.task for tap in found}
         if task not in through:
             raise RuntimeError(_not_through_its_head(names[task], ", ".join(names[other] for other in sorted(through))))
-        if through != {task} and not is_behind_compiled(losses[task]):
+        if through != {task} and not is_bundled(losses[task]):
             other = min(through - {task})
             raise RuntimeError(_mixed(names[task], names[other]))
     if any(tap.fork.used for found in taps.values() for tap in found):
@@ -140,9 +140,10 @@ def check_losses(
     check_shared([(names[task], loss) for task, loss in losses.items()], own)
 
 
-def is_behind_compiled(loss: Node) -> bool:
-    """Whether a graph that was compiled lies between ``loss`` and the taps, and may have made other losses, too."""
-    return any(map(is_compiled, reached([loss], stop_at_taps=True)))
+def is_bundled(loss: Node) -> bool:
+    """Whether something lies between ``loss`` and the taps that has outputs of several tasks, it may be apart."""
+    bundles = filter(is_bundle, reached([loss], stop_at_taps=True))
+    return any(len({tap.task for tap in taps_of([bundle])}) > 1 for bundle in bundles if not is_tap(bundle))
 
 
 def check_heads_apart(taps: set[Node], names: Sequence[str]) -> None:

@@ -81,7 +81,8 @@ def _check_apart(heads: Sequence[Parts], names: Sequence[str]) -> None:
             if inside is not None:
                 raise ValueError(
                     f"`heads` must lie apart, got a module of {inside} that is part of one of {name}. List what "
-                    f"belongs to each task alone; if {name} works on the output of {inside}, that is part of the backbone."
+                    f"belongs to each task alone; if {name} works on the output of {inside}, that is part of the "
+                    "backbone."
                 )
 
 

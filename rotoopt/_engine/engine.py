@@ -193,6 +193,7 @@ class Engine:
     @torch.no_grad()
     def _combine(self, this: BackwardPass, grads: Tensor, tasks: tuple[int, ...], fork: Fork) -> Tensor:
         """Return the gradient for a tensor, of those of all tasks that waited there."""
+        this.tasks.update(tasks)
         with torch.autocast(grads.device.type, enabled=False):
             gradients = TaskGradients.of(grads.flatten(1), tasks, task_mask(set(tasks), self.memory.weights))
             if this.lagged:
@@ -227,7 +228,6 @@ class Engine:
                 "of two forward passes, or tensors that were made before the latest backward pass. Back-propagate "
                 "what belongs to one forward pass before the next one, or call optimizer.backward(losses)."
             )
-        this.tasks.update(gradients.tasks or ())
         this.measured = self._measured(this, gradients.norms, gradients.present, gradients.finite, gradients.cosines)
         finite, known = this.measured.finite, this.measured.norms
         this.known_norms = torch.where(finite & (known > 0), known, this.known_norms)

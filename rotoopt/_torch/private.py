@@ -143,6 +143,11 @@ def output_numel(node: Any) -> int | None:
     return math.prod(metadata[0].shape) if metadata else None
 
 
+def num_outputs(node: Any) -> int:
+    """Return the number of outputs of an operation in a graph; see :func:`output_numel`."""
+    return len(getattr(node, "_input_metadata", ()))
+
+
 def selected_index(node: Any) -> int:
     """Return the index of ``tensor[index]`` from the operation in a graph, which nothing public tells."""
     index: int = node._saved_index

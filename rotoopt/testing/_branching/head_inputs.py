@@ -1,0 +1,168 @@
+"""Whatever enters a head: skips, queries, lists of levels, nested containers, conditions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rotoopt.testing._branching.model import Branching, Call, Sizes, conv, square
+
+
+def unet_skips(s: Sizes) -> Branching:
+    """Two decoders that get the bottleneck and a list of skips."""
+    stem, down, bottom = s.maps(4), conv(4, 6, stride=2), conv(6, s.features, stride=2)
+
+    def decode(layers: nn.ModuleDict, z: Tensor, skips: list[Tensor]) -> Tensor:
+        up = nn.functional.interpolate(layers["up"](z), scale_factor=2)
+        up = torch.tanh(layers["mid"](torch.cat([up, skips[1]], dim=1)))
+        up = nn.functional.interpolate(up, scale_factor=2)
+        out: Tensor = layers["out"](torch.cat([up, skips[0]], dim=1))
+        return out
+
+    def decoder(outputs: int) -> nn.Module:
+        return Call(decode, up=conv(s.features, 6), mid=conv(12, 4), out=conv(8, outputs))
+
+    heads = {"seg": decoder(3), "depth": decoder(1)}
+
+    def losses(x: Tensor) -> dict[str, Tensor]:
+        first = stem(x)
+        second = down(first).tanh()
+        z = bottom(second).tanh()
+        return {name: square(h(z, [first, second])) for name, h in heads.items()}
+
+    return Branching([stem, down, bottom], heads, losses, {"dim": 1})
+
+
+def detr_decoder(s: Sizes) -> Branching:
+    """Decoders with queries of their own, and one memory for all."""
+    encoder = s.sequences()
+
+    def decode(layers: nn.ModuleDict, query: Tensor, memory: Tensor) -> Tensor:
+        attended, _ = layers["attention"](query, memory, memory)
+        out: Tensor = layers["out"](attended)
+        return out
+
+    heads = {
+        name: Call(
+            decode, attention=nn.MultiheadAttention(s.features, 2, batch_first=True), out=nn.Linear(s.features, 2)
+        )
+        for name in ("boxes", "masks")
+    }
+    queries = nn.Embedding(2, s.features)  # shared by both
+
+    def losses(x: Tensor) -> dict[str, Tensor]:
+        memory = encoder(x)
+        return {name: square(h(queries.weight.expand(len(x), -1, -1), memory)) for name, h in heads.items()}
+
+    return Branching([encoder, queries], heads, losses)
+
+
+def self_attention_heads(s: Sizes) -> Branching:
+    """``mha(z, z, z)``: one tensor, three times."""
+    encoder = s.sequences()
+    heads = {name: nn.MultiheadAttention(s.features, 2, batch_first=True) for name in ("one", "two")}
+
+    def losses(x: Tensor) -> dict[str, Tensor]:
+        z = encoder(x)
+        return {name: square(h(z, z, z)[0]) for name, h in heads.items()}
+
+    return Branching([encoder], heads, losses)
+
+
+def keyword_attention_heads(s: Sizes) -> Branching:
+    """``mha(query=q, key=z, value=z)``: all by keyword, the first not z."""
+    encoder, query = s.sequences(), nn.Linear(5, s.features)
+    heads = {name: nn.MultiheadAttention(s.features, 2, batch_first=True) for name in ("one", "two")}
+
+    def losses(x: Tensor) -> dict[str, Tensor]:
+        z, q = encoder(x), query(x)[:, None]
+        return {name: square(h(query=q, key=z, value=z)[0]) for name, h in heads.items()}
+
+    return Branching([encoder, query], heads, losses)
+
+
+def list_of_levels(s: Sizes) -> Branching:
+    """Heads that get all levels of a pyramid as a list."""
+    stem, down = s.maps(), conv(s.features, s.features, stride=2)
+
+    def read(layers: nn.ModuleDict, levels: list[Tensor]) -> Tensor:
+        return torch.cat([layers["conv"](level).flatten(2) for level in levels], dim=2)
+
+    heads = {"cls": Call(read, conv=conv(s.features, 3)), "box": Call(read, conv=conv(s.features, 4))}
+
+    def losses(x: Tensor) -> dict[str, Tensor]:
+        first = stem(x)
+        return {name: square(h([first, down(first.tanh())])) for name, h in heads.items()}
+
+    return Branching([stem, down], heads, losses, {"dim": 1})
+
+
+def nested_inputs(s: Sizes) -> Branching:
+    """Dicts of tuples, with a mask and a number among the features."""
+    backbone, more = s.vectors(), nn.Linear(5, s.features)
+
+    def read(layers: nn.ModuleDict, inputs: dict[str, Any], *, scale: float) -> Tensor:
+        (z, w), mask = inputs["features"], inputs["mask"]
+        out: Tensor = layers["out"](torch.cat([z, w], dim=1) * mask) * scale
+        return out
+
+    heads = {name: Call(read, out=s.head(2 * s.features)) for name in ("left", "right")}
+
+    def losses(x: Tensor) -> dict[str, Tensor]:
+        inputs = {"features": (backbone(x), more(x)), "mask": torch.ones(1, 2 * s.features, dtype=x.dtype)}
+        return {name: square(h(inputs, scale=0.5)) for name, h in heads.items()}
+
+    return Branching([backbone, more], heads, losses)
+
+
+def condition_first(s: Sizes) -> Branching:
+    """A condition without gradient comes before z."""
+    backbone = s.vectors()
+
+    def read(layers: nn.ModuleDict, condition: Tensor, z: Tensor) -> Tensor:
+        out: Tensor = layers["out"](torch.cat([condition, z], dim=1))
+        return out
+
+    heads = {name: Call(read, out=s.head(s.features + 1)) for name in ("left", "right")}
+
+    def losses(x: Tensor) -> dict[str, Tensor]:
+        z = backbone(x)
+        return {name: square(h(x[:, :1], z)) for name, h in heads.items()}
+
+    return Branching([backbone], heads, losses)
+
+
+def lstm_state(s: Sizes) -> Branching:
+    """Heads that get hidden and cell state as a tuple."""
+    lstm = nn.LSTM(5, s.features, batch_first=True)
+
+    def read(layers: nn.ModuleDict, state: tuple[Tensor, Tensor]) -> Tensor:
+        out: Tensor = layers["out"](torch.cat([state[0][0], state[1][0]], dim=1))
+        return out
+
+    heads = {name: Call(read, out=s.head(2 * s.features)) for name in ("next", "end")}
+
+    def losses(x: Tensor) -> dict[str, Tensor]:
+        _, state = lstm(torch.stack([x, x.flip(1)], dim=1))
+        return {name: square(h(state)) for name, h in heads.items()}
+
+    return Branching([lstm], heads, losses)
+
+
+def siamese(s: Sizes) -> Branching:
+    """Heads that compare the representations of two inputs."""
+    backbone = s.vectors()
+
+    def compare(layers: nn.ModuleDict, first: Tensor, second: Tensor) -> Tensor:
+        out: Tensor = layers["out"](torch.cat([first, second, first * second], dim=1))
+        return out
+
+    heads = {name: Call(compare, out=s.head(3 * s.features)) for name in ("same", "order")}
+
+    def losses(x: Tensor) -> dict[str, Tensor]:
+        first, second = backbone(x), backbone(x.flip(1))
+        return {name: square(h(first, second)) for name, h in heads.items()}
+
+    return Branching([backbone], heads, losses)

@@ -1,0 +1,136 @@
+r"""Of any model, shared parameters get :math:`\sum_k w_k \nabla L_k`, and those of a task its own gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.strategies import DataObject
+
+from rotoopt import EqualWeighting, GradNorm, RotoGradWeighting
+from rotoopt.testing._branching import BRANCHING
+from rotoopt.testing._branching.model import Sizes
+from tests.branching.twins import NAMES, TOLERANCE, WAYS, Make, Twins
+from tests.samplers import DTYPES, SEEDS
+
+MODELS = pytest.mark.parametrize("make", BRANCHING, ids=NAMES)
+SIZES = st.builds(
+    Sizes, features=st.sampled_from([4, 6, 8, 10]), length=st.integers(1, 5), side=st.sampled_from([4, 8])
+)
+LOG_SCALES = st.lists(st.floats(-3, 3), min_size=3, max_size=3)
+BATCHES = st.integers(2, 5)
+
+
+@MODELS
+@given(seed=SEEDS, dtype=DTYPES, sizes=SIZES, log_scales=LOG_SCALES, size=BATCHES, data=st.data())
+def test_shared_parameters_get_the_weighted_sum_of_the_gradients(
+    make: Make, seed: int, dtype: torch.dtype, sizes: Sizes, log_scales: list[float], size: int, data: DataObject
+) -> None:
+    twins = Twins.of(make, seed, dtype, sizes, log_scales)
+    for step in range(2):
+        way = WAYS[data.draw(st.sampled_from(sorted(WAYS)))]
+        x = twins.batch(seed + step, size)
+        twins.follow()
+        twins.optimizer.zero_grad()
+        way(twins.optimizer, twins.losses(x, step))
+        weights = twins.weights()
+        assert (step > 0) >= (max(weights.values()) > 1.0 and twins.optimizer.last_step.lagged)
+        parts = [(weights[task], twins.true_gradients(x, step, task)) for task in weights]
+        twins.assert_gradients(parts, TOLERANCE[dtype])
+        twins.optimizer.step()
+
+
+@MODELS
+@given(seed=SEEDS, dtype=DTYPES, log_scales=LOG_SCALES, way=st.sampled_from(sorted(WAYS)))
+def test_weights_bring_all_gradients_to_one_norm(
+    make: Make, seed: int, dtype: torch.dtype, log_scales: list[float], way: str
+) -> None:
+    """Those of the same step, or of the step before where ``last_step.lagged`` says so; at first they are one then."""
+    twins = Twins.of(make, seed, dtype, log_scales=log_scales)
+    norms: dict[str, float] = {}
+    for step in range(3):
+        x = twins.batch(seed + step)
+        twins.follow()
+        twins.optimizer.zero_grad()
+        WAYS[way](twins.optimizer, twins.losses(x, step))
+        record, weights, before = twins.optimizer.last_step, twins.weights(), norms
+        assert record is not None
+        norms = {task: twins.true_norm(x, step, task) for task in weights}
+        tolerance = 10 * TOLERANCE[dtype]  # of one norm, not relative to a sum
+        for task, norm in zip(weights, record.grad_norms.tolist(), strict=True):
+            assert norm == pytest.approx(norms[task], rel=tolerance)
+        used = before if record.lagged else norms
+        if used:
+            common = [weights[task] * used[task] for task in weights]
+            assert common == pytest.approx([common[0]] * len(common), rel=tolerance)
+            assert min(used.values()) <= common[0] * (1 + tolerance)
+            assert common[0] <= max(used.values()) * (1 + tolerance)
+        else:
+            assert set(weights.values()) == {1.0}
+        twins.optimizer.step()
+
+
+@MODELS
+@given(seed=SEEDS, dtype=DTYPES, log_scales=LOG_SCALES, data=st.data())
+def test_whatever_tasks_a_backward_pass_has(
+    make: Make, seed: int, dtype: torch.dtype, log_scales: list[float], data: DataObject
+) -> None:
+    """All or some, in one pass or one pass each, and whether the next step has others."""
+    twins = Twins.of(make, seed, dtype, log_scales=log_scales)
+    names = sorted(twins.wrapped.heads)
+    for step in range(3):
+        twins.follow()
+        twins.optimizer.zero_grad()
+        parts = []
+        for number in range(data.draw(st.integers(1, 3))):
+            tasks = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+            batch = twins.batch(seed + 10 * step + number)
+            way = WAYS[data.draw(st.sampled_from(sorted(WAYS)))]
+            way(twins.optimizer, twins.losses(batch, number, tasks))
+            weights = twins.weights()
+            parts += [(weights[task], twins.true_gradients(batch, number, task)) for task in tasks]
+        twins.assert_gradients(parts, TOLERANCE[dtype])
+        twins.optimizer.step()
+
+
+@MODELS
+@given(seed=SEEDS, log_scales=LOG_SCALES, way=st.sampled_from(sorted(WAYS)), together=st.booleans())
+def test_a_batch_per_task_is_weighted_as_it_would_be_in_company(
+    make: Make, seed: int, log_scales: list[float], way: str, together: bool
+) -> None:
+    """One step for all backward passes, or one each: after a round without updates, the weights are those of all in one."""
+    weights = []
+    for alone in (True, False):
+        twins = Twins.of(make, seed, log_scales=log_scales, burn_in_period=0)
+        for group in twins.optimizer.param_groups:
+            group["lr"] = 0.0
+        x, names = twins.batch(seed), list(twins.wrapped.heads)
+        latest: dict[str, float] = {}
+        for _ in range(4):
+            for tasks in [[name] for name in names] if alone else [names]:
+                WAYS[way](twins.optimizer, twins.losses(x, 0, tasks))
+                latest.update({task: weight for task, weight in twins.weights().items() if task in tasks})
+                if not together:
+                    twins.optimizer.step()
+                    twins.optimizer.zero_grad()
+            if together:
+                twins.optimizer.step()
+                twins.optimizer.zero_grad()
+        weights.append([latest[name] for name in names])
+    assert weights[0] == pytest.approx(weights[1], rel=1e-6)
+
+
+@MODELS
+@pytest.mark.parametrize("weighting", [EqualWeighting, GradNorm, RotoGradWeighting])
+def test_any_weighting_that_adds_up(make: Make, weighting: type) -> None:
+    twins = Twins.of(make, 0, weighting=weighting(), turn_every=1)
+    for step in range(3):
+        x = twins.batch(step)
+        twins.follow()
+        twins.optimizer.zero_grad()
+        twins.optimizer.backward(twins.losses(x, step))
+        weights = twins.weights()
+        parts = [(weights[task], twins.true_gradients(x, step, task)) for task in weights]
+        twins.assert_gradients(parts, TOLERANCE[torch.float64])
+        twins.optimizer.step()
