@@ -8,9 +8,10 @@ TORCH := torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+MODELS := $(VENV)/.models-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-slow lint docs demo clean
+.PHONY: help test test-slow test-models lint docs demo clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -20,6 +21,9 @@ test: lint docs ## Check everything: ruff, mypy, documentation, tests
 
 test-slow: lint docs ## The same, slow tests included
 	$(BIN)/pytest -q -n 2 --runslow
+
+test-models: $(MODELS) ## Train models of transformers, timm, torchvision and stable-baselines3
+	$(BIN)/pytest -q -rs --runslow tests/models
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
 	$(BIN)/ruff check -q .
@@ -41,4 +45,8 @@ $(STAMP): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q '$(TORCH)'
 	$(BIN)/pip install -q '$(TORCH)' -e '.[dev]'
+	@touch $@
+
+$(MODELS): $(STAMP)
+	$(BIN)/pip install -q '$(TORCH)' -e '.[models]'
 	@touch $@
