@@ -156,7 +156,7 @@ class Capture:
             own = own and matrix is None and self._may_be_z(task, place)
             return self._own_copy(out, (task, place)) if own else out
         fork = self._fork(rep)
-        fork.tasks.add(task)
+        fork.taps[task] += 1
         fork.rotated = fork.rotated or matrix is not None
         self.shapes[task, place] = rep.shape
         out = Rotate.apply(rep, matrix, self.dims, fork, task)  # type: ignore[no-untyped-call]
@@ -188,6 +188,7 @@ class Capture:
             self.fed.forks.add(fork)
         elif rep.is_leaf and fork.used:  # z is a parameter, the same tensor in every forward pass
             fork.used = ()
+            fork.taps.clear()
             self.fed.forks.add(fork)
         return fork
 

@@ -10,7 +10,8 @@ checkpointing, compile) goes on working.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
@@ -122,7 +123,7 @@ class Fork:
         shape: The shape of z.
         version: How often z had been changed in place.
         made_by: The operation that made z, for those who ask why there are several.
-        tasks: The tasks whose heads z enters.
+        taps: How often z enters the heads of each task.
         rotated: Whether z is rotated on its way into them.
         used: The tasks whose gradients came back in the latest backward pass in which they waited for each other.
     """
@@ -131,7 +132,7 @@ class Fork:
         self.shape = rep.shape
         self.version = version(rep)
         self.made_by = "a leaf" if rep.grad_fn is None else rep.grad_fn.name().partition("Backward")[0]
-        self.tasks: set[int] = set()
+        self.taps: Counter[int] = Counter()
         self.rotated = False
         self.used: tuple[int, ...] = ()
         self._num_tasks = num_tasks
@@ -140,6 +141,15 @@ class Fork:
         self._arrived: set[int] = set()
         rep.register_hook(self._join)  # type: ignore[no-untyped-call]
 
+    @property
+    def tasks(self) -> Set[int]:
+        """The tasks whose heads z enters."""
+        return self.taps.keys()
+
+    def _waits(self, this: BackwardPass) -> bool:
+        """Whether gradients wait for each other: those of several tasks, or for one norm those of one task."""
+        return not this.lagged or (this.meets and len(self.taps) > 1) or max(self.taps.values()) > 1
+
     def arrive(self, task: int, grad: Tensor) -> Tensor | None:
         """Return what of the gradient of ``task`` goes on to z now; None where nothing does.
 
@@ -147,7 +157,7 @@ class Fork:
         zero, which takes no memory.
         """
         this = self._running()
-        if this.lagged and not (this.meets and len(self.tasks) > 1):
+        if not self._waits(this):
             return this.pass_on(task, grad)
         first = self._waiting is None
         if self._waiting is None:

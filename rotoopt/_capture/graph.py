@@ -15,6 +15,8 @@ Node = Any  # torch.autograd.graph.Node, whose attributes depend on the operatio
 
 # What adds losses up, or multiplies them: behind these, a sum of losses is still a sum of losses.
 SUMS = {"Add", "Sub", "Rsub", "Neg", "Mul", "Div", "Sum", "Mean", "Stack", "Cat", "Unbind", "Select"}
+# What DistributedDataParallel lets all outputs pass, and FSDP all inputs, each by itself.
+HANDED_ON = {"_DDPSink", "RegisterPostBackwardFunction"}
 BUNDLES = {"Unbind", "Split", "SplitWithSizes"}
 SUMS |= {"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Clone", "ToCopy", "Expand"}
 
@@ -71,7 +73,7 @@ def is_sum(node: Node) -> bool:
 def is_bundle(node: Node) -> bool:
     """Whether ``node`` has several outputs that may have nothing to do with each other.
 
-    Such are a graph that was compiled, what DistributedDataParallel lets all outputs pass, and ``torch.unbind``.
+    Such are a graph that was compiled, and ``torch.unbind``.
     """
     return num_outputs(node) > 1 and (isinstance(node, BackwardCFunction) or operation(node) in BUNDLES)
 
@@ -89,7 +91,14 @@ def leaves(nodes: Iterable[Node]) -> list[Tensor]:
 
 def inputs(node: Node) -> list[Node | None]:
     """Return the nodes that made the inputs of ``node``."""
-    return [parent for parent, _ in node.next_functions]
+    return [source(*edge)[0] for edge in node.next_functions]
+
+
+def source(node: Node | None, output: int) -> tuple[Node | None, int]:
+    """Return ``node`` and ``output``, the number of its output; what it got there if it only hands tensors on."""
+    while node is not None and operation(node) in HANDED_ON:
+        node, output = node.next_functions[output]
+    return node, output
 
 
 def terms(root: Node | None) -> set[Node]:
@@ -122,12 +131,12 @@ def _is_of_numbers(node: Node) -> bool:
 
 def made_by(loss: Tensor) -> Node:
     """Return what made ``loss``; where that is an entry of a stack, ``torch.stack(losses)[k]``, what made the entry."""
-    return _entry(loss.grad_fn, loss.output_nr)
+    return _entry(*source(loss.grad_fn, loss.output_nr))
 
 
 def _entry(node: Node, output: int) -> Node:
     """Return what made the number that is output ``output`` of ``node``."""
-    parts = [(part, number) for part, number in node.next_functions if part is not None]
+    parts = [source(*edge) for edge in node.next_functions if edge[0] is not None]
     found = None
     if operation(node) == "Unbind":
         found = _stacked(parts[0][0], output)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._torch.private import is_transformed, not_compiled
+
+if TYPE_CHECKING:
+    from rotoopt._capture.fork import Fork
 
 # A module of a task, by number, and a path through its arguments, lists and dicts.
 Place = tuple[int, str]
@@ -42,20 +48,20 @@ class Places:
             note: Whether to note what holds for this place.
         """
         if not self._rotations.rotate[task]:
-            if not any(self._rotations.rotate) and self._rotations.size is None and self._dims.exist_in(rep):
-                self._settle(self._dims.size(rep), rep.device)  # to be looked at
+            if not any(self._rotations.rotate) and self._rotations.size is None and self._dims.exist_in(rep.shape):
+                self._settle(self._dims.size(rep.shape), rep.device)  # to be looked at
             return None
         fits = self.noted[task].get(place)
         if fits is None and (note or place[1] == Z):
             fits = self._fits(rep, place)
-            if note:
+            if note and fits is not None:
                 self.noted[task][place] = fits
         elif fits and not self._fits(rep, place):
             raise ValueError(self._misfit(rep))
         if not fits:
             return None
         if self._rotations.size is None or rep.device != self._rotations.device:
-            self._settle(self._dims.size(rep), rep.device)
+            self._settle(self._dims.size(rep.shape), rep.device)
         return self._rotations[task]
 
     def note_same(self, place: Place, as_: Place, task: int) -> None:
@@ -63,22 +69,30 @@ class Places:
         if as_ in self.noted[task]:
             self.noted[task][place] = self.noted[task][as_]
 
-    def _fits(self, rep: Tensor, place: Place) -> bool:
-        """Whether ``rep`` has the size of the rotations. The first z must have it, or decides about it."""
-        is_first = not any(any(noted.values()) for noted in self.noted) and (place[1] == Z or rep.ndim > 1)
-        if not is_first and not self._dims.exist_in(rep):
-            return False
-        d, m = self._dims.size(rep), self._rotations.size
-        fits = is_first if m is None else d == m if self._rotations.covers_all else d >= m
-        if is_first and not fits:
+    def _fits(self, rep: Tensor, place: Place) -> bool | None:
+        """Whether ``rep`` has the size of the rotations; None where that is not decided yet. The first z decides."""
+        m, first = self._rotations.size, not any(any(noted.values()) for noted in self.noted)
+        if m is None:
+            decides = place[1] == Z or (self._rotations.init == "haar" and rep.ndim > 1)
+            return decides or None
+        if self._rotations.covers_all:
+            return self._dims.exist_in(rep.shape) and self._dims.size(rep.shape) == m
+        if first and place[1] == Z and self._dims.size(rep.shape) < m:
             raise ValueError(self._misfit(rep))
-        return fits
+        return self._dims.exist_in(rep.shape) and self._dims.size(rep.shape) >= m
+
+    def decide(self, forks: Iterable[Fork]) -> None:
+        """Make the rotations for what most heads read, if no head has got z alone; ``forks`` are of the first pass."""
+        if self._rotations.size is None and any(self._rotations.rotate):
+            read = [(len(each.tasks), self._dims.size(each.shape)) for each in forks if self._dims.exist_in(each.shape)]
+            if read:
+                self._settle(max(read)[1], self._rotations.device)
 
     def _misfit(self, rep: Tensor) -> str:
         m = self._rotations.size
         rule = f"have {m} features" if self._rotations.covers_all else f"have at least rotation_size={m} features"
         return (
-            f"The representation must {rule} along dim={self._dims.dim}, got {self._dims.size(rep)} in shape "
+            f"The representation must {rule} along dim={self._dims.dim}, got {self._dims.size(rep.shape)} in shape "
             f"{tuple(rep.shape)}. Either (a) `dim` names the wrong dimension, (b) the head was fed something else than "
             "the representation, or (c) its size changes between batches: rotate a dimension that does not."
         )

@@ -47,13 +47,13 @@ class RotatedDims:
             raise ValueError(f"`dim` must not name a dimension twice, got {self.dim} for shape {tuple(shape)}.")
         return dims
 
-    def exist_in(self, rep: Tensor) -> bool:
-        """Whether ``rep`` has these dimensions."""
-        return all(-rep.ndim <= i < rep.ndim for i in self.dim) and not (self._assumed and rep.ndim > 3)
+    def exist_in(self, shape: torch.Size) -> bool:
+        """Whether a representation of ``shape`` has these dimensions."""
+        return all(-len(shape) <= i < len(shape) for i in self.dim) and not (self._assumed and len(shape) > 3)
 
-    def size(self, rep: Tensor) -> int:
-        """Return ``d``, the number of features along the rotated dimensions."""
-        return math.prod([rep.shape[i] for i in self.resolve(rep.shape)])  # a list: torch.compile traces no generator
+    def size(self, shape: torch.Size) -> int:
+        """Return ``d``, the number of features along the rotated dimensions of a representation of ``shape``."""
+        return math.prod([shape[i] for i in self.resolve(shape)])  # a list: torch.compile traces no generator
 
     def view(self, rep: Tensor) -> Tensor:
         """Return ``rep`` as ``(L, d, P)``."""

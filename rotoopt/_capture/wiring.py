@@ -19,6 +19,7 @@ from rotoopt._capture.graph import (
     made_by,
     reached,
     reaching,
+    source,
     taps_of,
     terms,
     without_taps,
@@ -48,7 +49,7 @@ class Wiring:
         if known is not None:
             return known
         made = {task: made_by(loss) for task, loss in losses.items()}
-        backbone = None if backbone_loss is None else backbone_loss.grad_fn
+        backbone = None if backbone_loss is None else made_by(backbone_loss)
         check_losses(made, self._names, self._own_parameters(), backbone)
         return self._remember(frozenset(losses), made.values())
 
@@ -58,7 +59,7 @@ class Wiring:
         known = self._known(tasks, fed)
         if known is not None:
             return known
-        losses = {loss for root in running_roots() for loss in terms(root.grad_fn)}
+        losses = {loss for root in running_roots() for loss in terms(source(root.grad_fn, root.output_nr)[0])}
         taps = {loss: taps_of([loss]) for loss in losses}
         if not any(taps.values()):  # where torch does not tell what the pass began from
             return fed.only_fork() is not None

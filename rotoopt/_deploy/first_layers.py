@@ -146,7 +146,7 @@ def _storage(tensor: Tensor) -> int:
 
 def _first_layer(layer: nn.Module, fed: Tensor, z: Tensor, dims: RotatedDims) -> FirstLayer:
     """Return how ``layer`` consumes ``fed``, which is z or was made from it."""
-    d, flat = dims.size(z), fed.ndim == z.ndim and 0 not in dims.resolve(z.shape)
+    d, flat = dims.size(z.shape), fed.ndim == z.ndim and 0 not in dims.resolve(z.shape)
     sample: tuple[int, ...] = (d,)
     if isinstance(layer, CONVOLUTIONS) and layer.groups == 1 and layer.in_channels == d:
         sample, dims = (d, *layer.kernel_size), RotatedDims(1)

@@ -128,6 +128,7 @@ class Engine:
                 f"{who} must see the losses, got none. Call optimizer.step(losses) or optimizer.backward(losses) "
                 "instead of your own sum(losses).backward()."
             )
+        self.capture.places.decide(self.capture.fed.forks)
         self._follow_rotations()
         memory, weighting, count = self.memory, self.weighting, self.processes.count
         lagged = self._lags(one_tensor)
@@ -232,7 +233,7 @@ class Engine:
         finite, known = this.measured.finite, this.measured.norms
         this.known_norms = torch.where(finite & (known > 0), known, this.known_norms)
         this.weights = self.weighting(this.measured)
-        return self.weighting.combine(gradients, this.weights)
+        return self.weighting.combine(gradients, this.weights.to(gradients.scaled))  # which another one made as wide
 
     def _check_processes(self) -> None:
         if not self._processes_checked and self.rotations.size is not None:

@@ -174,6 +174,16 @@ def repair_columns_(matrices: Tensor, first: int, count: int, where: Tensor) -> 
     matrices.baddbmm_(columns, error.mT, alpha=-0.5)
 
 
+def determinant_signs(matrices: Tensor) -> Tensor:
+    """Return the signs of the determinants of ``matrices``, shape ``(..., m, m)``. Shape ``(...)``.
+
+    From the Householder reflections of a QR decomposition: see ``_haar`` for why not ``torch.linalg.slogdet``.
+    """
+    triangular, tau = torch.geqrf(matrices)
+    num_reflections = (tau != 0).sum(-1)
+    return triangular.diagonal(dim1=-2, dim2=-1).sign().prod(-1) * (1 - 2 * (num_reflections % 2))
+
+
 def orthogonality_error(matrices: Tensor) -> Tensor:
     r"""Return :math:`\max_{ij} |R^\top R - I|_{ij}` of each matrix. Shape ``(..., m, m)`` to ``(...)``."""
     gram = matrices.mT @ matrices

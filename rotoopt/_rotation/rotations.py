@@ -10,6 +10,7 @@ import torch
 from geotorch.so import uniform_init_
 from torch import Tensor, nn
 
+from rotoopt._rotation.cayley import determinant_signs
 from rotoopt._torch.processes import Processes
 
 Init = Literal["identity", "haar"]
@@ -153,11 +154,11 @@ class Rotations(nn.Module):
 
 
 def _haar(num_tasks: int, size: int) -> Tensor:
-    """Draw Haar rotations; geotorch alone returns reflections too where m is large, from about 350 in float32.
+    """Draw Haar rotations. Shape ``(num_tasks, size, size)``, float64.
 
-    It asks ``torch.det`` for the sign, a product of m pivots that underflows to zero.
+    One by one: geotorch asks ``torch.det`` for the sign, which MKL gets wrong for a batch of large matrices on several
+    threads (pytorch#142815), and which underflows to zero for a large one.
     """
-    matrices: Tensor = uniform_init_(torch.empty(num_tasks, size, size, dtype=torch.float64))
-    reflections = torch.linalg.slogdet(matrices).sign < 0
-    matrices[reflections, :, 0] *= -1
+    matrices = torch.stack([uniform_init_(torch.empty(size, size, dtype=torch.float64)) for _ in range(num_tasks)])
+    matrices[determinant_signs(matrices) < 0, :, 0] *= -1
     return matrices

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rotoopt._rotation.cayley import determinant_signs
+
 
 class Sampler:
     """Random tensors of one dtype from one seed.
@@ -44,7 +46,7 @@ class Sampler:
         Q: Tensor
         Q, R = torch.linalg.qr(torch.randn(num_tasks, m, m, generator=self.generator, dtype=torch.float64))
         Q *= R.diagonal(dim1=-2, dim2=-1).sign()[:, None]
-        Q[torch.linalg.slogdet(Q).sign < 0, :, 0] *= -1
+        Q[determinant_signs(Q) < 0, :, 0] *= -1
         return Q.to(self.dtype)
 
     def directions(self, num_tasks: int, *shape: int) -> tuple[Tensor, Tensor]:

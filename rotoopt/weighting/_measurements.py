@@ -85,12 +85,13 @@ def joined_across(own: Measurements, processes: Processes) -> Measurements:
 
 
 def _if_finite(part: Measurements) -> Measurements:
-    """Return ``part``; all tasks are absent from it where something was not finite."""
+    """Return ``part`` without what absent tasks had before; all are absent where something was not finite."""
     finite = part.finite
+    present = part.present & finite
     return replace(
         part,
-        norms=torch.where(finite, part.norms, 0.0),
-        present=part.present & finite,
+        norms=torch.where(present, part.norms, 0.0),
+        present=present,
         losses=None if part.losses is None else torch.where(finite, part.losses, torch.nan),
         cosines=None if part.cosines is None else torch.where(finite, part.cosines, 0.0),
     )

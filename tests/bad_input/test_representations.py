@@ -36,6 +36,7 @@ REPRESENTATIONS = {
         r"`dim` must be given for .*four or more dimensions, got none for shape \(5, 6, 1, 1\).*dim=1 for",
         lambda m, o: lambda: left(m)(representation(m)[:, :, None, None]),
         later=False,
+        fatal=True,
     ),
     "dimension twice": Case(
         ValueError,

@@ -66,9 +66,9 @@ class Twins:
         log_scales: Collection[float] = (),
         **options: Any,
     ) -> Twins:
-        """Return twins whose rotations rest at I, where the twin has none."""
+        """Return twins whose rotations rest at I, where the twin has none. They learn slowly: losses may be large."""
         wrapped, bare = (built(make, sizes, seed, dtype) for _ in range(2))
-        sgd = SGD(wrapped.modules().parameters(), lr=0.05)
+        sgd = SGD(wrapped.modules().parameters(), lr=1e-5)
         optimizer = RotoGradOptimizer(sgd, wrapped.heads, rotation_lr=0.0, **wrapped.options, **options)
         scales = dict.fromkeys(wrapped.heads, 1.0)
         scales.update(zip(wrapped.heads, (10.0**each for each in log_scales), strict=False))
@@ -99,26 +99,21 @@ class Twins:
 
     def true_norm(self, x: Tensor, seed: int, task: str) -> float:
         """Return the norm of the gradient of one loss at everything that enters its head."""
-        entered: list[Tensor] = []
+        entered: dict[int, tuple[Tensor, Tensor]] = {}  # with the tensor itself, lest another one gets its id
+
+        def view(tensor: Tensor) -> Tensor:
+            if not tensor.requires_grad:
+                return tensor
+            return entered.setdefault(id(tensor), (tensor, tensor.view_as(tensor)))[1]
 
         def note(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            passed: dict[int, Tensor] = {}
-
-            def view(tensor: Tensor) -> Tensor:
-                if not tensor.requires_grad:
-                    return tensor
-                if id(tensor) not in passed:
-                    passed[id(tensor)] = tensor.view_as(tensor)
-                    entered.append(passed[id(tensor)])
-                return passed[id(tensor)]
-
             return tree_map_only(Tensor, view, (args, kwargs))
 
         handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in self.bare.modules_of(task)]
         loss = self._losses(self.bare, x, seed, None)[task]
         for handle in handles:
             handle.remove()
-        grads = torch.autograd.grad(loss, entered)
+        grads = torch.autograd.grad(loss, [viewed for _, viewed in entered.values()])
         return float(torch.stack([grad.double().norm() for grad in grads]).norm())
 
     def own_names(self) -> set[str]:

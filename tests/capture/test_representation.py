@@ -36,7 +36,7 @@ def test_restore_inverts_view(view: tuple[torch.Size, tuple[int, ...]]) -> None:
 def test_features_are_the_rotated_dimensions_in_row_major_order(view: tuple[torch.Size, tuple[int, ...]]) -> None:
     shape, dim = view
     rep, dims = torch.arange(shape.numel()).view(shape), RotatedDims(dim)
-    rows = dims.view(rep).mT.reshape(-1, dims.size(rep))  # (samples, d)
+    rows = dims.view(rep).mT.reshape(-1, dims.size(rep.shape))  # (samples, d)
     assert torch.equal(rows, layout(shape, dim))
 
 
@@ -60,11 +60,11 @@ def test_rotation_keeps_inner_products(layout_: Layout, seed: int, dtype: torch.
     shape, dim = layout_
     sampler, dims = Sampler(seed, dtype), RotatedDims(dim)
     x, y = sampler.normal(*shape), sampler.normal(*shape)
-    (R,) = sampler.rotations(1, dims.size(x))
+    (R,) = sampler.rotations(1, dims.size(x.shape))
     # The rounding of two products of d terms each, relative to |x||y|, not to <x, y>, which may cancel.
-    atol = 4 * dims.size(x) * eps(dtype) * float(x.norm() * y.norm())
+    atol = 4 * dims.size(x.shape) * eps(dtype) * float(x.norm() * y.norm())
     assert_close((rotated(x, R, dims) * rotated(y, R, dims)).sum(), (x * y).sum(), rtol=0, atol=atol)
-    assert_close(rotated(x, R, dims).norm(), x.norm(), rtol=4 * dims.size(x) * eps(dtype), atol=0)
+    assert_close(rotated(x, R, dims).norm(), x.norm(), rtol=4 * dims.size(x.shape) * eps(dtype), atol=0)
 
 
 @given(layout_=LAYOUT, seed=SEEDS, rest=st.integers(0, 3))
@@ -72,7 +72,7 @@ def test_rotation_is_the_oracles_and_passes_the_rest_through(layout_: Layout, se
     shape, dim = layout_
     sampler, dims = Sampler(seed), RotatedDims(dim)
     rep = sampler.normal(*shape)
-    m = dims.size(rep) - rest
+    m = dims.size(rep.shape) - rest
     (R,) = sampler.rotations(1, m)
     assert_close(rotated(rep, R, dims), rotate(rep, R, layout(rep.shape, dims.dim)), rtol=ROUNDING, atol=ROUNDING)
     assert torch.equal(dims.view(rotated(rep, R, dims))[:, m:], dims.view(rep)[:, m:])
@@ -85,7 +85,7 @@ def test_strides_do_not_matter(layout_: Layout, seed: int) -> None:
     order = torch.randperm(len(shape), generator=sampler.generator).tolist()
     rep = sampler.normal(*shape)
     strided = rep.permute(order).contiguous().permute([order.index(i) for i in range(len(shape))])
-    (R,) = sampler.rotations(1, dims.size(rep))
+    (R,) = sampler.rotations(1, dims.size(rep.shape))
     assert_close(rotated(strided, R, dims), rotated(rep, R, dims), rtol=ROUNDING, atol=ROUNDING)
 
 
@@ -94,9 +94,9 @@ def test_transposed_rotation_is_the_inverse(layout_: Layout, seed: int) -> None:
     shape, dim = layout_
     sampler, dims = Sampler(seed), RotatedDims(dim)
     rep = sampler.normal(*shape)
-    (R,) = sampler.rotations(1, dims.size(rep))
+    (R,) = sampler.rotations(1, dims.size(rep.shape))
     assert_close(rotated(rotated(rep, R, dims), R.mT, dims), rep, rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_size_is_the_product_of_the_rotated_dimensions() -> None:
-    assert RotatedDims((1, -1)).size(torch.zeros(2, 3, 4, 5)) == math.prod((3, 5))
+    assert RotatedDims((1, -1)).size(torch.Size([2, 3, 4, 5])) == math.prod((3, 5))

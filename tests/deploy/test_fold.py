@@ -44,7 +44,7 @@ def test_state_dict_loads_into_a_plain_model(layout: Layout, K: int, rest: int, 
     shape, dim = layout
     *data, (x, _) = batches(seed, 3, K, dtype)
     model, plain = network(seed, shape[1:], K, dtype), Network(shape[1:], K).to(dtype)
-    size = RotatedDims(dim).size(torch.empty(shape)) - rest
+    size = RotatedDims(dim).size(torch.Size(shape)) - rest
     bare = SGD(model.parameters(), lr=0.1)
     optimizer = RotoGradOptimizer(
         bare, list(model.heads), dim=dim, rotation_size=size, rotation_lr=1.0, init="haar", rotate=[True] * K

@@ -58,7 +58,7 @@ def test_refreshed_copy_rotates_as_the_model_does_now(
     shape, dim = case
     *data, (x, _) = batches(seed, 4, K, dtype)
     model = network(seed, shape[1:], K, dtype)
-    size = None if rest is None else RotatedDims(dim).size(torch.empty(shape)) - rest
+    size = None if rest is None else RotatedDims(dim).size(torch.Size(shape)) - rest
     bare, heads = SGD(model.parameters(), lr=0.1), list(model.heads)
     optimizer = RotoGradOptimizer(bare, heads, dim=dim, rotation_size=size, **OPTIONS)
     model_copy: Any = None

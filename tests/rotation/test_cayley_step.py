@@ -285,7 +285,7 @@ def test_correlation_is_a_sum_over_samples(layout_: Layout, seed: int, K: int, r
     shape, dim = layout_
     sampler, dims = Sampler(seed), RotatedDims(dim)
     x, y = sampler.normal(K, *shape), sampler.normal(*shape)
-    m = dims.size(y) - rest
+    m = dims.size(y.shape) - rest
     index = layout(y.shape, dims.dim)[:, :m]
     expected = torch.stack([rep.flatten()[index].T @ y.flatten()[index] for rep in x])
     gradient = RotationGradient(dims.view_stacked(x), dims.view(y), torch.tensor(True))
