@@ -93,6 +93,15 @@ class Capture:
         """
         if len(args) == 1 and not kwargs and is_floating(args[0]):
             return (self.feed(args[0], task, (part, Z), training=training, own=True),), kwargs
+        captures = training and torch.is_grad_enabled()
+        return (self._capture_each if captures else self._feed_each)(args, kwargs, task, part, training)
+
+    @not_compiled
+    def _capture_each(self, args: tuple[Any, ...], kwargs: dict[str, Any], task: int, part: int, _: bool) -> Inputs:
+        """The same as :meth:`_feed_each`, with one graph break for all."""
+        return self._feed_each(args, kwargs, task, part, training=True)
+
+    def _feed_each(self, args: tuple[Any, ...], kwargs: dict[str, Any], task: int, part: int, training: bool) -> Inputs:
         pairs, structure = paths_and_leaves((args, kwargs))
         if not any(is_floating(leaf) for _, leaf in pairs):
             found = ", ".join(str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for _, x in pairs)
@@ -147,11 +156,12 @@ class Capture:
 
         A graph break: a fork is filled in the backward pass, where torch.compile cannot follow.
         """
-        if self._paused or is_transformed():
+        if is_transformed():
             return self._rotate(rep, task, place, own)
-        self.fed.note(rep, task)
         matrix = self.places.matrix_for(rep, task, place, note=rep.requires_grad)
-        if not rep.requires_grad:
+        if not self._paused:
+            self.fed.note(rep, task)
+        if self._paused or not rep.requires_grad:
             out = rep if matrix is None else rotated(rep, matrix, self.dims)
             own = own and matrix is None and self._may_be_z(task, place)
             return self._own_copy(out, (task, place)) if own else out

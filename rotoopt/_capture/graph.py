@@ -101,6 +101,11 @@ def source(node: Node | None, output: int) -> tuple[Node | None, int]:
     return node, output
 
 
+def is_handed_on(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a copy that only hands on what another one is, as an output of DistributedDataParallel."""
+    return tensor.grad_fn is not None and operation(tensor.grad_fn) in HANDED_ON
+
+
 def terms(root: Node | None) -> set[Node]:
     """Return the losses that ``root`` is a sum of, as nodes.
 

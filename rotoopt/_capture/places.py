@@ -36,6 +36,7 @@ class Places:
     def __init__(self, rotations: Rotations, dims: RotatedDims) -> None:
         self._rotations = rotations
         self._dims = dims
+        self._proposed: int | None = None
         self.noted: list[dict[Place, bool]] = [{} for _ in range(len(rotations))]
 
     def matrix_for(self, rep: Tensor, task: int, place: Place, *, note: bool) -> Tensor | None:
@@ -81,12 +82,16 @@ class Places:
             raise ValueError(self._misfit(rep))
         return self._dims.exist_in(rep.shape) and self._dims.size(rep.shape) >= m
 
-    def decide(self, forks: Iterable[Fork]) -> None:
-        """Make the rotations for what most heads read, if no head has got z alone; ``forks`` are of the first pass."""
+    def propose(self, forks: Iterable[Fork]) -> None:
+        """Note the size of what most heads read, ``forks``, in case that no head gets z alone."""
         if self._rotations.size is None and any(self._rotations.rotate):
             read = [(len(each.tasks), self._dims.size(each.shape)) for each in forks if self._dims.exist_in(each.shape)]
-            if read:
-                self._settle(max(read)[1], self._rotations.device)
+            self._proposed = max(read)[1] if read else None
+
+    def decide(self) -> None:
+        """Make the rotations that were proposed. Not in a backward pass, where checkpointing runs heads once more."""
+        if self._rotations.size is None and self._proposed is not None:
+            self._settle(self._proposed, self._rotations.device)
 
     def _misfit(self, rep: Tensor) -> str:
         m = self._rotations.size

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rotoopt._capture.fork import Fed, address
+from rotoopt._capture.graph import is_handed_on
 from rotoopt._torch.private import tree_leaves
 
 Head = nn.Module | Sequence[nn.Module | nn.Parameter]
@@ -230,7 +231,7 @@ def check_rep(rep: object, fed: Fed, names: Sequence[str]) -> None:
             f"{_kind(rep)}."
         )
     for tensor in tensors:
-        if fed.addresses and address(tensor) not in fed.addresses:
+        if fed.addresses and address(tensor) not in fed.addresses and not is_handed_on(tensor):
             raise ValueError(
                 f"`rep` must be what entered the heads, got a tensor of shape {tuple(tensor.shape)} that did not. What "
                 f"did: {fed.described(names)}. Pass that, or leave `rep` out: nothing but this check needs it."

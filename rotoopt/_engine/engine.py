@@ -128,7 +128,7 @@ class Engine:
                 f"{who} must see the losses, got none. Call optimizer.step(losses) or optimizer.backward(losses) "
                 "instead of your own sum(losses).backward()."
             )
-        self.capture.places.decide(self.capture.fed.forks)
+        self.capture.places.propose(self.capture.fed.forks)
         self._follow_rotations()
         memory, weighting, count = self.memory, self.weighting, self.processes.count
         lagged = self._lags(one_tensor)
@@ -308,6 +308,7 @@ class Engine:
         assert self._record is not None  # there was a pass
         self._record = replace(self._record, angles=angles, total_angles=memory.total_angles, rotation_lr=rotation_lr)
         memory.num_steps += 1
+        self.capture.places.decide()
         self._silent_heads.observe(self._passes)
         self.clear()
 

@@ -67,6 +67,7 @@ def check_losses_repeat(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
     """Check that ``losses`` computes the same finite losses at every call, each time anew: other checks rely on it."""
     trial = Trial(optimizer, losses)
     with trial.restored():
+        trial.losses()  # may make the rotations, and draw random numbers for that
         first, second = trial.losses(), trial.losses()
     for task, loss in first.items():
         if not loss.isfinite():

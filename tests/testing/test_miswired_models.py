@@ -113,7 +113,7 @@ FAULTS = {
     "loss whose value does not depend on z": Fault(
         forward(miswired.straight_through),
         ROTATIONS,
-        "front of right must change its loss, got that of right unchanged",
+        "front of right must change its loss, got the same loss",
     ),
     "backbone missing from the optimizer": Fault(
         miswired.without_backbone, PARAMETERS, r"got 1 without: \(6, 3\) of the backbone\. Build it"
