@@ -34,8 +34,7 @@ class Coordinates:
         self.rotations = rotations
         self._processes = processes
         # Sized by the first gradient: the optimizer, and schedulers on it, exist before the rotations do.
-        empty = torch.zeros(rotations.num_tasks, 0, 0, device=rotations.device, dtype=rotations.dtype)
-        self.parameter = nn.Parameter(empty)
+        self.parameter = nn.Parameter(torch.empty(0, device=rotations.device, dtype=rotations.dtype))
         self.fit()
 
     def fit(self) -> None:
@@ -52,7 +51,7 @@ class Coordinates:
 
     @torch.no_grad()
     def turn(self, where: Tensor | bool = True) -> Tensor:
-        """Apply the turn, R_k <- R_k cay(A_k - A_k^T), and start again at zero.
+        """Apply the turn, R_k <- R_k cay(A_k - A_k^T), for the tasks that are rotated, and start again at zero.
 
         Args:
             where: Whether to apply it. Shape ``()``, bool.
@@ -60,8 +59,8 @@ class Coordinates:
         Returns:
             Its angles, for small ones; see :class:`~rotoopt._rotation.step.RotationStep`. Shape ``(K,)``.
         """
-        lower = self.parameter.tril(-1)
-        lower = torch.where(torch.as_tensor(where, device=lower.device), lower, 0.0)
+        # Some optimizers move a parameter whose gradient is zero.
+        lower = torch.where(where & self.rotations.rotates[:, None, None], self.parameter.tril(-1), 0.0)
         skew = lower - lower.mT
         turn_(self.rotations.matrices, skew)
         self.parameter.zero_()

@@ -55,7 +55,7 @@ class TaskGradients:
         """Measure ``grads``, shape ``(K, n)``, which is scaled in place."""
         peak = grads.abs().amax(dim=1) if grads.shape[1] else grads.sum(dim=1)  # a batch may be empty
         exponent = torch.frexp(peak).exponent.clamp(MIN_EXPONENT, MAX_EXPONENT)
-        scale = torch.where(peak.isfinite() & (peak > 0), torch.ldexp(torch.ones_like(peak), exponent), 1.0)
+        scale = torch.ldexp(torch.ones_like(peak), exponent)
         scaled = grads.div_(scale[:, None])
         return TaskGradients(scaled, scale, tasks, present, scaled @ scaled.mT)
 
