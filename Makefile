@@ -16,12 +16,10 @@ help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 test: lint docs ## Check everything: ruff, mypy, documentation, tests
-	$(BIN)/pytest -q -n 2 -m 'not distributed'
-	$(BIN)/pytest -q -m distributed
+	$(BIN)/pytest -q -n 2
 
 test-slow: lint docs ## The same, slow tests included
-	$(BIN)/pytest -q -n 2 --runslow -m 'not distributed'
-	$(BIN)/pytest -q --runslow -m distributed
+	$(BIN)/pytest -q -n 2 --runslow
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
 	$(BIN)/ruff check -q .

@@ -72,6 +72,9 @@ def main() -> None:
     if rank == 0 and record is not None and record.losses is not None:  # those of the joined batch
         print("losses after training: " + ", ".join(f"{loss:.4f}" for loss in record.losses.tolist()))
     if count > 1:
+        # The model goes first. As the last to use the group, it would wait for the group's threads and keep Python's
+        # lock meanwhile, for which one of these threads may wait: on a busy machine, a deadlock now and then.
+        del model
         dist.destroy_process_group()
 
 

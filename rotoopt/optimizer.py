@@ -21,16 +21,18 @@ from rotoopt._deploy.refresh import refresh
 from rotoopt._engine.arguments import (
     Heads,
     Losses,
+    Parts,
     check_heads,
     check_optimizer,
     check_options,
     check_rotate,
-    warn_of_missing_parameters,
+    modules_of,
     warn_user,
 )
 from rotoopt._engine.engine import Engine
 from rotoopt._engine.memory import misfit
 from rotoopt._engine.record import StepRecord
+from rotoopt._engine.watch import UntrainedHeads
 from rotoopt._rotation.cayley_step import CayleyStep
 from rotoopt._rotation.coordinates import OptimizerStep, RotationOptimizer
 from rotoopt._rotation.rotations import Init, Rotations
@@ -50,9 +52,10 @@ TURN_EVERY = 16
 class _Core(Core):
     """Everything mutable; see :class:`~rotoopt._torch.wrapper.Core`."""
 
-    heads: list[nn.Module]
+    heads: list[Parts]
     engine: Engine
     rotation_step: RotationStep
+    untrained_heads: UntrainedHeads
     built_in_step: bool
     idle_steps: int = 0
     rotograd_loaded: bool = False  # since the latest step
@@ -67,12 +70,14 @@ class RotoGradOptimizer(OptimizerWrapper):
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``, already built.
-        heads: The modules that consume the representation, a sequence or a mapping from task names. A forward
-            pre-hook puts the rotation in front of each.
+        heads: The first modules that belong to one task alone, a sequence or a mapping from task names. Whatever
+            floating-point tensor with a gradient enters them is the representation of that task. A task may have
+            several, and parameters beside them, in a tuple: ``{"latent": (mean, log_variance)}``. A forward pre-hook
+            puts the rotation in front of each.
         num_tasks: K, instead of ``heads``, for functional heads: feed them with :meth:`rotate`.
         dim: Dimension or dimensions of the representation that are rotated (several are flattened together):
             -1 for vectors ``(B, d)`` and token sequences ``(B, T, d)``, 1 for the channels of ``(B, C, H, W)`` maps.
-            All others count as samples.
+            All others count as samples. ``None``: -1 for up to three dimensions, and an error for more.
         rotation_size: Rotate only the first m features along ``dim``. The rotations then exist from construction;
             otherwise they are made in the first training forward.
         rotate: ``False``, or one flag per task: that task keeps R_k = I (frozen, pretrained heads).
@@ -127,7 +132,7 @@ class RotoGradOptimizer(OptimizerWrapper):
         heads: Heads | None = None,
         *,
         num_tasks: int | None = None,
-        dim: int | Sequence[int] = -1,
+        dim: int | Sequence[int] | None = None,
         rotation_size: int | None = None,
         rotate: bool | Sequence[bool] = True,
         weighting: Weighting | Aggregator | None = None,
@@ -145,7 +150,7 @@ class RotoGradOptimizer(OptimizerWrapper):
                 "call remove() on this one if it is not used any more."
             )
         check_optimizer(optimizer)
-        modules, names = check_heads(heads, num_tasks)
+        parts, names = check_heads(heads, num_tasks)
         flags = check_rotate(rotate, len(names))
         check_options(
             rotation_size=rotation_size,
@@ -156,8 +161,7 @@ class RotoGradOptimizer(OptimizerWrapper):
             init=init,
         )
         dims, used_weighting = RotatedDims(dim), as_weighting(weighting)
-        check_unhooked(modules, names)
-        warn_of_missing_parameters(optimizer, modules, names)
+        check_unhooked([modules_of(each) for each in parts], names)
         if len(names) == 1 and init == "identity":
             flags = (False,)  # a single task agrees with itself: R = I for ever, so do not even multiply by it
         if turn_every is None:
@@ -172,6 +176,7 @@ class RotoGradOptimizer(OptimizerWrapper):
         )
         engine = Engine(
             names,
+            parts,
             rotations,
             dims=dims,
             weighting=used_weighting,
@@ -180,16 +185,18 @@ class RotoGradOptimizer(OptimizerWrapper):
             turn_every=turn_every,
             processes=processes,
         )
-        self._wrap(_Core(optimizer, modules, engine, rotation_step, rotation_optimizer is None))
-        for task, head in enumerate(modules):
-            attach(engine.capture, head, task)
+        untrained = UntrainedHeads(optimizer, parts, names)
+        self._wrap(_Core(optimizer, parts, engine, rotation_step, untrained, rotation_optimizer is None))
+        for task, head in enumerate(parts):
+            for number, module in enumerate(modules_of(head)):
+                attach(engine.capture, module, task, number)
 
     # ------------------------------------------------------------------ training
 
     def backward(
         self,
         losses: Losses,
-        rep: Tensor | None = None,
+        rep: Any = None,
         *,
         backbone_loss: Tensor | None = None,
         scaler: torch.amp.GradScaler | None = None,
@@ -198,18 +205,19 @@ class RotoGradOptimizer(OptimizerWrapper):
 
         Args:
             losses: One scalar loss per task, in the order of the heads or by task name; ``None`` (or a missing
-                name) for a task that is absent from this batch.
-            rep: The shared representation. Gradients are taken at the tensor that the heads consumed, whatever is
-                given here; ``rep`` is compared with it, and may be left out.
+                name) for a task that is absent from this batch. Or all of them, stacked. Shape ``(K,)``.
+            rep: The shared representation: what entered the heads, a tensor or several in lists, tuples and dicts. It
+                is checked to be that, and may be left out.
             backbone_loss: A loss of the backbone alone (a regularizer). Added to the gradient as it is: never
                 normalized, scaled or rotated.
             scaler: Multiplies what is back-propagated. Go on with ``scaler.step(optimizer); scaler.update()``.
 
         Raises:
-            ValueError: If the losses are not K scalars with graphs, or ``rep`` has another shape than what the heads
-                consumed.
-            RuntimeError: If a loss did not pass through its rotated head, the heads do not share one
-                representation, ``backbone_loss`` passes through a head, or the losses were back-propagated before.
+            ValueError: If the losses are not K scalars with graphs, or ``rep`` did not enter the heads.
+            RuntimeError: If a loss does not pass through its own head, or through another one as well; if something
+                that tasks share is reached around the heads; if the weighting needs one tensor that all heads read,
+                and there are several; if ``backbone_loss`` passes through a head; or if the losses were back-propagated
+                before.
         """
         self._core.engine.backward(losses, rep, backbone_loss, scaler)
 
@@ -217,7 +225,7 @@ class RotoGradOptimizer(OptimizerWrapper):
     def step(
         self,
         closure: None = None,
-        rep: Tensor | None = None,
+        rep: Any = None,
         *,
         losses: Losses | None = None,
         backbone_loss: Tensor | None = None,
@@ -225,12 +233,12 @@ class RotoGradOptimizer(OptimizerWrapper):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
     @overload
-    def step(self, closure: Losses, rep: Tensor | None = None, *, backbone_loss: Tensor | None = None) -> None: ...
+    def step(self, closure: Losses, rep: Any = None, *, backbone_loss: Tensor | None = None) -> None: ...
     @mark_as_hooked
     def step(
         self,
         closure: Callable[[], float] | Losses | None = None,
-        rep: Tensor | None = None,
+        rep: Any = None,
         *,
         losses: Losses | None = None,
         backbone_loss: Tensor | None = None,
@@ -256,7 +264,7 @@ class RotoGradOptimizer(OptimizerWrapper):
     def _step(
         self,
         closure: Callable[[], float] | Losses | None = None,
-        rep: Tensor | None = None,
+        rep: Any = None,
         *,
         losses: Losses | None = None,
         backbone_loss: Tensor | None = None,
@@ -273,11 +281,9 @@ class RotoGradOptimizer(OptimizerWrapper):
         result = core.optimizer.step() if closure is None else core.optimizer.step(closure)
         if core.engine.pending:
             core.rotograd_loaded = False
-            # A training loop may step inside of its autocast.
-            with torch.autocast(core.engine.rotations.device.type, enabled=False):
-                angles = core.rotation_step.step(core.engine.rotation_gradients)
-                core.engine.finish_step(angles, self.rotation_optimizer.param_groups[0]["lr"])
-        elif core.engine.capture.last_shape is None:
+            core.engine.finish_step(core.rotation_step.step, self.rotation_optimizer.param_groups[0]["lr"])
+            core.untrained_heads.observe()
+        elif not core.engine.capture.shapes:
             self._note_idle_step()
         return result
 
@@ -360,7 +366,8 @@ class RotoGradOptimizer(OptimizerWrapper):
             >>> torch.allclose(head_a(z), rotated, atol=1e-6), len(head_a._forward_pre_hooks)
             (True, 0)
         """
-        fold(self._core.engine.capture, self._core.heads, self._core.engine.names)
+        heads = [modules_of(head) for head in self._core.heads]
+        fold(self._core.engine.capture, heads, self._core.engine.names)
 
     def refresh(self, model_copy: nn.Module) -> None:
         """Give a copy of the model the rotations of now.

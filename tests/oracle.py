@@ -142,6 +142,7 @@ class Oracle:
         self.t, K = 0, len(self.heads)
         self.loss_references = References(K, self.burn_in_period)
         self.norm_references = References(K, self.burn_in_period)
+        self.known_norms = torch.full((K,), math.nan).double()
         self.squares, self.logits = torch.zeros(K).double(), torch.zeros(K).double()
         self.logit_optimizer = Adam([self.logits], lr=self.weight_lr)
 
@@ -184,6 +185,7 @@ class Oracle:
         self.optimizer.step()
 
         if J.isfinite().all() and self.losses[present].isfinite().all():
+            self.known_norms = torch.where(self.norms > 0, self.norms, self.known_norms)
             if self.weighting == "gradnorm":
                 self._step_logits(J, present)
             if len(present) > 1:
@@ -203,8 +205,15 @@ class Oracle:
         if callable(self.weighting):
             return self.weighting(J)
         if self.weighting == "rotograd":
-            norms = self.norms[present]
-            weights = scale(norms, shares(norms, self.norm_references.values[present]))
+            # An absent task keeps its last known norm in C, which a batch per task is scaled to as one of all is.
+            norms = torch.where(
+                torch.isin(torch.arange(len(self.heads)), torch.tensor(present)), self.norms, self.known_norms
+            )
+            members = ~norms.isnan()
+            alphas = shares(norms[members], self.norm_references.values[members])
+            weights = torch.full_like(norms, math.nan)
+            weights[members] = scale(norms[members], alphas)
+            weights = weights[present]
         elif self.weighting == "gradnorm":
             weights = (len(self.heads) * self.logits.softmax(0))[present]
         else:

@@ -1,4 +1,4 @@
-"""Capture: representations are rotated on their way into the heads, and what the heads were fed is noted."""
+"""Capture: what enters a head is rotated, and what the heads were fed is noted."""
 
 from __future__ import annotations
 
@@ -12,13 +12,24 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rotoopt._capture.fork import BackwardPass, Fed, Fork, Rotate
+from rotoopt._capture.places import Place, Places, Z
 from rotoopt._capture.representation import RotatedDims, rotated
 from rotoopt._rotation.rotations import Rotations
-from rotoopt._torch.private import backward_pass_id, is_transformed, not_compiled
+from rotoopt._torch.private import (
+    backward_pass_id,
+    is_transformed,
+    keystr,
+    not_compiled,
+    tree_flatten_with_path,
+    tree_unflatten,
+    version,
+)
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Capture:
-    """Rotates representations on their way into the heads, and captures the gradients on their way back.
+    """Rotates what enters the heads, and captures the gradients on their way back.
 
     Args:
         rotations: The rotations to apply.
@@ -28,7 +39,8 @@ class Capture:
     Attributes:
         handles: The handles of the hooks that feed the heads.
         fed: What the heads were fed since the latest backward pass; a new one, and the next forward pass begins.
-        last_shape: The shape of the latest representation that was fed in training.
+        places: Which of the tensors that enter the heads are rotated.
+        shapes: Shapes of what entered latest in training, by task and place.
     """
 
     def __init__(self, rotations: Rotations, dims: RotatedDims, running: Callable[[], BackwardPass]) -> None:
@@ -36,13 +48,17 @@ class Capture:
         self.dims = dims
         self.handles: list[RemovableHandle] = []
         self.fed = Fed()
-        self.last_shape: torch.Size | None = None
+        self.places = Places(rotations, dims)
+        self.shapes: dict[tuple[int, Place], torch.Size] = {}
         self._paused = False
         self._running = running
         self._forks = WeakTensorKeyDictionary()
+        self._changes_input: dict[tuple[int, Place], bool] = {}  # whether a head changes what it gets there in place
+        # What it got first, and how often that had been changed.
+        self._probes: dict[tuple[int, Place], tuple[Tensor, int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_forks": None, "fed": None}
+        return {**self.__dict__, "_forks": None, "fed": None, "_probes": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Forks belong to a graph, not to a copy.
@@ -63,72 +79,120 @@ class Capture:
         finally:
             self._paused = before
 
-    def feed(self, rep: Tensor, task: int, *, training: bool = True) -> Tensor:
-        """Return R_k z, and capture its gradient if z is being trained."""
-        return (self._capture if training and torch.is_grad_enabled() else self._rotate)(rep, task)
+    def feed_all(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], task: int, part: int, *, training: bool
+    ) -> Inputs:
+        """Return the inputs of a module with every tensor among them fed, however deep in lists, tuples and dicts.
 
-    def _rotate(self, rep: Tensor, task: int) -> Tensor:
-        matrix = self._matrix_for(rep, task)
-        return rep if matrix is None else rotated(rep, matrix, self.dims)
+        Args:
+            args: Those by position.
+            kwargs: Those by keyword.
+            task: k.
+            part: Which of the modules of task k it is.
+            training: Whether it trains.
+        """
+        if len(args) == 1 and not kwargs and is_floating(args[0]):
+            return (self.feed(args[0], task, (part, Z), training=training, own=True),), kwargs
+        pairs, structure = paths_and_leaves((args, kwargs))
+        if not any(is_floating(leaf) for _, leaf in pairs):
+            found = ", ".join(str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for _, x in pairs)
+            raise TypeError(
+                "A floating-point tensor must enter a head, by position or keyword, alone or in lists, tuples and dicts, "
+                f"got {found or 'no input'}. Objects of other classes are not looked into: for such inputs give "
+                "num_tasks=K instead of `heads`, and feed the heads the tensors of optimizer.rotate(z)."
+            )
+        fed: list[Any] = []
+        for i, (path, leaf) in enumerate(pairs):
+            # mha(z, z, z) gets one tensor three times, too: its gradient is one.
+            same = next((j for j in range(i) if pairs[j][1] is leaf and is_floating(leaf)), None)
+            if same is not None:
+                self.places.note_same((part, path), (part, pairs[same][0]), task)
+                fed.append(fed[same])
+            elif is_floating(leaf):
+                fed.append(self.feed(leaf, task, (part, path), training=training, own=True))
+            else:
+                fed.append(leaf)
+        inputs: Inputs = tree_unflatten(fed, structure)
+        return inputs
+
+    def feed(
+        self, rep: Tensor, task: int, place: Place = (0, Z), *, training: bool = True, own: bool = False
+    ) -> Tensor:
+        """Return R_k z, and capture its gradient if z is being trained.
+
+        Args:
+            rep: z, which enters head k.
+            task: k.
+            place: Where it enters.
+            training: Whether the head trains.
+            own: Whether the head may change what it gets in place, and must get a copy then.
+        """
+        captures = training and torch.is_grad_enabled()
+        return (self._capture if captures else self._rotate)(rep, task, place, own)
+
+    def _rotate(self, rep: Tensor, task: int, place: Place, own: bool) -> Tensor:
+        matrix = self.places.matrix_for(rep, task, place, note=False)
+        if matrix is not None:
+            return rotated(rep, matrix, self.dims)
+        return rep.clone() if own and self._changes_input.get((task, place)) is not False else rep
 
     @not_compiled
-    def _capture(self, rep: Tensor, task: int) -> Tensor:
+    def _capture(self, rep: Tensor, task: int, place: Place, own: bool) -> Tensor:
         """Return R_k z and capture its gradient, unless no backward pass of ours can come.
 
         A graph break: a fork is filled in the backward pass, where torch.compile cannot follow.
         """
         if self._paused or is_transformed():
-            return self._rotate(rep, task)
-        matrix = self._matrix_for(rep, task)
-        self.last_shape = rep.shape
-        self.fed.tasks[task] = rep.requires_grad
+            return self._rotate(rep, task, place, own)
+        self.fed.note(rep, task)
+        matrix = self.places.matrix_for(rep, task, place, note=rep.requires_grad)
         if not rep.requires_grad:
-            return self._rotate(rep, task)
-        out: Tensor = Rotate.apply(rep, matrix, self.dims, self._fork(rep), task)  # type: ignore[no-untyped-call]
-        return out
+            out = rep if matrix is None else rotated(rep, matrix, self.dims)
+            return self._own_copy(out, (task, place)) if own and matrix is None else out
+        fork = self._fork(rep)
+        fork.tasks.add(task)
+        fork.rotated = fork.rotated or matrix is not None
+        self.shapes[task, place] = rep.shape
+        out = Rotate.apply(rep, matrix, self.dims, fork, task)  # type: ignore[no-untyped-call]
+        return self._own_copy(out, (task, place)) if own and matrix is None else out
+
+    def _own_copy(self, out: Tensor, key: tuple[int, Place]) -> Tensor:
+        """Return a copy for a head that changes what it gets in place, else ``out``; the first time, look which it is."""
+        if key not in self._changes_input and key in self._probes:
+            probe, count = self._probes.pop(key)
+            self._changes_input[key] = version(probe) > count
+        if self._changes_input.get(key) is False:
+            return out
+        copy = out.clone()
+        if key not in self._changes_input:
+            self._probes[key] = copy.detach(), version(copy)  # which share the count of changes
+        return copy
 
     def _fork(self, rep: Tensor) -> Fork:
         fork: Fork | None = self._forks.get(rep)  # type: ignore[no-untyped-call]
-        if fork is None:
+        # A tensor that was changed in place since is another one, behind another operation.
+        if fork is None or (fork.version != version(rep) and not rep.is_leaf):
             # Checkpointing makes graphs inside backward. A leaf there is a copy, cut off from the rest of its graph.
             if backward_pass_id() != -1 and rep.is_leaf:
                 raise RuntimeError(
                     "A head must get the representation itself, got a detached copy that was made inside backward. "
                     "Likely cause: re-entrant checkpointing around a head; pass use_reentrant=False to checkpoint()."
                 )
-            fork = self._forks[rep] = Fork(rep, len(self.rotations), self.dims, self._running)
+            fork = self._forks[rep] = Fork(rep, len(self.rotations), self._running)
             self.fed.forks.add(fork)
-        elif rep.is_leaf and fork.joined:  # z is a parameter, the same tensor in every forward pass
-            fork.joined = ()
+        elif rep.is_leaf and fork.used:  # z is a parameter, the same tensor in every forward pass
+            fork.used = ()
             self.fed.forks.add(fork)
         return fork
 
-    def _matrix_for(self, rep: Tensor, task: int) -> Tensor | None:
-        """Check ``rep`` and return R_k, or None for a task that is not rotated."""
-        if not isinstance(rep, Tensor) or not rep.is_floating_point():
-            found = rep.dtype if isinstance(rep, Tensor) else type(rep).__name__
-            raise TypeError(f"The representation must be a floating-point tensor, got {found}.")
-        d, m = self.dims.size(rep), self.rotations.size
-        if m is not None and (d != m if self.rotations.covers_all else d < m):
-            rule = f"have {m} features" if self.rotations.covers_all else f"have at least rotation_size={m} features"
-            raise ValueError(
-                f"The representation must {rule} along dim={self.dims.dim}, got {d} in shape {tuple(rep.shape)}. "
-                "Either (a) `dim` names the wrong dimension, (b) the head was fed something else than the "
-                "representation, or (c) its size changes between batches: rotate a dimension that does not."
-            )
-        if m is None or rep.device != self.rotations.device:
-            self._settle(d, rep.device)
-        return self.rotations[task] if self.rotations.rotate[task] else None
 
-    @not_compiled
-    def _settle(self, size: int, device: torch.device) -> None:
-        """Make the rotations at the first representation; follow a model that was moved."""
-        if is_transformed():
-            raise RuntimeError(
-                "The rotations must exist on the device of the model before it is exported, traced or transformed by "
-                "torch.func, got none there. They are made, or moved, when the model runs: run it once before."
-            )
-        with torch.inference_mode(False):  # a check before training may be the first forward pass
-            self.rotations.to(device)
-            if self.rotations.size is None:
-                self.rotations.create(size)
+def is_floating(leaf: object) -> bool:
+    """Whether ``leaf`` is a floating-point tensor."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def paths_and_leaves(inputs: Inputs) -> tuple[list[tuple[str, Any]], Any]:
+    """Return everything among ``inputs`` with its path, and their structure. An only floating-point tensor is z."""
+    pairs, structure = tree_flatten_with_path(inputs)
+    alone = sum(is_floating(leaf) for _, leaf in pairs) == 1
+    return [(Z if alone and is_floating(leaf) else keystr(path), leaf) for path, leaf in pairs], structure

@@ -1,15 +1,16 @@
-"""The backward pass, from the heads to the representation: rotations, the fork where gradients meet, what they measure.
+"""The backward pass, from the heads to what entered them: rotations, the fork where gradients meet, what they measure.
 
-In the forward pass a head gets R_k z. In the backward pass the gradient of task k at z, R_k^T g_k, goes one of two
-ways. Where its weight is known, it goes on at once, times the weight: a tap. Where the weights need the gradients of
-this pass, it waits at the fork instead of being added to that of the other tasks; when all have arrived, a hook on z
-hands their combination on. So one ordinary ``sum(losses).backward()`` does it all, and everything that works with an
-ordinary backward (DDP, checkpointing, compile) goes on working.
+In the forward pass every tensor z that enters head k passes a tap, which hands R_k z on. In the backward pass the
+gradient at z, R_k^T g_k, goes one of two ways. Where the weight of the task is known, the gradient goes on at once, times
+the weight. Where the weights need the gradients of this pass, or the rotations turn, it waits at the fork instead of
+being added to that of the other tasks; when all have arrived, a hook on z hands their combination on. So one ordinary
+``sum(losses).backward()`` does it all, and everything that works with an ordinary backward (DDP, checkpointing, compile)
+goes on working.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
@@ -19,9 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rotoopt._capture.representation import RotatedDims, rotated
-from rotoopt._rotation.step import RotationGradient
+from rotoopt._torch.private import version
 from rotoopt.weighting import Measurements
-from rotoopt.weighting._measurements import Reference
+from rotoopt.weighting._gradients import TaskGradients
+from rotoopt.weighting._measurements import Reference, root_sum_square
 
 SPENT = (
     "The losses of one forward pass must be back-propagated together and once, got a second backward pass. Either (a) "
@@ -31,6 +33,21 @@ SPENT = (
 )
 
 
+@dataclass(frozen=True)
+class Met:
+    """The gradients of several tasks that met at one tensor, for the rotations to turn.
+
+    Attributes:
+        gradients: The gradients.
+        shape: The shape of the tensor.
+        turns: Whether the rotations turn by them.
+    """
+
+    gradients: TaskGradients
+    shape: torch.Size
+    turns: bool
+
+
 @dataclass
 class BackwardPass:
     """Made before a backward pass or by its first gradient, filled by it, used by the step, and dropped.
@@ -38,80 +55,88 @@ class BackwardPass:
     Attributes:
         number: torch's number of the pass; None where we run it, and know when it ends.
         losses: L_k over the joined batch, NaN for an absent task; None where the user back-propagates them. ``(K,)``.
-        loss_scale: What the losses were multiplied by, as by a ``GradScaler``. Shape ``()``. None: one.
+        magnified: How many times larger the gradients are than those of the losses over the joined batch, by a
+            ``GradScaler``, and by a mean over processes that is taken afterwards. None: one.
         weights: The weights, if they are known before the pass; None until the pass has made them. Shape ``(K,)``.
-        waits: Whether the gradients of the tasks wait at the representation until all have arrived.
+        lagged: Whether the weights were known before the pass.
+        meets: Whether gradients of several tasks at one tensor wait for each other, although weights are known.
         combine: What becomes of gradients that waited.
+        known_norms: The latest ||G_k|| that is not zero, with this pass; zero where there was none. Shape ``(K,)``.
         norm_reference: ||G_k(t0)||, with this pass.
         loss_reference: |L_k(t0)|, with this pass.
         tasks: The tasks whose gradients have arrived.
-        norms: Norms of the gradients that did not wait, by task.
-        measured: What was measured of gradients that waited.
-        rotation_gradients: The gradients of the rotations, where these are to turn.
+        norms: Norms of the gradients that have arrived, by task: one for each tensor that entered its heads. Only if
+            the weights were known.
+        measured: What was measured, when the pass is over.
+        met: Gradients that have met.
     """
 
     number: int | None
     losses: Tensor | None
-    loss_scale: Tensor | None
+    magnified: Tensor | float | None
     weights: Tensor | None
-    waits: bool
-    combine: Callable[[BackwardPass, Tensor, tuple[int, ...], RotatedDims], Tensor]
+    lagged: bool
+    meets: bool
+    combine: Callable[[BackwardPass, Tensor, tuple[int, ...], Fork], Tensor]
+    known_norms: Tensor
     norm_reference: Reference
     loss_reference: Reference
     tasks: set[int] = field(default_factory=set)
     norms: dict[int, list[Tensor]] = field(default_factory=dict)
     measured: Measurements | None = None
-    rotation_gradients: list[RotationGradient] = field(default_factory=list)
+    met: list[Met] = field(default_factory=list)
 
     def pass_on(self, task: int, grad: Tensor) -> Tensor:
         """Measure the gradient of one task, and return it times its weight, which is known."""
         assert self.weights is not None
+        self.note(task, torch.linalg.vector_norm(grad))
+        return self.weights[task].to(grad.dtype) * grad
+
+    def note(self, task: int, norm: Tensor) -> None:
+        """Note the norm of the gradient of one task at one tensor."""
         self.tasks.add(task)
-        self.norms.setdefault(task, []).append(torch.linalg.vector_norm(grad))
-        return self.weights[task] * grad
+        self.norms.setdefault(task, []).append(norm)
 
-    def norms_on_the_way(self, like: Tensor) -> Tensor:
-        """Return the norms of the gradients that did not wait, zero for an absent task. Shape ``(K,)``, as ``like``."""
+    def joint_norms(self, like: Tensor) -> Tensor:
+        """Return the norms over all tensors, zero for an absent task. Shape ``(K,)``, as ``like``."""
         zero = like.new_zeros(())
-        norms = [torch.stack(self.norms[task]).norm() if task in self.norms else zero for task in range(len(like))]
-        return torch.stack(norms).to(like.dtype)
+        return torch.stack(
+            [self._joint_norm(task).to(like) if task in self.norms else zero for task in range(len(like))]
+        )
 
-    def join(self, grads: Tensor, tasks: tuple[int, ...], dims: RotatedDims) -> Tensor:
-        """Return the gradient for the representation, of those that waited there.
-
-        Args:
-            grads: G. Shape ``(K, *shape)``, zero for absent tasks; changed in place.
-            tasks: The tasks that are present.
-            dims: The rotated dimensions of the representation.
-        """
-        if self.tasks and self.tasks.isdisjoint(tasks):
-            raise RuntimeError(
-                "All heads must get the same representation tensor, got two tensors, each for tasks of its own, in "
-                "one backward pass. Likely causes: (a) a head is fed a view or a copy, as in head(z.flatten(1)): "
-                "reshape once, before the first head, or (b) the tasks use different batches: give them in separate "
-                "backward passes."
-            )
-        self.tasks.update(tasks)
-        return self.combine(self, grads, tasks, dims)
+    def _joint_norm(self, task: int) -> Tensor:
+        norms = self.norms[task]
+        return norms[0] if len(norms) == 1 else root_sum_square(torch.stack(norms))
 
 
 class Fork:
-    """The point where one representation goes to its heads, and where their gradients come back.
+    """The point where one tensor goes to the heads, and where their gradients come back.
 
     Args:
-        rep: The representation z.
+        rep: The tensor z.
         num_tasks: K.
-        dims: The rotated dimensions of z.
         running: Returns the backward pass that runs.
+
+    Attributes:
+        shape: The shape of z.
+        version: How often z had been changed in place.
+        made_by: The operation that made z, for those who ask why there are several.
+        tasks: The tasks whose heads z enters.
+        rotated: Whether z is rotated on its way into them.
+        used: The tasks whose gradients came back in the latest backward pass in which they waited for each other.
     """
 
-    def __init__(self, rep: Tensor, num_tasks: int, dims: RotatedDims, running: Callable[[], BackwardPass]) -> None:
-        self._shape = (num_tasks, *rep.shape)
-        self._dims = dims
+    def __init__(self, rep: Tensor, num_tasks: int, running: Callable[[], BackwardPass]) -> None:
+        self.shape = rep.shape
+        self.version = version(rep)
+        self.made_by = "a leaf" if rep.grad_fn is None else rep.grad_fn.name().partition("Backward")[0]
+        self.tasks: set[int] = set()
+        self.rotated = False
+        self.used: tuple[int, ...] = ()
+        self._num_tasks = num_tasks
         self._running = running
         self._waiting: Tensor | None = None  # G, shape (K, *shape)
         self._arrived: set[int] = set()
-        self.joined: tuple[int, ...] = ()  # the tasks of the latest backward pass whose gradients waited here
         rep.register_hook(self._join)  # type: ignore[no-untyped-call]
 
     def arrive(self, task: int, grad: Tensor) -> Tensor | None:
@@ -121,11 +146,11 @@ class Fork:
         zero, which takes no memory.
         """
         this = self._running()
-        if not this.waits:
+        if this.lagged and not (this.meets and len(self.tasks) > 1):
             return this.pass_on(task, grad)
         first = self._waiting is None
         if self._waiting is None:
-            self._waiting = grad.new_empty(self._shape)
+            self._waiting = grad.new_empty((self._num_tasks, *self.shape))
         if task in self._arrived:  # a head that was called twice
             self._waiting[task] += grad
         else:
@@ -139,12 +164,14 @@ class Fork:
             return grad
         grads, tasks = self._waiting, tuple(sorted(self._arrived))
         self._waiting, self._arrived = None, set()
-        if self.joined not in ((), tasks):
-            raise RuntimeError(SPENT)
-        self.joined = tasks
+        this = self._running()
+        if not this.lagged:  # else no gradient needs the others
+            if self.used not in ((), tasks):
+                raise RuntimeError(SPENT)
+            self.used = tasks
         for task in set(range(len(grads))) - set(tasks):
             grads[task] = 0.0
-        return grad + self._running().join(grads, tasks, self._dims).to(grad.dtype)
+        return grad + this.combine(this, grads, tasks, self).to(grad.dtype)
 
 
 @dataclass
@@ -152,21 +179,45 @@ class Fed:
     """What the heads were fed since the latest backward pass.
 
     Attributes:
-        tasks: Whether the representation required grad, by task.
-        forks: The forks of all representations whose graphs are still there.
+        tasks: Whether anything that entered its heads required grad, by task.
+        forks: The forks of all tensors whose graphs are still there.
+        addresses: Where the memory of everything begins that entered.
     """
 
     tasks: dict[int, bool] = field(default_factory=dict)
     forks: WeakSet[Fork] = field(default_factory=WeakSet)
+    addresses: set[int] = field(default_factory=set)
 
-    def looks_complete(self, tasks: Iterable[int]) -> bool:
-        """Whether it was one representation, for all of ``tasks``, and it was not used up yet."""
-        unused = [not fork.joined for fork in self.forks]
-        return unused == [True] and all(self.tasks.get(task) for task in tasks)
+    def note(self, rep: Tensor, task: int) -> None:
+        """Note that ``rep`` enters the head of ``task``."""
+        self.tasks[task] = self.tasks.get(task, False) or rep.requires_grad
+        self.addresses.add(address(rep))
+
+    def only_fork(self) -> Fork | None:
+        """Return the fork of the only tensor that was fed and not used up yet; None if there are none or several."""
+        unused = [fork for fork in self.forks if not fork.used]
+        return unused[0] if len(unused) == 1 else None
+
+    def trained(self) -> frozenset[int]:
+        """Return the tasks whose heads were fed something that requires grad."""
+        return frozenset(task for task, requires_grad in self.tasks.items() if requires_grad)
 
     def is_frozen(self, tasks: Iterable[int]) -> bool:
-        """Whether all of ``tasks`` were fed a representation that does not require grad."""
+        """Whether the heads of ``tasks`` were fed, and nothing that requires grad."""
         return all(self.tasks.get(task) is False for task in tasks)
+
+    def described(self, names: Sequence[str]) -> str:
+        """Return what entered the heads of each task: shapes, and what made them."""
+        found: dict[int, list[str]] = {}
+        for fork in self.forks:
+            for task in fork.tasks:
+                found.setdefault(task, []).append(f"{tuple(fork.shape)} made by {fork.made_by}")
+        return "; ".join(f"{names[task]}: {', '.join(sorted(found[task]))}" for task in sorted(found)) or "nothing"
+
+
+def address(tensor: Tensor) -> int:
+    """Return where the memory of ``tensor`` begins, by which a view is known; zero if it has no plain memory."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
 
 
 class Rotate(torch.autograd.Function):
@@ -174,7 +225,7 @@ class Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rep: Tensor, matrix: Tensor | None, dims: RotatedDims, fork: Fork, task: int) -> Tensor:
-        """Return R_k z; z itself, as a view, for a task that is not rotated."""
+        """Return R_k z; z itself for a task that is not rotated."""
         ctx.save_for_backward(matrix)
         ctx.dims, ctx.fork, ctx.task = dims, fork, task
         # Detached, so that autograd takes it for no view, and a head may begin with an in-place ReLU.

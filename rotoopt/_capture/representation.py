@@ -17,17 +17,25 @@ class RotatedDims:
     nothing when the rotated dimensions lie side by side, as in ``dim=-1`` (tokens) or ``dim=1`` (channels).
 
     Args:
-        dim: The rotated dimension or dimensions, negative ones counted from the end.
+        dim: The rotated dimension or dimensions, negative ones counted from the end. ``None``: the last one, of up to
+            three.
     """
 
-    def __init__(self, dim: int | Sequence[int]) -> None:
-        self.dim = tuple(dim) if isinstance(dim, Sequence) else (dim,)
+    def __init__(self, dim: int | Sequence[int] | None) -> None:
+        self.dim = tuple(dim) if isinstance(dim, Sequence) else (-1 if dim is None else dim,)
+        self._assumed = dim is None
         if not self.dim or not all(isinstance(i, int) for i in self.dim):
             raise ValueError(f"`dim` must be an int or a non-empty sequence of ints, got {dim!r}.")
 
     def resolve(self, shape: torch.Size) -> tuple[int, ...]:
         """Return the rotated dimensions of a representation of ``shape``, sorted and counted from zero."""
         ndim = len(shape)
+        if self._assumed and ndim > 3:
+            raise ValueError(
+                f"`dim` must be given for a representation of four or more dimensions, got none for shape {tuple(shape)}. "
+                "It is the dimension of the features: dim=1 for maps (B, C, H, W) and volumes (B, C, D, H, W), dim=-1 for "
+                "maps (B, H, W, C) and for tokens in windows (B, N, T, C). All others count as samples."
+            )
         if any(not -ndim <= i < ndim for i in self.dim):
             raise ValueError(
                 f"`dim` must name dimensions of the representation, got dim={self.dim} for shape {tuple(shape)}. "
@@ -37,6 +45,10 @@ class RotatedDims:
         if len(set(dims)) < len(dims):
             raise ValueError(f"`dim` must not name a dimension twice, got {self.dim} for shape {tuple(shape)}.")
         return dims
+
+    def exist_in(self, rep: Tensor) -> bool:
+        """Whether ``rep`` has these dimensions."""
+        return all(-rep.ndim <= i < rep.ndim for i in self.dim) and not (self._assumed and rep.ndim > 3)
 
     def size(self, rep: Tensor) -> int:
         """Return ``d``, the number of features along the rotated dimensions."""

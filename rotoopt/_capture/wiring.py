@@ -1,20 +1,103 @@
-"""Wiring: does every loss pass through its own rotated head, and do all heads share one representation?"""
+"""Wiring: does every loss pass through its own head, and reach what is shared through heads only?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from rotoopt._capture.fork import SPENT, Fork
-from rotoopt._capture.graph import is_rotation, reached
+from rotoopt._capture.fork import SPENT, Fed
+from rotoopt._capture.graph import (
+    Node,
+    behind,
+    inputs,
+    is_leaf,
+    is_sum,
+    is_tap,
+    leaves,
+    made_by,
+    reached,
+    reaching,
+    taps_of,
+    terms,
+    without_taps,
+)
 from rotoopt._capture.hooks import hook_of
+from rotoopt._torch.modules import name_of
+from rotoopt._torch.private import output_numel, running_roots
+from rotoopt.weighting import Weighting
 
 
-def check_unhooked(heads: Sequence[nn.Module], names: Sequence[str]) -> None:
+class Wiring:
+    """How the losses of a model hang together: checked once for every set of tasks, and remembered.
+
+    Args:
+        names: How to call the K tasks.
+        heads: What belongs to each task alone, if it is known.
+    """
+
+    def __init__(self, names: Sequence[str], heads: Sequence[Sequence[nn.Module | nn.Parameter]]) -> None:
+        self._names = names
+        self._heads = heads
+        self._one_tensor: dict[frozenset[int], bool] = {}
+
+    def check(self, losses: Mapping[int, Tensor], fed: Fed, backbone_loss: Tensor | None) -> bool:
+        """Return whether ``losses`` reach one tensor through their heads, and no other; raise if one is wired wrongly."""
+        known = self._known(frozenset(losses), fed)
+        if known is not None:
+            return known
+        made = {task: made_by(loss) for task, loss in losses.items()}
+        backbone = None if backbone_loss is None else backbone_loss.grad_fn
+        check_losses(made, self._names, self._own_parameters(), backbone)
+        return self._remember(frozenset(losses), made.values())
+
+    def check_running(self, fed: Fed) -> bool:
+        """The same for a backward pass that the user calls, as far as a sum of losses tells."""
+        tasks = fed.trained()
+        known = self._known(tasks, fed)
+        if known is not None:
+            return known
+        losses = {loss for root in running_roots() for loss in terms(root.grad_fn)}
+        taps = {loss: taps_of([loss]) for loss in losses}
+        if not any(taps.values()):  # where torch does not tell what the pass began from
+            return fed.only_fork() is not None
+        through = {loss: sorted({tap.task for tap in taps[loss]}) for loss in losses}
+        for mixed in through.values():
+            if len(mixed) > 1:
+                raise RuntimeError(_mixed(self._names[mixed[0]], self._names[mixed[1]]))
+        check_heads_apart(set().union(*taps.values()), self._names)
+        own = self._own_parameters()
+        check_shared([(self._names[tasks[0]], loss) for loss, tasks in through.items() if tasks], own)
+        check_not_bypassed([loss for loss in losses if not taps[loss]], set().union(*taps.values()), own, self._names)
+        return self._remember(tasks, losses)
+
+    def _known(self, tasks: frozenset[int], fed: Fed) -> bool | None:
+        """Return whether ``tasks`` share one tensor, if that can be told without looking at graphs."""
+        if tasks not in self._one_tensor or not fed.trained() >= tasks:
+            return None
+        if not self._one_tensor[tasks]:
+            return False
+        only = fed.only_fork()
+        return True if only is not None and only.tasks >= tasks else None
+
+    def _remember(self, tasks: frozenset[int], losses: Iterable[Node]) -> bool:
+        self._one_tensor[tasks] = len({tap.fork for tap in taps_of(losses)}) == 1
+        return self._one_tensor[tasks]
+
+    def _own_parameters(self) -> dict[int, int]:
+        """Return the tasks by the ids of the parameters that belong to them alone."""
+        parts = [(part, task) for task, head in enumerate(self._heads) for part in head]
+        return {
+            id(param): task
+            for part, task in parts
+            for param in ([part] if isinstance(part, nn.Parameter) else part.parameters())
+        }
+
+
+def check_unhooked(heads: Sequence[Sequence[nn.Module]], names: Sequence[str]) -> None:
     """Raise if there is a rotation in front of one of ``heads`` already."""
-    for name, head in zip(names, heads, strict=False):  # functional heads have names only
-        if hook_of(head) is not None:
+    for name, modules in zip(names, heads, strict=False):  # functional heads have names only
+        if any(hook_of(module) is not None for module in modules):
             raise ValueError(
                 f"`heads` must not have rotations yet, got {name} with that of another optimizer. Call remove() on "
                 "the other one first (in a notebook: the one made when the cell ran before). To copy a model that is "
@@ -22,52 +105,151 @@ def check_unhooked(heads: Sequence[nn.Module], names: Sequence[str]) -> None:
             )
 
 
-def check_wiring(losses: Mapping[int, Tensor], names: Sequence[str], backbone_loss: Tensor | None = None) -> None:
-    """Raise unless every loss was computed by its own head from the one shared representation, for the first time.
+def check_losses(
+    losses: Mapping[int, Node], names: Sequence[str], own: Mapping[int, int], backbone: Node | None
+) -> None:
+    """Raise unless every loss was computed by its own head, for the first time, and all of them share through heads.
 
-    Walks the graph of every loss back to the rotations, not beyond. That costs some microseconds per node, so the
-    optimizer does it in its first backward and where something looks odd.
+    Walks the graph of every loss back to the leaves. That costs some microseconds per node, so it is done once for
+    every way in which a model was wired.
 
     Args:
-        losses: The losses of the present tasks.
+        losses: What made the losses of the present tasks.
         names: How to call the K tasks in an error.
-        backbone_loss: A loss that must not pass through any head.
+        own: The tasks by the ids of their parameters.
+        backbone: What made a loss that must not pass through any head.
     """
-    forks = {task: _forks_behind(loss) for task, loss in losses.items()}
-    for task, found in forks.items():
-        if task not in found:
-            others = ", ".join(names[other] for other in sorted(found)) or "none"
-            raise RuntimeError(
-                f"The loss of {names[task]} must pass through its rotated head, got one that passes through: {others}. "
-                "Either (a) `losses` are in another order than the heads, (b) the head was bypassed, as by "
-                "head.forward(z), a submodule of it, or a functional head that was not fed by optimizer.rotate(z), "
-                "(c) it ran in eval mode, on z.detach(), under paused(), no_grad(), torch.func.vmap() or re-entrant "
-                "checkpointing (pass use_reentrant=False), before the optimizer was built, or after remove() or "
-                "fold(), or (d) the model was compiled and run before the optimizer was built: build it first, or call "
-                "torch._dynamo.reset()."
-            )
-    first = next(iter(forks))
-    for task, found in forks.items():
-        if found[task] != forks[first][first]:
-            raise RuntimeError(
-                f"All heads must get the same representation tensor, got one for {names[first]} and another for "
-                f"{names[task]}. Likely causes: (a) a head is fed a view or a copy, as in head(z.flatten(1)): reshape "
-                "once, before the first head, (b) the tasks use different batches: give them in separate steps, with "
-                "None for the absent tasks, or (c) a wrapper was put around a head after the optimizer was built."
-            )
-    if any(fork.joined for found in forks.values() for each in found.values() for fork in each):
+    taps = {task: taps_of([loss]) for task, loss in losses.items()}
+    for task, found in taps.items():
+        through = {tap.task for tap in found}
+        if task not in through:
+            raise RuntimeError(_not_through_its_head(names[task], ", ".join(names[other] for other in sorted(through))))
+        if through != {task}:
+            other = min(through - {task})
+            raise RuntimeError(_mixed(names[task], names[other]))
+    if any(tap.fork.used for found in taps.values() for tap in found):
         raise RuntimeError(SPENT)
-    through = _forks_behind(backbone_loss) if backbone_loss is not None else {}
-    if through:
+    through_backbone = {tap.task for tap in taps_of([backbone])}
+    if through_backbone:
         raise RuntimeError(
-            f"`backbone_loss` must not pass through a head, got one that passes through {names[min(through)]}. Add it "
-            "to the loss of that task, or compute it from the representation or the parameters of the backbone."
+            f"`backbone_loss` must not pass through a head, got one that passes through "
+            f"{names[min(through_backbone)]}. Add it to the loss of that task, or compute it from the representation or "
+            "the parameters of the backbone."
+        )
+    check_heads_apart(set().union(*taps.values()), names)
+    check_shared([(names[task], loss) for task, loss in losses.items()], own)
+
+
+def check_heads_apart(taps: set[Node], names: Sequence[str]) -> None:
+    """Raise if a head reads what another one made: its gradient would be weighted once for each of them."""
+    for tap in taps:
+        for other in filter(is_tap, behind([tap])):
+            if other.task == tap.task:
+                raise RuntimeError(
+                    f"The modules of {names[tap.task]} must be the first ones that belong to it alone, got one that reads "
+                    "what another one has made. List the first one only."
+                )
+            raise RuntimeError(
+                f"Heads must read the backbone, got {names[tap.task]}, which reads what the head of {names[other.task]} "
+                f"has made: its gradient would be given two weights. Either (a) detach() it on its way, or (b) make what "
+                f"{names[tap.task]} reads a part of the backbone: in `heads`, give only the layers of "
+                f"{names[other.task]} behind it."
+            )
+
+
+def check_shared(losses: Sequence[tuple[str, Node]], own: Mapping[int, int]) -> None:
+    """Raise if a parameter outside of the heads is shared, and a loss reaches it without passing a head.
+
+    There, nothing weighs its gradient. A parameter that only weighs a loss, as log-variances do, is none of these.
+
+    Args:
+        losses: Losses with names, as nodes.
+        own: The tasks by the ids of their parameters.
+    """
+    past: dict[int, tuple[Tensor, list[str]]] = {}
+    for name, loss in losses:
+        for param in _past_heads(loss):
+            if id(param) not in own:
+                past.setdefault(id(param), (param, []))[1].append(name)
+    if not past:
+        return
+    shared = {id(leaf.variable) for leaf in filter(is_leaf, behind(taps_of(loss for _, loss in losses)))}
+    for key, (param, found) in past.items():
+        if len(found) > 1 or key in shared:
+            raise RuntimeError(
+                f"A parameter that tasks share must be reached through their heads, got {name_of(param)}, which "
+                f"{' and '.join(sorted(set(found)))} reach without passing a head: nothing weighs its gradient there. "
+                "Likely causes: (a) a skip connection goes around a head: put it into the head, or hand what it carries "
+                "to the head as an input, (b) a head is called as head.forward(z), (c) a head reads something that was "
+                "stored and not handed to it, or is in an object of a class of its own, or (d) a penalty on the backbone "
+                "is part of a loss: pass it as backbone_loss. If the parameter belongs to the tasks, list it with them: "
+                "heads={'task': (head, parameter)}."
+            )
+
+
+def check_not_bypassed(
+    losses: Iterable[Node], taps: Iterable[Node], own: Mapping[int, int], names: Sequence[str]
+) -> None:
+    """Raise if a loss that passes no tap takes something shared through the parameters of a head.
+
+    Args:
+        losses: Losses that pass no tap, as nodes.
+        taps: Those that other losses pass.
+        own: The tasks by the ids of their parameters.
+        names: How to call the K tasks.
+    """
+    shared = {id(param) for param in leaves(behind(taps))} - own.keys()
+    for loss in losses:
+        nodes = reached([loss])
+        with_own = reaching(nodes, [node for node in nodes if is_leaf(node) and id(node.variable) in own])
+        with_shared = reaching(nodes, [node for node in nodes if is_leaf(node) and id(node.variable) in shared])
+        for node in with_own & with_shared:
+            parts = inputs(node)
+            # A penalty on all parameters adds them up, or puts them together; a layer takes an input and a weight.
+            if not is_sum(node) and any(p in with_own and q in with_shared for p in parts for q in parts if p is not q):
+                param = next(param for param in leaves(reached([node])) if id(param) in own)
+                raise RuntimeError(_not_through_its_head(names[own[id(param)]], "none"))
+
+
+def check_weighting(weighting: Weighting, fed: Fed, names: Sequence[str], *, one_tensor: bool) -> None:
+    """Raise if ``weighting`` needs one tensor that all heads read, and there are several."""
+    if weighting.needs_one_tensor and not one_tensor:
+        raise RuntimeError(
+            f"The weighting {weighting!r} must see the gradients of all tasks at one tensor, got several tensors that "
+            f"enter the heads. {fed.described(names)}. Either (a) do what stands between them and one z inside of the "
+            "heads, or once before all of them, or (b) take a weighting that adds the gradients up: RotoGradWeighting(), "
+            "GradNorm() or EqualWeighting()."
         )
 
 
-def _forks_behind(loss: Tensor) -> dict[int, set[Fork]]:
-    """Return the forks that ``loss`` reaches, by the task through whose rotation it reaches them."""
-    found: dict[int, set[Fork]] = {}
-    for node in filter(is_rotation, reached([loss.grad_fn], stop_at_rotations=True)):
-        found.setdefault(node.task, set()).add(node.fork)
-    return found
+def _mixed(first: str, second: str) -> str:
+    return (
+        f"The loss of {first} must be computed from the output of its own head, got one that passes through that of "
+        f"{second}, too: its gradient would be given two weights. Give each head a loss of its own that the others are "
+        f"added to, or detach() the output of {second} in the loss of {first}."
+    )
+
+
+def _past_heads(loss: Node) -> list[Tensor]:
+    """Return the parameters that ``loss`` reaches around its heads, but for those that make a single number."""
+    around = without_taps(loss)
+    found = {
+        id(leaf.variable): leaf.variable
+        for node in around
+        if output_numel(node) != 1
+        for leaf in inputs(node)
+        if leaf is not None and is_leaf(leaf)
+    }
+    return list(found.values())
+
+
+def _not_through_its_head(name: str, others: str) -> str:
+    return (
+        f"The loss of {name} must pass through its rotated head, got one that passes through: {others or 'none'}. "
+        "Either (a) `losses` are in another order than the heads, (b) the head was bypassed, as by "
+        "head.forward(z), a submodule of it, or a functional head that was not fed by optimizer.rotate(z), "
+        "(c) it ran in eval mode, on z.detach(), under paused(), no_grad(), torch.func.vmap() or re-entrant "
+        "checkpointing (pass use_reentrant=False), before the optimizer was built, or after remove() or "
+        "fold(), or (d) the model was compiled and run before the optimizer was built: build it first, or call "
+        "torch._dynamo.reset()."
+    )

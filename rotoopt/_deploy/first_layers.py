@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from torch.func import functional_call
 
 from rotoopt._capture.hooks import HeadHook
 from rotoopt._capture.representation import RotatedDims, rotated
-from rotoopt._torch.modules import in_eval_mode
+from rotoopt._torch.modules import in_eval_mode, living_modules
 from rotoopt._torch.private import own_parameters, tree_leaves, without_forward_pre_hooks
 
 CONVOLUTIONS = (
@@ -100,13 +99,9 @@ def _is_sharded(head: nn.Module) -> bool:
         return False
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import
 
-    shards = (each for each in _living_modules() if isinstance(each, FSDPModule | FullyShardedDataParallel))
+    shards = (each for each in living_modules() if isinstance(each, FSDPModule | FullyShardedDataParallel))
     parts = set(head.modules())
     return any(not parts.isdisjoint(each.modules()) for each in shards)
-
-
-def _living_modules() -> Iterator[nn.Module]:
-    return (each for each in gc.get_objects() if issubclass(type(each), nn.Module))
 
 
 @contextmanager
@@ -170,7 +165,7 @@ def _first_layer(layer: nn.Module, fed: Tensor, z: Tensor, dims: RotatedDims) ->
 
 def _num_owners(weight: Tensor) -> int:
     """Return how many modules have ``weight``: tied ones, such as the embedding of a language model, are anywhere."""
-    return sum(any(param is weight for param in own_parameters(module)) for module in _living_modules())
+    return sum(any(param is weight for param in own_parameters(module)) for module in living_modules())
 
 
 def _run(head: nn.Module, tensors: dict[str, Tensor], rep: Tensor) -> list[Any]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rotoopt._capture.capture import Capture
-from rotoopt._capture.hooks import Inputs, with_representation
+from rotoopt._capture.capture import Capture, Inputs, paths_and_leaves
+from rotoopt._capture.places import Z
 from rotoopt._capture.representation import RotatedDims, rotated
 from rotoopt._deploy.first_layers import FirstLayer, UnfoldableError, find_first_layers, wide
 from rotoopt._engine.arguments import warn_user
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._torch.modules import unwrapped
+from rotoopt._torch.private import tree_unflatten
 
 
 class RotationHook:
@@ -22,61 +24,82 @@ class RotationHook:
 
     A buffer is moved, copied, saved and exported with the head. So is a submodule, but an ``nn.Sequential`` would run
     it once more, as its last layer.
+
+    Args:
+        dims: The rotated dimensions.
+        paths: Where among the inputs of the head the tensors are that it rotates.
     """
 
-    def __init__(self, dims: RotatedDims) -> None:
+    def __init__(self, dims: RotatedDims, paths: Collection[str]) -> None:
         self.dims = dims
+        self.paths = paths
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-        """Rotate the representation."""
+        """Rotate what enters the head."""
         matrix = head.get_buffer("rotation")
-        return with_representation(lambda rep: rotated(rep, matrix, self.dims), args, kwargs)
+        pairs, structure = paths_and_leaves((args, kwargs))
+        leaves = [rotated(leaf, matrix, self.dims) if path in self.paths else leaf for path, leaf in pairs]
+        inputs: Inputs = tree_unflatten(leaves, structure)
+        return inputs
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """A module with a rotation in front that differs from I.
+
+    Attributes:
+        name: How to call it.
+        module: The module itself, without what torch puts around one.
+        matrix: A copy of R_k, where the module is. Shape ``(m, m)``.
+        shapes: The shapes of the tensors that are rotated, by their paths among the inputs.
+    """
+
+    name: str
+    module: nn.Module
+    matrix: Tensor
+    shapes: dict[str, torch.Size]
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def fold(capture: Capture, heads: Sequence[nn.Module], names: Sequence[str]) -> None:
+def fold(capture: Capture, heads: Sequence[Sequence[nn.Module]], names: Sequence[str]) -> None:
     """Make every rotation part of its head, and remove the hooks.
 
     Args:
         capture: Rotates in front of the heads.
-        heads: The K heads; none if they are functions.
+        heads: The modules of the K heads; none if they are functions.
         names: How to call the tasks.
     """
     _check_foldable(capture, heads)
-    rotations, shape = capture.rotations, torch.Size(capture.last_shape or ())
-    turned = {task: unwrapped(head) for task, head in enumerate(heads) if _is_turned(rotations, task)}
-    matrices = {  # copies, where the model is now: it may have been moved since it ran
-        task: rotations[task].to(next(head.parameters(), rotations[task]).device, copy=True)
-        for task, head in turned.items()
-    }
-    plans = {task: _plan(task, heads, shape, capture.dims, matrices[task]) for task in turned}
-    reasons = {task: plan for task, plan in plans.items() if isinstance(plan, UnfoldableError)}
-    for task, reason in reasons.items():
-        if hasattr(turned[task], "rotation"):
+    everything = [each for task, head in enumerate(heads) for each in _rotated(capture, task, head, names[task])]
+    plans = [(each, _plan(each, heads, capture.dims)) for each in everything]
+    reasons = [(each.name, plan) for each, plan in plans if isinstance(plan, UnfoldableError)]
+    for each, plan in plans:
+        if isinstance(plan, UnfoldableError) and hasattr(each.module, "rotation"):
             raise RuntimeError(
-                f"fold() must be free to add a buffer `rotation` to {names[task]}, got a head with such an attribute: "
-                f"rename it. The rotation cannot be folded into the weights of this head: {reason}."
+                f"fold() must be free to add a buffer `rotation` to {each.name}, got a head with such an attribute: "
+                f"rename it. The rotation cannot be folded into the weights of this head: {plan}."
             )
     capture.detach()
-    for task, plan in plans.items():
+    for each, plan in plans:
         if isinstance(plan, UnfoldableError):
-            turned[task].register_buffer("rotation", matrices[task])
-            turned[task].register_forward_pre_hook(RotationHook(capture.dims), prepend=True, with_kwargs=True)
+            hook = RotationHook(capture.dims, frozenset(each.shapes))
+            each.module.register_buffer("rotation", each.matrix)
+            each.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
         else:
             for layer in plan:
-                layer.weight.copy_(layer.folded(wide(layer.weight), matrices[task]))
+                layer.weight.copy_(layer.folded(wide(layer.weight), each.matrix))
     if reasons:
         warn_user(
             "Every head should begin with a linear layer, to fold its rotation into, got some that do not. "
-            f"{'; '.join(f'{names[task]}: {reason}' for task, reason in reasons.items())}. They keep their rotations, "
+            f"{'; '.join(f'{name}: {reason}' for name, reason in reasons)}. They keep their rotations, "
             "as a buffer `rotation` that a forward pre-hook applies. Predictions are the same, but the state dict has "
             "these keys in addition, and does not load into a plain model: save the model as a whole, with torch.save "
             "or torch.export, or begin these heads with nn.Linear or nn.Conv2d when you train again."
         )
 
 
-def _check_foldable(capture: Capture, heads: Sequence[nn.Module]) -> None:
+def _check_foldable(capture: Capture, heads: Sequence[Sequence[nn.Module]]) -> None:
     """Raise unless there is something to fold, and something to fold it into."""
     if not heads:
         raise RuntimeError(
@@ -88,29 +111,45 @@ def _check_foldable(capture: Capture, heads: Sequence[nn.Module]) -> None:
             "fold() must find the rotations in front of the heads, got heads without. Either (a) fold() was called "
             "before, and the model is ready, or (b) remove() was, and it computes without rotations."
         )
-    if any(capture.rotations.rotate) and capture.last_shape is None:
+    if any(capture.rotations.rotate) and not capture.shapes:
         raise RuntimeError(
             "fold() must know the shape of the representation, got heads that did not run in training mode yet. After "
             "a checkpoint was loaded, too, run one forward pass: model.train(); model(x)."
         )
 
 
+def _rotated(capture: Capture, task: int, head: Sequence[nn.Module], name: str) -> list[Rotated]:
+    """Return the modules of a task whose inputs are rotated; none for a rotation that rests at I, which needs no folding."""
+    if not _is_turned(capture.rotations, task):
+        return []
+    rotation, found = capture.rotations[task], []
+    for number, module in enumerate(map(unwrapped, head)):
+        places = [place for place, rotates in capture.places.noted[task].items() if rotates and place[0] == number]
+        if places:
+            # A copy, where the model is now: it may have been moved since it ran.
+            matrix = rotation.to(next(module.parameters(), rotation).device, copy=True)
+            shapes = {place[1]: capture.shapes[task, place] for place in places}
+            found.append(Rotated(name if len(head) == 1 else f"{name}[{number}]", module, matrix, shapes))
+    return found
+
+
 def _is_turned(rotations: Rotations, task: int) -> bool:
-    """Whether R_k differs from I: a task that rests needs no folding."""
-    if not rotations.rotate[task]:
+    """Whether R_k differs from I."""
+    if not rotations.rotate[task] or rotations.size is None:
         return False
     return not torch.equal(rotations[task], torch.eye(len(rotations[task])).to(rotations[task]))
 
 
-def _plan(
-    task: int, heads: Sequence[nn.Module], shape: torch.Size, dims: RotatedDims, rotation: Tensor
-) -> list[FirstLayer] | UnfoldableError:
+def _plan(head: Rotated, heads: Sequence[Sequence[nn.Module]], dims: RotatedDims) -> list[FirstLayer] | UnfoldableError:
     """Return the layers to fold into, or why there are none."""
+    if list(head.shapes) != [Z]:
+        return UnfoldableError("it needs more inputs than z")
     try:
-        layers = find_first_layers(unwrapped(heads[task]), shape, dims, rotation)
+        layers = find_first_layers(head.module, head.shapes[Z], dims, head.matrix)
     except UnfoldableError as reason:
         return reason
-    elsewhere = {id(param) for head in heads if head is not heads[task] for param in head.parameters()}
+    others = [other for modules in heads for other in map(unwrapped, modules) if other is not head.module]
+    elsewhere = {id(param) for other in others for param in other.parameters()}
     if any(id(layer.weight) in elsewhere for layer in layers):
         return UnfoldableError("another head has its first layer, too")
     return layers

@@ -6,12 +6,16 @@ import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-Heads = Sequence[nn.Module] | Mapping[str, nn.Module] | nn.ModuleList | nn.ModuleDict
-Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None]
+from rotoopt._capture.fork import Fed, address
+from rotoopt._torch.private import tree_leaves
+
+Head = nn.Module | Sequence[nn.Module | nn.Parameter]
+Heads = Sequence[Head] | Mapping[str, Head] | nn.ModuleList | nn.ModuleDict
+Parts = tuple[nn.Module | nn.Parameter, ...]
+Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
 
 
 def check_optimizer(optimizer: object) -> Optimizer:
@@ -31,8 +35,8 @@ def check_optimizer(optimizer: object) -> Optimizer:
     return optimizer
 
 
-def check_heads(heads: Heads | None, num_tasks: int | None) -> tuple[list[nn.Module], list[str]]:
-    """Return the heads (none if functional) and how to call the tasks."""
+def check_heads(heads: Heads | None, num_tasks: int | None) -> tuple[list[Parts], list[str]]:
+    """Return the parts of every head (none if functional) and how to call the tasks."""
     if (heads is None) == (num_tasks is None):
         raise ValueError(
             f"Exactly one of `heads` and `num_tasks` must be given, got heads={heads!r} and num_tasks={num_tasks!r}. "
@@ -43,30 +47,50 @@ def check_heads(heads: Heads | None, num_tasks: int | None) -> tuple[list[nn.Mod
             raise ValueError(f"`num_tasks` must be a positive int, got {num_tasks!r}.")
         return [], [f"task {task}" for task in range(num_tasks)]
     if isinstance(heads, Mapping | nn.ModuleDict):
-        modules, names = list(heads.values()), list(heads.keys())
+        given, names = list(heads.values()), list(heads.keys())
     elif isinstance(heads, Sequence | nn.ModuleList):
-        modules, names = list(heads), [f"heads[{task}]" for task in range(len(heads))]
+        given, names = list(heads), [f"heads[{task}]" for task in range(len(heads))]
     else:
         raise TypeError(
             f"`heads` must be a sequence or a mapping of modules, got {_kind(heads)}. "
             "List those that consume the representation, one per task, as in heads=[model.head_a, model.head_b]."
         )
-    if not modules:
+    if not given:
         raise ValueError("`heads` must have at least one module, got none.")
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"`heads` must be named by strings, got {names}.")
-    for name, module in zip(names, modules, strict=True):
-        if not isinstance(module, nn.Module):
-            raise TypeError(
-                f"`heads` must be modules, got {_kind(module)} for {name}. For functional heads give num_tasks=K "
-                "instead and feed them with the tensors of optimizer.rotate(z)."
-            )
-    if len({id(module) for module in modules}) < len(modules):
+    heads_parts = [_parts(head, name) for head, name in zip(given, names, strict=True)]
+    parts = [part for parts in heads_parts for part in parts]
+    if len({id(part) for part in parts}) < len(parts):
         raise ValueError(
             f"`heads` must be different modules, got one of them twice in {names}. Every task needs a head of its "
             "own; wrap a shared one, as in nn.Sequential(shared), once per task."
         )
-    return modules, names
+    return heads_parts, names
+
+
+def _parts(head: object, name: str) -> Parts:
+    """Return the modules and parameters that a task has for itself."""
+    if isinstance(head, nn.ModuleDict):
+        head = list(head.values())
+    parts = tuple(head) if isinstance(head, Sequence | nn.ModuleList) and not isinstance(head, str) else (head,)
+    for part in parts:
+        if not isinstance(part, nn.Module | nn.Parameter):
+            raise TypeError(
+                f"`heads` must be modules, got {_kind(part)} for {name}. For functional heads give num_tasks=K "
+                "instead and feed them with the tensors of optimizer.rotate(z)."
+            )
+    if not modules_of(parts):
+        raise TypeError(
+            f"`heads` must have a module for every task, got none for {name}. A head is called on the representation; "
+            "parameters may come beside it, as in heads={'task': (head, scale)}."
+        )
+    return parts
+
+
+def modules_of(parts: Parts) -> list[nn.Module]:
+    """Return the modules among the parts of a head."""
+    return [part for part in parts if isinstance(part, nn.Module)]
 
 
 def check_rotate(rotate: bool | Sequence[bool], num_tasks: int) -> tuple[bool, ...]:
@@ -113,18 +137,6 @@ def warn_user(message: str) -> None:
     warnings.warn(message, stacklevel=depth)
 
 
-def warn_of_missing_parameters(optimizer: Optimizer, heads: Sequence[nn.Module], names: Sequence[str]) -> None:
-    """Warn where a head has trainable parameters that ``optimizer`` does not update."""
-    known = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    for name, head in zip(names, heads, strict=False):  # functional heads have names only
-        missing = [key for key, param in head.named_parameters() if param.requires_grad and id(param) not in known]
-        if missing:
-            warn_user(
-                f"`optimizer` should hold the parameters of every head, got one without {', '.join(missing)} of "
-                f"{name}. They will not be trained. Pass model.parameters(), or freeze them: requires_grad_(False)."
-            )
-
-
 def warn_of_frozen() -> None:
     """Warn that no representation requires grad."""
     warn_user(
@@ -137,10 +149,12 @@ def warn_of_frozen() -> None:
 def check_losses(losses: Losses, names: Sequence[str]) -> dict[int, Tensor]:
     """Return the losses of the present tasks by task number."""
     if isinstance(losses, Tensor):
-        raise TypeError(
-            f"`losses` must be a sequence with one loss per task, got a single tensor of shape {tuple(losses.shape)}. "
-            "Pass the K losses themselves, as in step([loss_a, loss_b], z), not their sum."
-        )
+        if losses.ndim != 1:
+            raise TypeError(
+                "`losses` must be a sequence with one loss per task, or a tensor of shape (K,), got a tensor of shape "
+                f"{tuple(losses.shape)}. Pass the K losses themselves, as in step([loss_a, loss_b], z), not their sum."
+            )
+        losses = losses.unbind()
     if not isinstance(losses, Iterable) or isinstance(losses, str | Set):
         raise TypeError(
             f"`losses` must be a sequence with one loss per task, or a mapping from task names, got {_kind(losses)}."
@@ -188,17 +202,21 @@ def _check_loss(loss: Tensor, name: str) -> None:
         )
 
 
-def check_rep(rep: object, captured: torch.Size | None) -> None:
-    """Check that ``rep`` can be the representation that the heads consumed."""
+def check_rep(rep: object, fed: Fed, names: Sequence[str]) -> None:
+    """Check that ``rep`` is what entered the heads: a tensor, or several, nested in any way."""
     if rep is None:
         return
-    if not isinstance(rep, Tensor):
-        raise TypeError(f"`rep` must be the shared representation, a tensor, got {_kind(rep)}.")
-    if captured is not None and rep.shape != captured:
-        raise ValueError(
-            f"`rep` must be the representation that the heads consumed, of shape {tuple(captured)}, got shape "
-            f"{tuple(rep.shape)}. Pass the tensor that went into the heads, or leave `rep` out."
+    tensors = [leaf for leaf in tree_leaves(rep) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise TypeError(
+            f"`rep` must be the shared representation, a tensor or several in lists, tuples and dicts, got {_kind(rep)}."
         )
+    for tensor in tensors:
+        if fed.addresses and address(tensor) not in fed.addresses:
+            raise ValueError(
+                f"`rep` must be what entered the heads, got a tensor of shape {tuple(tensor.shape)} that did not. What "
+                f"did: {fed.described(names)}. Pass that, or leave `rep` out: nothing but this check needs it."
+            )
 
 
 def _is_int(value: object, *, at_least: int) -> bool:

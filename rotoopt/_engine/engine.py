@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from rotoopt._capture.capture import Capture
-from rotoopt._capture.fork import BackwardPass, Fed
+from rotoopt._capture.fork import BackwardPass, Fed, Fork, Met
 from rotoopt._capture.representation import RotatedDims
-from rotoopt._capture.wiring import check_wiring
-from rotoopt._engine.arguments import Losses, check_backbone_loss, check_losses, check_rep, warn_of_frozen
+from rotoopt._capture.wiring import Wiring, check_weighting
+from rotoopt._engine.arguments import Losses, Parts, check_backbone_loss, check_losses, check_rep, warn_of_frozen
 from rotoopt._engine.memory import Memory
 from rotoopt._engine.record import StepRecord
+from rotoopt._engine.turning import partial_cosines, rotation_gradients
+from rotoopt._engine.watch import SilentHeads
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._rotation.step import RotationGradient
 from rotoopt._torch.private import backward_pass_id
@@ -26,12 +28,13 @@ from rotoopt.weighting._measurements import joined, joined_across
 
 
 class Engine:
-    """Rotates representations, weighs the gradients of backward passes, and remembers what they measured.
+    """Rotates what enters the heads, weighs the gradients of backward passes, and remembers what they measured.
 
-    It turns no rotation: who does takes :meth:`rotation_gradients`, and then calls :meth:`finish_step`.
+    It turns no rotation: who does is called by :meth:`finish_step`.
 
     Args:
         names: How to call the K tasks.
+        heads: What belongs to each task alone, if it is known.
         rotations: The rotations; everything else is kept where they are, in their dtype.
         dims: The rotated dimensions of the representation.
         weighting: How K gradients become one.
@@ -44,6 +47,7 @@ class Engine:
     def __init__(
         self,
         names: Sequence[str],
+        heads: Sequence[Parts],
         rotations: Rotations,
         *,
         dims: RotatedDims,
@@ -62,37 +66,37 @@ class Engine:
         self.turn_every = turn_every
         self.capture = Capture(rotations, dims, self._running_pass)
         self.memory = Memory(rotations, weighting)
+        self._wiring = Wiring(self.names, heads)
+        self._silent_heads = SilentHeads(self.names)
         self._record: StepRecord | None = None
         self._running: BackwardPass | None = None
         self._passes: list[BackwardPass] = []  # those since the latest step
-        self._wiring_checked = self._warned_of_frozen = self._processes_checked = False
+        self._one_tensor_on_all: bool | None = None  # what the processes have agreed on
+        self._processes_checked = self._warned_of_frozen = False
 
     # ------------------------------------------------------------------ before
 
     def backward(
         self,
         losses: Losses,
-        rep: Tensor | None,
+        rep: Any,
         backbone_loss: Tensor | None,
         scaler: torch.amp.GradScaler | None = None,
         **options: Any,
     ) -> None:
         """Fill every ``.grad``; ``options`` are those of ``torch.autograd.backward``."""
         present = check_losses(losses, self.names)
-        check_rep(rep, self.capture.last_shape)
+        check_rep(rep, self.capture.fed, self.names)
         check_backbone_loss(backbone_loss)
         frozen = self.capture.fed.is_frozen(present)
-        if frozen:
-            if not self._warned_of_frozen:
-                self._warned_of_frozen = True
-                warn_of_frozen()
-        elif not self._wiring_checked or not self.capture.fed.looks_complete(present):
-            check_wiring(present, self.names, backbone_loss)
-            self._wiring_checked = True
+        if frozen and not self._warned_of_frozen:
+            self._warned_of_frozen = True
+            warn_of_frozen()
+        one_tensor = frozen or self._wiring.check(present, self.capture.fed, backbone_loss)
         self.close()
         scale = None if scaler is None else scaler.scale(torch.ones((), device=next(iter(present.values())).device))
         try:
-            self._running = this = self._open(self._values(present), scale)
+            self._running = this = self._open(self._values(present), scale, one_tensor=one_tensor)
             roots = list(present.values())
             if self.normalize_losses and not frozen:
                 divisors = this.loss_reference.known_or_one()
@@ -114,7 +118,9 @@ class Engine:
             values = self.processes.mean(values, task_mask(set(present), values))
         return values
 
-    def _open(self, losses: Tensor | None, loss_scale: Tensor | None, number: int | None = None) -> BackwardPass:
+    def _open(
+        self, losses: Tensor | None, loss_scale: Tensor | None, *, one_tensor: bool, number: int | None = None
+    ) -> BackwardPass:
         """Return a new backward pass: which way its gradients go depends on what the weighting and the step need."""
         if losses is None and (self.normalize_losses or self.weighting.needs_losses):
             who = "normalize_losses=True" if self.normalize_losses else repr(self.weighting)
@@ -123,20 +129,38 @@ class Engine:
                 "instead of your own sum(losses).backward()."
             )
         self._follow_rotations()
-        memory, weighting = self.memory, self.weighting
+        memory, weighting, count = self.memory, self.weighting, self.processes.count
+        lagged = self._lags(one_tensor)
         loss_reference = memory.loss_reference
         if losses is not None:
             loss_reference = loss_reference.updated(losses.abs(), ~losses.isnan(), burnt_in=self._burnt_in)
         return BackwardPass(
             number,
             losses,
-            loss_scale,
-            weights=memory.weights if weighting.lagged else None,
-            waits=not weighting.lagged or weighting.needs_cosines or self._turns_are_due,
+            loss_scale if count == 1 else count if loss_scale is None else loss_scale * count,
+            weights=memory.weights if lagged else None,
+            lagged=lagged,
+            meets=weighting.needs_cosines or self._turns_are_due,
             combine=self._combine,
+            known_norms=self._passes[-1].known_norms if self._passes else memory.known_norms,
             norm_reference=memory.norm_reference,
             loss_reference=loss_reference,
         )
+
+    def _lags(self, one_tensor: bool) -> bool:
+        """Return whether the weights of a backward pass are those that the step before has made."""
+        check_weighting(self.weighting, self.capture.fed, self.names, one_tensor=one_tensor)
+        if self.weighting.lagged or self.processes.count == 1:
+            return self.weighting.lagged or not one_tensor
+        if self._one_tensor_on_all is None:  # in the first pass: later ones exchange norms where all expect it
+            self._one_tensor_on_all = self.processes.all(one_tensor, self.memory.weights.device)
+        if self._one_tensor_on_all and not one_tensor:
+            raise RuntimeError(
+                "All heads must go on reading one tensor under distributed training, got several after steps with one: "
+                f"{self.capture.fed.described(self.names)}. The processes measure norms together in the backward pass, "
+                "and all must know when. Take a weighting that is known before, such as EqualWeighting()."
+            )
+        return not self._one_tensor_on_all
 
     def _follow_rotations(self) -> None:
         """Move what is remembered to where the rotations are, which follow the representation."""
@@ -159,39 +183,59 @@ class Engine:
         number = backward_pass_id()
         if self._running is None or self._running.number not in (None, number):
             self.close()
-            self._running = self._open(None, None, number)
+            one_tensor = self._wiring.check_running(self.capture.fed)
+            self._running = self._open(None, None, one_tensor=one_tensor, number=number)
+            self.capture.fed = Fed()
         return self._running
 
     @torch.no_grad()
-    def _combine(self, this: BackwardPass, grads: Tensor, tasks: tuple[int, ...], dims: RotatedDims) -> Tensor:
-        """Return the gradient for the representation, of those of all tasks, and note what the rotations turn by."""
-        shape = grads.shape[1:]
+    def _combine(self, this: BackwardPass, grads: Tensor, tasks: tuple[int, ...], fork: Fork) -> Tensor:
+        """Return the gradient for a tensor, of those of all tasks that waited there."""
         with torch.autocast(grads.device.type, enabled=False):
-            gradients, magnified = self._joined_batch(this, grads.flatten(1), tasks)
-            measured = self._measured(this, gradients.norms, gradients.present, gradients.finite, gradients.cosines)
-            weights = self.memory.weights if self.weighting.lagged else self.weighting(measured)
-            vector = self.weighting.combine(gradients, weights)
-            this.measured, this.weights = measured, weights
+            gradients = TaskGradients.of(grads.flatten(1), tasks, task_mask(set(tasks), self.memory.weights))
+            if this.lagged:
+                for task in tasks:
+                    this.note(task, gradients.norms[task])
+                assert this.weights is not None
+                vector = gradients.combine(this.weights.to(grads.dtype))
+            else:
+                gradients = self._joined_batch(this, gradients)
+                vector = self._weigh(this, gradients)
+                vector = vector if this.magnified is None else vector * this.magnified
             # Alone, a task is its own target. What other processes have, the host does not know.
             alone = len(tasks) == 1 and self.processes.count == 1
-            if self._turns_are_due and any(self.rotations.rotate) and not alone:
-                this.rotation_gradients.append(_rotation_gradient(gradients, measured.finite, shape, dims))
-        return (vector if magnified is None else vector * magnified).reshape(shape)
+            turns = self._turns_are_due and fork.rotated
+            if not alone and (turns or this.lagged):
+                this.met.append(Met(gradients, fork.shape, turns))
+        return vector.reshape(fork.shape)
 
-    def _joined_batch(
-        self, this: BackwardPass, grads: Tensor, tasks: tuple[int, ...]
-    ) -> tuple[TaskGradients, Tensor | float | None]:
-        """Return the gradients of the batch of all processes, and how many times larger ``grads`` are."""
-        own = TaskGradients.of(grads, tasks, task_mask(set(tasks), self.memory.weights))
-        scale = this.loss_scale
-        if self.processes.count == 1:
-            return (own, None) if scale is None else (own.divided_by(scale), scale)
-        if not self._processes_checked:
+    def _joined_batch(self, this: BackwardPass, own: TaskGradients) -> TaskGradients:
+        """Return the gradients of the losses over the joined batch, which ``own`` are a part of, magnified."""
+        if self.processes.count > 1:
+            self._check_processes()
+            # The loss of the joined batch is the mean over processes, which DistributedDataParallel takes afterwards.
+            own = JoinedGradients.join(own, self.processes)
+        return own if this.magnified is None else own.divided_by(this.magnified)
+
+    def _weigh(self, this: BackwardPass, gradients: TaskGradients) -> Tensor:
+        """Return the gradient that the weighting makes of those of this very pass, and note what it saw."""
+        if this.measured is not None:
+            raise RuntimeError(
+                "All heads must get the same tensor in a backward pass of its own, got two tensors in one: the losses of "
+                "two forward passes, or tensors that were made before the latest backward pass. Back-propagate what "
+                "belongs to one forward pass before the next one, or call optimizer.backward(losses)."
+            )
+        this.tasks.update(gradients.tasks or ())
+        this.measured = self._measured(this, gradients.norms, gradients.present, gradients.finite, gradients.cosines)
+        finite, known = this.measured.finite, this.measured.norms
+        this.known_norms = torch.where(finite & (known > 0), known, this.known_norms)
+        this.weights = self.weighting(this.measured)
+        return self.weighting.combine(gradients, this.weights)
+
+    def _check_processes(self) -> None:
+        if not self._processes_checked and self.rotations.size is not None:
             self.processes.check_same(self.rotations.matrices)
             self._processes_checked = True
-        # The loss of the joined batch is the mean over the processes, which DistributedDataParallel takes afterwards.
-        magnified = self.processes.count if scale is None else scale * self.processes.count
-        return JoinedGradients.join(own, self.processes).divided_by(magnified), magnified
 
     def _measured(
         self, this: BackwardPass, norms: Tensor, present: Tensor, finite: Tensor, cosines: Tensor | None
@@ -200,9 +244,10 @@ class Engine:
         if this.losses is not None:
             finite = finite & (this.losses.isfinite() | ~present).all()
         this.loss_reference = this.loss_reference.keep_if(finite, self.memory.loss_reference)
-        if not self.weighting.lagged:  # else once per step, from all backward passes together
+        if not this.lagged:  # else once per step, from all backward passes together
             reference = this.norm_reference.updated(norms, present, burnt_in=self._burnt_in)
             this.norm_reference = reference.keep_if(finite, this.norm_reference)
+            norms = torch.where(present, norms, this.known_norms)
         return Measurements(
             norms, present, finite, this.losses, cosines, this.norm_reference.values, this.loss_reference.values
         )
@@ -215,13 +260,15 @@ class Engine:
         this, self._running = self._running, None
         if this is None or not this.tasks:
             return
-        if not this.waits:
-            magnified = self.processes.count if this.loss_scale is None else this.loss_scale * self.processes.count
-            norms = this.norms_on_the_way(self.memory.weights) / magnified
-            this.measured = self._measured(this, norms, task_mask(this.tasks, norms), norms.isfinite().all(), None)
-        self.memory.norm_reference, self.memory.loss_reference = this.norm_reference, this.loss_reference
+        if this.lagged:
+            norms = this.joint_norms(this.known_norms)
+            cosines = partial_cosines(this.met, norms) if this.meets else None
+            norms = norms if this.magnified is None else norms / this.magnified
+            this.measured = self._measured(this, norms, task_mask(this.tasks, norms), norms.isfinite().all(), cosines)
+        memory = self.memory
+        memory.norm_reference, memory.loss_reference = this.norm_reference, this.loss_reference
+        self._record = StepRecord.of(this, memory, self.rotations, self._record, begun=bool(self._passes))
         self._passes.append(this)
-        self._record = StepRecord.of(this, self.memory, self.rotations, self._record)
 
     @property
     def record(self) -> StepRecord | None:
@@ -239,55 +286,74 @@ class Engine:
         self.close()
         return bool(self._passes)
 
-    @property
-    def rotation_gradients(self) -> list[RotationGradient]:
-        """The gradients of the rotations in the backward passes since the latest step."""
-        self.close()
-        return [gradient for this in self._passes for gradient in this.rotation_gradients]
-
     @torch.no_grad()
-    def finish_step(self, angles: Tensor, rotation_lr: float | Tensor) -> None:
-        """Learn from the backward passes since the latest step, and forget them.
+    def finish_step(self, turn: Callable[[Sequence[RotationGradient]], Tensor], rotation_lr: float | Tensor) -> None:
+        """Learn from the backward passes since the latest step, have the rotations turned, and forget the passes.
 
         Args:
-            angles: By how much the rotations turned, in radians. Shape ``(K,)``.
+            turn: Turns the rotations, and returns by what angles, in radians. Shape ``(K,)``.
             rotation_lr: Their learning rate.
         """
         if not self.pending:
             return
-        if self.weighting.lagged:
-            # A training loop may step inside of its autocast.
-            with torch.autocast(self.rotations.device.type, enabled=False):
-                self._learn()
+        # A training loop may step inside of its autocast.
+        with torch.autocast(self.rotations.device.type, enabled=False):
+            measured = self._learn()
+            angles = turn(self._rotation_gradients(measured))
         memory = self.memory
         memory.total_angles = memory.total_angles + angles
         assert self._record is not None  # there was a pass
         self._record = replace(self._record, angles=angles, total_angles=memory.total_angles, rotation_lr=rotation_lr)
         memory.num_steps += 1
+        self._silent_heads.observe(self._passes)
         self.clear()
 
-    def _learn(self) -> None:
-        """Make the weights of the next step from what all backward passes of this one measured."""
+    def _learn(self) -> Measurements:
+        """Make the weights for gradients that cannot wait, and return what all backward passes measured together."""
         memory, latest = self.memory, self._passes[-1]
+        assert latest.measured is not None  # it is closed
+        assert latest.weights is not None
+        if not any(this.lagged for this in self._passes):
+            memory.known_norms = latest.known_norms
+            if not self.weighting.needs_one_tensor:
+                memory.weights = torch.where(latest.measured.finite, latest.weights, memory.weights)
+            return latest.measured
         measured = joined([this.measured for this in self._passes if this.measured is not None])
-        if self.processes.count > 1 and not latest.waits:
+        if self.processes.count > 1:
+            self._check_processes()
             measured = joined_across(measured, self.processes)
-        reference = memory.norm_reference.updated(measured.norms, measured.present, burnt_in=self._burnt_in)
-        measured = replace(measured, norm_references=reference.values)
         if self.processes.count > 1 or len(self._passes) > 1:
-            latest.measured = measured
-            self._record = StepRecord.of(latest, memory, self.rotations, self._record)
-        memory.norm_reference, memory.weights = reference, self.weighting(measured)
+            together = replace(latest, measured=measured)
+            self._record = StepRecord.of(together, memory, self.rotations, self._record)
+        reference = memory.norm_reference.updated(measured.norms, measured.present, burnt_in=self._burnt_in)
+        known = torch.where(measured.norms > 0, measured.norms, memory.known_norms)
+        memory.known_norms, memory.norm_reference = known, reference
+        if self.weighting.lagged:
+            seen = replace(measured, norms=torch.where(measured.present, measured.norms, known))
+        else:  # a gradient that is zero now need not be so in the next step, where the weight is used
+            seen = replace(measured, norms=known, present=measured.present & (known > 0))
+        memory.weights = self.weighting(replace(seen, norm_references=reference.values))
+        return measured
+
+    def _rotation_gradients(self, measured: Measurements) -> list[RotationGradient]:
+        """Return what the rotations turn by: nothing where they rest."""
+        gradients = rotation_gradients(self._passes, measured, self.capture.dims)
+        size = self.rotations.size
+        # All processes turn if one does.
+        if not gradients and self._turns_are_due and self.processes.count > 1 and size is not None:
+            return [RotationGradient.none(len(self.names), size, like=measured.norms)]
+        return gradients
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to resume, but for what turns the rotations."""
         self.close()
-        return self.memory.state_dict()
+        return {**self.memory.state_dict(), "places": self.capture.places.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; check it first with :meth:`Memory.check_state_dict`."""
         self.clear()
         self.memory.load_state_dict(state_dict)
+        self.capture.places.load_state_dict(state_dict["places"])
 
     def clear(self) -> None:
         """Forget the backward passes since the latest step."""
@@ -297,12 +363,3 @@ class Engine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.clear()  # torch does not copy the gradients of parameters, so a copy has none to step on
-
-
-def _rotation_gradient(
-    gradients: TaskGradients, usable: Tensor, shape: torch.Size, dims: RotatedDims
-) -> RotationGradient:
-    directions = gradients.directions()
-    target = directions.sum(0) / gradients.num_present
-    directions, target = torch.where(usable, directions, 0.0), torch.where(usable, target, 0.0)
-    return RotationGradient(dims.view_stacked(directions.view(-1, *shape)), dims.view(target.view(shape)), usable)

@@ -21,7 +21,8 @@ class Memory:
 
     Attributes:
         num_steps: Number of steps so far.
-        weights: The weights of the next backward pass, for a weighting that is lagged. Shape ``(K,)``.
+        weights: The weights of the next backward pass, if its gradients cannot wait for each other. Shape ``(K,)``.
+        known_norms: The latest ||G_k|| that is not zero; zero where there was none yet. Shape ``(K,)``.
         norm_reference: ||G_k(t0)||.
         loss_reference: |L_k(t0)|.
         total_angles: By how much each rotation has turned, in radians. Shape ``(K,)``.
@@ -32,6 +33,7 @@ class Memory:
         weighting.bind(K, device, dtype)
         self.num_steps = 0
         self.weights = torch.ones(K, device=device, dtype=dtype)
+        self.known_norms = torch.zeros(K, device=device, dtype=dtype)
         self.norm_reference = Reference.unknown(K, device, dtype)
         self.loss_reference = Reference.unknown(K, device, dtype)
         self.total_angles = torch.zeros(K, device=device, dtype=dtype)
@@ -40,7 +42,8 @@ class Memory:
 
     def to(self, device: torch.device) -> None:
         """Move everything but the rotations to ``device``."""
-        self.weights, self.total_angles = self.weights.to(device), self.total_angles.to(device)
+        self.weights, self.known_norms = self.weights.to(device), self.known_norms.to(device)
+        self.total_angles = self.total_angles.to(device)
         self.norm_reference, self.loss_reference = self.norm_reference.to(device), self.loss_reference.to(device)
         self._weighting.to(device)
 
@@ -54,6 +57,7 @@ class Memory:
             # By its name. A copy: torch hands out the tensors of an optimizer themselves, which the next step changes.
             "weighting": {type(self._weighting).__name__: copy.deepcopy(self._weighting.state_dict())},
             "weights": self.weights.clone(),
+            "known_norms": self.known_norms.clone(),
             "norm_reference": self.norm_reference.state_dict(),
             "loss_reference": self.loss_reference.state_dict(),
             "total_angles": self.total_angles.clone(),
@@ -68,6 +72,7 @@ class Memory:
             self._rotations.manifold = None  # saved before the first forward pass, which will make them
         self.num_steps = state_dict["num_steps"]
         self.weights = state_dict["weights"].to(self.weights)
+        self.known_norms = state_dict["known_norms"].to(self.known_norms)
         self.norm_reference = self.norm_reference.loaded(state_dict["norm_reference"])
         self.loss_reference = self.loss_reference.loaded(state_dict["loss_reference"])
         self.total_angles = state_dict["total_angles"].to(self.total_angles)

@@ -46,9 +46,11 @@ class StepRecord:
     Attributes:
         step: Number of steps before this one.
         losses: L_k, NaN for an absent task; ``None`` where the user back-propagated them. Shape ``(K,)``.
-        grad_norms: ||G_k||, the norm of the gradient at the representation over the whole batch, zero for an absent
-            task. Shape ``(K,)``.
-        weights: The task weights that were used, NaN for a callable weighting. Shape ``(K,)``.
+        grad_norms: ||G_k||, the norm of the gradient at the representation (all tensors that enter the head, together)
+            over the whole batch, zero for an absent task. Shape ``(K,)``.
+        weights: The task weights that were used, zero for an absent task, NaN for a callable weighting. Shape ``(K,)``.
+        lagged: Whether these weights were made by the step before: the gradients could not wait for each other, since
+            the heads read several tensors, or the weighting asks for it.
         cosines: Cosines between the task gradients, zero for an absent or zero one. Where the weights are known before
             the backward pass, gradients meet in every ``turn_every``-th step only: then those of the latest of these
             steps. Shape ``(K, K)``.
@@ -66,6 +68,7 @@ class StepRecord:
     losses: Tensor | None
     grad_norms: Tensor
     weights: Tensor
+    lagged: bool
     cosines: Tensor
     present: Tensor
     finite: Tensor
@@ -75,11 +78,36 @@ class StepRecord:
     rotations: Rotations = field(repr=False)
 
     @classmethod
-    def of(cls, this: BackwardPass, memory: Memory, rotations: Rotations, previous: StepRecord | None) -> StepRecord:
-        """Return the record of a backward pass that is closed, where ``previous`` is that of the one before."""
+    def of(
+        cls,
+        this: BackwardPass,
+        memory: Memory,
+        rotations: Rotations,
+        previous: StepRecord | None,
+        *,
+        begun: bool = False,
+    ) -> StepRecord:
+        """Return the record of a backward pass that is closed.
+
+        Args:
+            this: The backward pass.
+            memory: What is remembered.
+            rotations: The rotations.
+            previous: The record of the backward pass before.
+            begun: Whether that was one of the same step: then tasks that are absent now keep what it has of them.
+        """
         measured, weights = this.measured, this.weights
         assert measured is not None
         assert weights is not None
+        norms, weights = (torch.where(measured.present, each, 0.0) for each in (measured.norms, weights))
+        losses, present = measured.losses, measured.present
+        if begun and previous is not None:
+            norms = torch.where(present, norms, previous.grad_norms)
+            weights = torch.where(present, weights, previous.weights)
+            losses = (
+                None if losses is None or previous.losses is None else torch.where(present, losses, previous.losses)
+            )
+            present = present | previous.present
         cosines = measured.cosines
         if cosines is None and previous is not None:
             cosines = previous.cosines.to(weights.device)
@@ -87,11 +115,12 @@ class StepRecord:
             cosines = torch.full_like(weights.outer(weights), torch.nan)
         return cls(
             step=memory.num_steps,
-            losses=measured.losses,
-            grad_norms=measured.norms,
-            weights=torch.where(measured.present, weights, 0.0),
+            losses=losses,
+            grad_norms=norms,
+            weights=weights,
+            lagged=this.lagged,
             cosines=cosines,
-            present=measured.present,
+            present=present,
             finite=measured.finite,
             angles=torch.zeros_like(memory.total_angles),
             total_angles=memory.total_angles,

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from rotoopt._rotation.cayley import DenseSkew, SampleSkew, Skew, repair_columns_
 from rotoopt._rotation.rotations import Rotations
-from rotoopt._rotation.step import RotationGradient, mean_correlation, share_of_each
+from rotoopt._rotation.step import RotationGradient, sum_of_correlations
 from rotoopt._torch.devices import move_
 from rotoopt._torch.processes import Processes
 
@@ -58,7 +58,8 @@ class NormalizedStep(Optimizer):
                 if param.grad is not None:
                     total = self.state[param].setdefault("sum", torch.zeros_like(param))
                     total.add_(param.grad.square())
-                    param.copy_((group["lr"] / total.sqrt()).clamp(max=MAX_STEP))
+                    step = (group["lr"] / total.sqrt()).clamp(max=MAX_STEP)
+                    param.copy_(torch.where(total > 0, step, 0.0))
         return loss
 
 
@@ -89,7 +90,7 @@ class Agreement:
         self._inner = torch.where(known, MEMORY * self._inner + (seen * latest).sum((-2, -1)), self._inner)
         self._norms = torch.where(known, MEMORY * self._norms + norms * _norms(latest), self._norms)
         self._latest = torch.where(known[:, None, None], seen, latest)
-        return torch.where(self._norms > 0, self._inner / self._norms, 0.0).clamp(min=0.0)
+        return torch.where(self._norms > 0, self._inner / self._norms, 0.0).clamp(0.0, 1.0)
 
     def to(self, device: torch.device) -> None:
         """Move what is remembered to ``device``."""
@@ -155,14 +156,14 @@ class CayleyStep:
         return step * (2.0 * norm / m).sqrt()
 
     def _skew(self, gradients: Sequence[RotationGradient], m: int) -> Skew:
-        """Return the mean of the usable gradients, in the dtype of the rotations and the form that is cheaper here."""
+        """Return the sum of the gradients, in the dtype of the rotations and the form that is cheaper to turn by."""
         dtype = self._sizes.dtype
         distributed = self._processes.count > 1  # their joined samples are many, and their number is not known here
         if distributed or sum(each.num_samples for each in gradients) >= DENSE_FROM * m:
-            return DenseSkew(mean_correlation(gradients, m, self._processes).to(dtype))
+            return DenseSkew(sum_of_correlations(gradients, m, self._processes).to(dtype))
         tasks = torch.cat([_columns(each.directions, m) for each in gradients], dim=-1)
         target = torch.cat([_columns(each.target, m) for each in gradients], dim=-1)
-        return SampleSkew((tasks * share_of_each(gradients)).to(dtype), target.to(dtype))
+        return SampleSkew(tasks.to(dtype), target.to(dtype))
 
     def _follow(self, device: torch.device) -> None:
         if self._sizes.device != device:

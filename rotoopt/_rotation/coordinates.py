@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from rotoopt._rotation.cayley import turn_
 from rotoopt._rotation.rotations import Rotations
-from rotoopt._rotation.step import RotationGradient, mean_correlation
+from rotoopt._rotation.step import RotationGradient, sum_of_correlations
 from rotoopt._torch.devices import move_
 from rotoopt._torch.processes import Processes
 
@@ -34,7 +34,8 @@ class Coordinates:
         self.rotations = rotations
         self._processes = processes
         # Sized by the first gradient: the optimizer, and schedulers on it, exist before the rotations do.
-        self.parameter = nn.Parameter(torch.empty(0, device=rotations.device, dtype=rotations.dtype))
+        empty = torch.zeros(rotations.num_tasks, 0, 0, device=rotations.device, dtype=rotations.dtype)
+        self.parameter = nn.Parameter(empty)
         self.fit()
 
     def fit(self) -> None:
@@ -43,9 +44,9 @@ class Coordinates:
             self.parameter.data = torch.zeros_like(self.rotations.matrices)
 
     def gradient(self, gradients: Sequence[RotationGradient]) -> Tensor:
-        """Return the mean gradient of the backward passes that are usable, zero for a task that is not rotated."""
+        """Return the sum of ``gradients`` in coordinates, zero for a task that is not rotated."""
         self.fit()
-        correlation = mean_correlation(gradients, self.parameter.shape[-1], self._processes)
+        correlation = sum_of_correlations(gradients, self.parameter.shape[-1], self._processes)
         grad = (correlation.mT - correlation).tril(-1)
         return torch.where(self.rotations.rotates[:, None, None], grad, 0.0).to(self.parameter.dtype)
 

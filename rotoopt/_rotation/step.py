@@ -15,7 +15,7 @@ from rotoopt._torch.processes import Processes
 
 @dataclass(frozen=True)
 class RotationGradient:
-    r"""The gradient of the rotation objective in one backward pass, in factors.
+    r"""The gradient of the rotation objective at one tensor in one backward pass, in factors.
 
     The objective, :math:`-\sum_s \langle R_k^\top \tilde g_{s,k}, v_s \rangle` over samples s, is linear in R_k. Its
     gradient along the Lie algebra is the skew matrix :math:`S_k = N_k - N_k^\top` with :math:`N_k = U_k V^\top`.
@@ -34,6 +34,12 @@ class RotationGradient:
     target: Tensor
     usable: Tensor
 
+    @classmethod
+    def none(cls, num_tasks: int, size: int, like: Tensor) -> RotationGradient:
+        """Return the gradient of no samples, in the dtype of ``like``."""
+        directions = like.new_zeros(num_tasks, 0, size, 1)
+        return cls(directions, directions[0], torch.ones_like(like[0], dtype=torch.bool))
+
     @property
     def num_samples(self) -> int:
         """Number of samples, L P."""
@@ -47,15 +53,9 @@ class RotationGradient:
         return torch.einsum("klip,ljp->kij", U, V)
 
 
-def share_of_each(gradients: Sequence[RotationGradient]) -> Tensor:
-    """Return by what to multiply each of ``gradients`` to get the mean of the usable ones from their sum. ``()``."""
-    usable = torch.stack([each.usable for each in gradients])
-    return 1.0 / usable.sum().clamp(min=1).to(gradients[0].target)
-
-
-def mean_correlation(gradients: Sequence[RotationGradient], size: int, processes: Processes) -> Tensor:
-    """Return the mean N of the usable ``gradients``, over the joined batch of all processes. ``(K, size, size)``."""
-    correlation = torch.stack([each.correlation(size) for each in gradients]).sum(0) * share_of_each(gradients)
+def sum_of_correlations(gradients: Sequence[RotationGradient], size: int, processes: Processes) -> Tensor:
+    """Return the sum of the N of ``gradients``, over the joined batch of all processes. ``(K, size, size)``."""
+    correlation = torch.stack([each.correlation(size) for each in gradients]).sum(0)
     if processes.count > 1:
         processes.sum_(correlation)
     return correlation
@@ -71,7 +71,7 @@ class RotationStep(Protocol):
     optimizer: Optimizer
 
     def step(self, gradients: Sequence[RotationGradient]) -> Tensor:
-        """Turn the rotations by the mean of ``gradients``, those of the backward passes since the latest step.
+        """Turn the rotations by the sum of ``gradients``, those of the backward passes since the latest step.
 
         Returns:
             The angle by which each rotation turned, in radians: the root mean square over all vectors. Shape ``(K,)``.

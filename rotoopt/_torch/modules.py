@@ -1,13 +1,15 @@
-"""Modules: what torch puts around one, and the mode that each part of one is in."""
+"""Modules and optimizers: those that there are, what torch puts around a module, and the mode that each part of one is in."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from rotoopt._torch.private import compiled_module
+from rotoopt._torch.private import compiled_module, without_compiled_prefixes
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -16,6 +18,34 @@ def unwrapped(module: nn.Module) -> nn.Module:
     if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
         inner = module.module
     return module if inner is None else unwrapped(inner)
+
+
+def living_modules() -> Iterator[nn.Module]:
+    """Return all modules that there are."""
+    return (each for each in gc.get_objects() if issubclass(type(each), nn.Module))
+
+
+def living_optimizers() -> Iterator[Optimizer]:
+    """Return all optimizers that there are."""
+    return (each for each in gc.get_objects() if issubclass(type(each), Optimizer))
+
+
+def name_of(param: Tensor) -> str:
+    """Return the longest name that a module has for ``param``, and its shape; slow, for errors."""
+    names = [
+        without_compiled_prefixes(name)
+        for module in living_modules()
+        for name, each in _named_parameters(module)
+        if each is param
+    ]
+    return f"{max(names, key=len, default='a parameter')} of shape {tuple(param.shape)}"
+
+
+def _named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    try:
+        return list(module.named_parameters())
+    except AttributeError:  # its __init__ has not run yet
+        return []
 
 
 @contextmanager

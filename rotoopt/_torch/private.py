@@ -5,6 +5,8 @@ Not here: methods that torch asks modules to override (``_apply``, ``_load_from_
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,9 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-# Leaves of nested lists, tuples and dicts. No public name of torch does that; its C++ twin needs a package of its own.
+# What is nested in lists, tuples and dicts. No public name of torch looks there; torch.utils.pytree needs another package.
+from torch.utils._pytree import keystr as keystr
+from torch.utils._pytree import tree_flatten_with_path as tree_flatten_with_path
 from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 
+ENGINE_FILE = torch.autograd.graph.__file__
 Function = TypeVar("Function", bound=Callable[..., Any])
 Step = Callable[..., float | None]
 
@@ -115,6 +121,32 @@ def backward_pass_id() -> int:
     Public hooks tell neither the beginning nor the end of a backward pass that the user calls.
     """
     return torch._C._current_graph_task_id()
+
+
+def running_roots() -> list[Tensor]:
+    """Return the tensors that the running backward pass began from; none where they cannot be found.
+
+    They are in a frame of ``torch.autograd``, of the thread that waits for the pass. No hook is told of them, and no public
+    name is.
+    """
+    for frame in list(sys._current_frames().values()):
+        while frame is not None:
+            if frame.f_code.co_name == "_engine_run_backward" and frame.f_code.co_filename == ENGINE_FILE:
+                return list(frame.f_locals["t_outputs"])
+            frame = frame.f_back  # type: ignore[assignment]
+    return []
+
+
+def output_numel(node: Any) -> int | None:
+    """Return the number of elements of the first output of an operation in a graph; None where it is not known."""
+    metadata = getattr(node, "_input_metadata", None)  # nothing public tells a shape
+    return math.prod(metadata[0].shape) if metadata else None
+
+
+def selected_index(node: Any) -> int:
+    """Return the index of ``tensor[index]`` from the operation in a graph, which nothing public tells."""
+    index: int = node._saved_index
+    return index if index < 2**63 else index - 2**64  # it has no sign
 
 
 def is_transformed() -> bool:

@@ -42,6 +42,10 @@ class Processes:
         """Add up the tensors of all processes, in place."""
         dist.all_reduce(tensor, group=self.group)
 
+    def all(self, own: bool, device: torch.device) -> bool:
+        """Return whether ``own`` is true on all processes; waits for the device."""
+        return bool(self.gather(torch.tensor(own, dtype=torch.uint8, device=device)).all())
+
     def mean(self, losses: Tensor, present: Tensor) -> Tensor:
         """Return the mean losses of the tasks over all processes, NaN for a task that is absent on all.
 

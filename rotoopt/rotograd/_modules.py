@@ -194,6 +194,7 @@ class RotateOnly(VanillaMTL):
         )
         self._engine = Engine(
             self.task_names,
+            [(head,) for head in heads],
             self.rotations,
             dims=dims,
             weighting=self._make_weighting(),
@@ -230,9 +231,8 @@ class RotateOnly(VanillaMTL):
         """
         self._check_training()
         self._engine.backward(losses, None, backbone_loss, **kwargs)
-        self._turning.add(self._engine.rotation_gradients)
         # The official package counts backward passes. Who steps, and how far that turns the rotations, is not known.
-        self._engine.finish_step(torch.zeros(self.num_tasks), math.nan)
+        self._engine.finish_step(self._turning.add, math.nan)
 
     @property
     def last_step(self) -> StepRecord | None:

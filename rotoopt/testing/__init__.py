@@ -15,7 +15,7 @@
 from rotoopt.testing._checks import check_invariants, check_losses_repeat, check_resume, check_rotations
 from rotoopt.testing._gradients import check_backbone_gradients, check_head_gradients
 from rotoopt.testing._wiring import (
-    check_heads_share_the_representation,
+    check_heads_are_fed,
     check_losses_pass_through_their_heads,
     check_parameters_are_optimized,
     check_rotations_reach_their_heads,
@@ -25,7 +25,7 @@ __all__ = [
     "check_invariants",
     "check_rotations",
     "check_losses_repeat",
-    "check_heads_share_the_representation",
+    "check_heads_are_fed",
     "check_losses_pass_through_their_heads",
     "check_parameters_are_optimized",
     "check_rotations_reach_their_heads",

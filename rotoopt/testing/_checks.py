@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from rotoopt._capture.fork import Fork
-from rotoopt._capture.graph import is_rotation, reached
+from rotoopt._capture.graph import is_tap, reached
 from rotoopt._rotation.cayley import orthogonality_error
 from rotoopt.optimizer import RotoGradOptimizer
 from rotoopt.testing._gradients import check_backbone_gradients, check_head_gradients
 from rotoopt.testing._trial import LossFn, Trial
 from rotoopt.testing._wiring import (
-    check_heads_share_the_representation,
+    check_heads_are_fed,
     check_losses_pass_through_their_heads,
     check_parameters_are_optimized,
     check_rotations_reach_their_heads,
@@ -54,7 +54,7 @@ def check_invariants(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
     """
     check_rotations(optimizer)
     check_losses_repeat(optimizer, losses)
-    check_heads_share_the_representation(optimizer, losses)
+    check_heads_are_fed(optimizer, losses)
     check_losses_pass_through_their_heads(optimizer, losses)
     check_parameters_are_optimized(optimizer, losses)
     check_rotations_reach_their_heads(optimizer, losses)
@@ -88,8 +88,8 @@ def check_losses_repeat(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
 
 
 def _forks(losses: Iterable[Tensor]) -> set[Fork]:
-    """Return the points where a representation goes to its heads."""
-    return {node.fork for node in reached(loss.grad_fn for loss in losses) if is_rotation(node)}
+    """Return the points where tensors go to the heads."""
+    return {node.fork for node in reached(loss.grad_fn for loss in losses) if is_tap(node)}
 
 
 def check_rotations(optimizer: RotoGradOptimizer) -> None:

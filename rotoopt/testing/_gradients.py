@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from rotoopt._capture.graph import behind_rotations, in_heads, leaves
+from rotoopt._capture.graph import behind_taps, in_heads, leaves
 from rotoopt.optimizer import RotoGradOptimizer
 from rotoopt.testing._trial import LossFn, Trial
 
@@ -32,7 +32,7 @@ def check_backbone_gradients(optimizer: RotoGradOptimizer, losses: LossFn) -> No
 
 
 def _split(trial: Trial) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """Return the trained parameters in front of each rotation, those of its head, and all others.
+    """Return the trained parameters in front of the taps of each task, those of its head, and all others.
 
     Not those that a head shares with the backbone, as embeddings that are the weights of an output layer: they get a
     weighted part and one that is not.
@@ -40,7 +40,7 @@ def _split(trial: Trial) -> tuple[list[list[Tensor]], list[Tensor]]:
     with trial.restored():
         present = trial.losses().values()
     heads = [{id(param) for param in leaves(in_heads(loss))} for loss in present]
-    behind = {id(param) for loss in present for param in leaves(behind_rotations(loss))}
+    behind = {id(param) for loss in present for param in leaves(behind_taps(loss))}
     trained = [param for param in trial.parameters() if param.requires_grad]
     in_any = set().union(*heads)
     return (
@@ -55,7 +55,7 @@ def _check_gradients(trial: Trial, groups: Sequence[list[Tensor]], *, weighted: 
         return
     with trial.restored():
         true = trial.true_gradients(params)
-        trial.backward()
+        trial.backward(trial.losses())
         grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in params]
         weights, divisors = trial.optimizer.task_weights.tolist(), trial.divisors()
     if weighted and any(math.isnan(weights[task]) for task in true):  # a callable weighting

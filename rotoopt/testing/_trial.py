@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rotoopt._capture.fork import Fed
+from rotoopt._capture.wiring import Wiring, check_weighting
 from rotoopt._engine.arguments import Losses, check_losses
 from rotoopt.optimizer import RotoGradOptimizer
 
@@ -49,11 +50,22 @@ class Trial:
         """Return the tasks whose heads were fed in the latest forward pass, and whether z required grad."""
         return self.engine.capture.fed.tasks
 
-    def backward(self) -> dict[int, Tensor]:
-        """Compute the losses, back-propagate them as a step does, and return them."""
-        losses = self.losses()
+    def check_wiring(self, losses: dict[int, Tensor]) -> None:
+        """Raise if ``optimizer.step`` would refuse how ``losses`` were computed.
+
+        Raises:
+            AssertionError: With what it would say.
+        """
+        engine = self.engine
+        try:
+            one_tensor = Wiring(self.names, self.core.heads).check(losses, engine.capture.fed, None)
+            check_weighting(engine.weighting, engine.capture.fed, self.names, one_tensor=one_tensor)
+        except RuntimeError as error:
+            raise AssertionError(str(error)) from None
+
+    def backward(self, losses: dict[int, Tensor]) -> None:
+        """Back-propagate ``losses`` as a step does."""
         self.optimizer.backward({self.names[task]: loss for task, loss in losses.items()})
-        return losses
 
     def step(self) -> None:
         """Make a whole step."""
@@ -62,9 +74,10 @@ class Trial:
     def true_gradients(self, params: list[Tensor]) -> dict[int, list[Tensor | None]]:
         """Return the gradient of every loss, that of the rotated model, at every one of ``params``."""
         with self.optimizer.paused():  # in the backward pass, too, where activation checkpointing runs heads again
+            # Forward again for every loss: a graph that was compiled can be used once.
             return {
-                task: list(torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True))
-                for task, loss in self.losses().items()
+                task: list(torch.autograd.grad(self.losses()[task], params, allow_unused=True))
+                for task in self.losses()
             }
 
     def parameters(self) -> list[Tensor]:

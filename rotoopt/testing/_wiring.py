@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from rotoopt._capture.graph import Node, behind_rotations, in_heads, is_leaf, is_rotation, leaves, reached
+from rotoopt._capture.graph import behind_taps, in_heads, leaves, taps_of
+from rotoopt._engine.arguments import modules_of
+from rotoopt._torch.modules import living_optimizers
 from rotoopt.optimizer import RotoGradOptimizer
 from rotoopt.testing._trial import LossFn, Trial
 
 
-def check_heads_share_the_representation(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
-    """Check that every head runs in training, and all of them on one tensor z that requires grad."""
+def check_heads_are_fed(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
+    """Check that every head runs in training, on something that requires grad."""
     trial = Trial(optimizer, losses)
     with trial.restored():
-        present = trial.losses()
-        for task in present:
+        for task in trial.losses():
             _check_fed(trial, task)
-        rotations = set(filter(is_rotation, reached(loss.grad_fn for loss in present.values())))
-    _check_rotated_once(rotations, trial.names)
-    # The node that made z, too: a tensor that was changed in place is the same object, but was made by another one.
-    seen = {task: {(node.fork, node.next_functions[0]) for node in rotations if node.task == task} for task in present}
-    for task, tensors in seen.items():
-        if len(tensors) > 1:
-            raise AssertionError(
-                f"The head of {trial.names[task]} must run on one tensor z, got {len(tensors)} in one forward pass. It "
-                "is called on several: join them, as with torch.cat, and make one z of all for all heads."
-            )
-    found = {task: tensors for task, tensors in seen.items() if tensors}
-    for task, tensors in found.items():
-        first = next(iter(found))
-        if tensors != found[first]:
-            raise AssertionError(
-                f"All heads must run on the same tensor z, got one for {trial.names[first]} and another for "
-                f"{trial.names[task]}. Likely causes: (a) something is done to z on its way into one head, as in "
-                "head(z.relu()), head(z.flatten(1)) or head(z @ rotation): do it once, before the first head, or "
-                "inside of the head, (b) z is changed in place between two heads, as by z.relu_(), or (c) the heads "
-                "read different layers, or z of different batches."
-            )
 
 
 def _check_fed(trial: Trial, task: int) -> None:
-    """Raise unless the head of ``task`` was fed with a z that requires grad."""
+    """Raise unless the head of ``task`` was fed with something that requires grad."""
     name, heads, fed = trial.names[task], trial.core.heads, trial.fed()
     if fed.get(task):
         return
@@ -66,7 +46,7 @@ def _check_fed(trial: Trial, task: int) -> None:
             f"There must be a rotation in front of the head of {name}, got none: fold() or remove() was called. To "
             "train on, build a new optimizer."
         )
-    if not heads[task].training:
+    if not any(module.training for module in modules_of(heads[task])):
         raise AssertionError(
             f"The head of {name} must run in training mode, got one in eval mode. Call model.train() first; to freeze "
             "statistics, put the normalization layers in eval mode, and not the head."
@@ -80,61 +60,25 @@ def _check_fed(trial: Trial, task: int) -> None:
     )
 
 
-def _check_rotated_once(rotations: Iterable[Node], names: Sequence[str]) -> None:
-    """Raise if z is rotated again on its way to a head."""
-    for node in rotations:
-        behind = [other for other in filter(is_rotation, reached([node])) if other is not node]
-        if behind:
-            raise AssertionError(
-                f"z must be rotated once on its way to a loss, got it rotated for {names[behind[0].task]} and then for "
-                f"{names[node.task]}. A head is part of another one, or reads its output: give every task a head of "
-                "its own that reads z."
-            )
-
-
 def check_losses_pass_through_their_heads(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
-    """Check that every loss is computed by its own head, and reaches the backbone through heads only."""
+    """Check, as a step does, that every loss is computed by its own head, and reaches what is shared through heads only."""
     trial = Trial(optimizer, losses)
     with trial.restored():
-        present = trial.losses()
-    for task, loss in present.items():
-        nearest = filter(is_rotation, reached([loss.grad_fn], stop_at_rotations=True))
-        through = sorted({node.task for node in nearest})
-        if task not in through:
-            raise AssertionError(
-                f"The loss of {trial.names[task]} must be computed from the output of its own head, got one from "
-                f"{', '.join(trial.names[other] for other in through) or 'none'}. Likely causes: "
-                f"{_causes(through, functional=not trial.core.heads)}."
-            )
-        if not {node for node in in_heads(loss) if not is_leaf(node)}.isdisjoint(behind_rotations(loss)):
-            raise AssertionError(
-                f"The loss of {trial.names[task]} must depend on the backbone through its head only, got a loss that "
-                "reaches the backbone around its head, where nothing rotates or weighs its gradient. Likely causes: "
-                "(a) a skip connection from z, or from a layer before, to the output: put it into the head, or (b) a "
-                "penalty on z: pass it as backbone_loss."
-            )
-
-
-def _causes(through: list[int], *, functional: bool) -> str:
-    if through:
-        return (
-            "(a) `losses` are in another order than the heads, (b) two losses are computed from one output, or (c) a "
-            "tensor of optimizer.rotate(z) went to the wrong head"
-        )
-    fed = "z itself instead of its tensor of optimizer.rotate(z)" if functional else "head.forward(z), too"
-    return f"(a) the output is detached, or comes from another forward pass, or (b) the loss is computed from {fed}"
+        trial.check_wiring(trial.losses())
 
 
 def check_rotations_reach_their_heads(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
     """Check that another rotation R_k changes the loss of task k, and no other."""
     trial = Trial(optimizer, losses)
     with trial.restored():
-        before = trial.backward()
-        rotations, norms = optimizer.rotations, trial.engine.record
-        assert norms is not None
-        depends = norms.grad_norms > 0  # a head whose last layer is zero, as some are at first, does not look at z
+        before = trial.losses()
+        reached = {tap.task for tap in taps_of(loss.grad_fn for loss in before.values()) if tap.fork.rotated}
+        trial.backward(before)
+        rotations, record = optimizer.rotations, trial.engine.record
+        assert record is not None
+        depends = record.grad_norms > 0  # a head whose last layer is zero, as some are at first, does not look at z
         for task in before:
-            if not rotations.rotate[task] or rotations.size == 1:
+            if task not in reached or rotations.size == 1:
                 continue
             original = rotations[task].clone()
             rotations[task].copy_(_another(original))
@@ -144,12 +88,12 @@ def check_rotations_reach_their_heads(optimizer: RotoGradOptimizer, losses: Loss
             _check_changed(changed, task, trial.names, depends=bool(depends[task]))
 
 
-def _check_changed(changed: set[int], task: int, names: Sequence[str], *, depends: bool) -> None:
+def _check_changed(changed: set[int], task: int, names: tuple[str, ...], *, depends: bool) -> None:
     for other in sorted(changed - {task}):
         raise AssertionError(
             f"A rotation in front of {names[task]} must change its loss and no other, got that of {names[other]} "
-            f"changed: it is computed from the output of {names[task]}, too. A loss that mixes two heads belongs to "
-            "neither: add each term to the loss of its own head."
+            f"changed: its value, if not its gradient, is computed from the output of {names[task]}, too. Likely cause: "
+            f"what {names[other]} reads of it was detached, and still turns with the rotation."
         )
     if depends and task not in changed:
         raise AssertionError(
@@ -168,23 +112,23 @@ def _another(rotation: Tensor) -> Tensor:
 
 
 def check_parameters_are_optimized(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
-    """Check that the optimizer holds every parameter that a loss depends on."""
+    """Check that there is an optimizer for every parameter that a loss depends on: this one or another one."""
     trial = Trial(optimizer, losses)
-    known = {id(param) for param in trial.parameters()}
     with trial.restored():
         present = trial.losses()
     places = {
-        **{id(leaf): (leaf, "the backbone") for loss in present.values() for leaf in leaves(behind_rotations(loss))},
+        **{id(leaf): (leaf, "the backbone") for loss in present.values() for leaf in leaves(behind_taps(loss))},
         **{
             id(leaf): (leaf, f"the head of {trial.names[task]}")
             for task, loss in present.items()
             for leaf in leaves(in_heads(loss))
         },
     }
+    known = {id(param) for each in living_optimizers() for group in each.param_groups for param in group["params"]}
     missing = {key: place for key, place in places.items() if key not in known}
     if missing:
         raise AssertionError(
-            f"The optimizer must hold every parameter that the losses depend on, got {len(missing)} that it lacks: "
+            f"There must be an optimizer for every parameter that the losses depend on, got {len(missing)} without: "
             f"{_listed(missing)}. Build it with model.parameters(), of the model that runs and when it is complete, or "
             "freeze them: requires_grad_(False)."
         )

@@ -21,6 +21,8 @@ class CallableWeighting(Weighting):
         aggregator: Maps ``(|P|, n)``, float32 (float64 for float64 representations), to ``(n,)``.
     """
 
+    needs_one_tensor = True
+
     def __init__(self, aggregator: Aggregator) -> None:
         self.aggregator = aggregator
 

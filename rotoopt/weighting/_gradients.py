@@ -109,6 +109,10 @@ class TaskGradients:
         r"""Return :math:`\sum_k w_k G_k` with ``weights`` w, shape ``(K,)``, finite. Shape ``(n,)``."""
         return (weights * self.scale) @ self.scaled
 
+    def divided(self, norms: Tensor) -> Tensor:
+        r"""Return :math:`G_k / n_k` with ``norms`` n, shape ``(K,)``; zero where that is zero. Shape ``(K, n)``."""
+        return self.scaled * torch.where(norms > 0, self.scale / norms, 0.0)[:, None]
+
     def directions(self) -> Tensor:
         r"""Return the unit gradients :math:`U_k = G_k / \lVert G_k \rVert`, zero for a zero gradient. ``(K, n)``."""
         return self.scaled * self.inverse_scaled_norms[:, None]

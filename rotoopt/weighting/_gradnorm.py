@@ -128,7 +128,7 @@ class GradNorm(Weighting):
         ratios, present = measured.loss_ratios, measured.present
         assert ratios is not None  # `needs_losses`
         weights = softmax_weights(logits)
-        mean_norm = self._norm(weights * measured.norms, measured.cosines) / present.sum()
+        mean_norm = self._norm(torch.where(present, weights * measured.norms, 0.0), measured.cosines) / present.sum()
         mean_ratio = torch.where(present, ratios, 0.0).sum() / present.sum()
         targets = mean_norm * (ratios / mean_ratio) ** self.alpha
         return gradnorm_gradient(weights, measured.norms, targets, present).to(logits.dtype)

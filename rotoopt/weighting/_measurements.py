@@ -17,8 +17,8 @@ class Measurements:
     r"""The norms of K task gradients, the losses, and the references of both.
 
     Attributes:
-        norms: :math:`\lVert G_k \rVert`, the norm of the gradient of task k at the representation over the whole batch,
-            zero for an absent task. Shape ``(K,)``.
+        norms: :math:`\lVert G_k \rVert`, the norm of the gradient of task k at the representation over the whole batch;
+            for an absent task the last one that was known, zero if none was. Shape ``(K,)``.
         present: Which tasks took part. Shape ``(K,)``, bool.
         finite: Whether all losses and gradients were finite; if not, nothing should be remembered. Shape ``()``, bool.
         losses: L_k, NaN for an absent task. Shape ``(K,)``. ``None`` where the user back-propagated them.
@@ -60,21 +60,28 @@ def joined(parts: Sequence[Measurements]) -> Measurements:
     norms = torch.stack([part.norms for part in usable])  # (T, K)
     present = torch.stack([part.present for part in usable])
     losses, cosines = _stacked([part.losses for part in usable]), _stacked([part.cosines for part in usable])
-    total = _root_sum_square(norms)
+    total = root_sum_square(norms)
     if losses is not None:
         losses = torch.where(present.any(0), torch.where(present, losses, 0.0).sum(0), torch.nan)
     if cosines is not None:
-        shares = torch.where(total > 0, norms / total, 0.0)
-        cosines = (shares[:, :, None] * cosines * shares[:, None, :]).sum(0)
+        cosines = _joint_cosines(cosines, norms, total)
     finite = torch.stack([part.finite for part in usable]).any()
     return replace(usable[-1], norms=total, present=present.any(0), finite=finite, losses=losses, cosines=cosines)
 
 
 def joined_across(own: Measurements, processes: Processes) -> Measurements:
     """Return what all processes measured together, where ``own`` is of this one; its losses are those of all."""
-    told = processes.gather(torch.cat([own.norms, own.present.to(own.norms), own.finite.to(own.norms)[None]]))
-    norms, present, finite = torch.split(told, [len(own.norms), len(own.norms), 1], dim=1)
-    return replace(own, norms=_root_sum_square(norms), present=present.any(0), finite=finite.all())
+    K, cosines = len(own.norms), own.norms.new_zeros(0) if own.cosines is None else own.cosines.flatten()
+    told = processes.gather(torch.cat([own.norms, own.present.to(own.norms), own.finite.to(own.norms)[None], cosines]))
+    norms, present, finite, parts = torch.split(told, [K, K, 1, len(cosines)], dim=1)
+    total = root_sum_square(norms)
+    return replace(
+        own,
+        norms=total,
+        present=present.any(0),
+        finite=finite.all(),
+        cosines=None if own.cosines is None else _joint_cosines(parts.view(-1, K, K), norms, total),
+    )
 
 
 def _if_finite(part: Measurements) -> Measurements:
@@ -89,7 +96,13 @@ def _if_finite(part: Measurements) -> Measurements:
     )
 
 
-def _root_sum_square(norms: Tensor) -> Tensor:
+def _joint_cosines(cosines: Tensor, norms: Tensor, total: Tensor) -> Tensor:
+    """Return the cosines of vectors with norms ``total``, of those of parts with ``norms``. ``(T, K, K)`` to ``(K, K)``."""
+    shares = torch.where(total > 0, norms / total, 0.0)
+    return (shares[:, :, None] * cosines * shares[:, None, :]).sum(0)
+
+
+def root_sum_square(norms: Tensor) -> Tensor:
     """Return the norms of vectors of which parts have ``norms``, ``(T, K)``, at any scale. Shape ``(K,)``."""
     largest = norms.amax(0)
     relative = torch.where(largest > 0, norms / largest, 0.0)

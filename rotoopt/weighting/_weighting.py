@@ -17,7 +17,8 @@ class Weighting(ABC):
     """One weight per task, from what was measured. Subclass it for your own, with :meth:`__call__` alone.
 
     By default, the weights of a backward pass are made in it: K gradients wait at the representation until all have
-    arrived, their norms are measured, and their weighted sum goes on to the backbone.
+    arrived, their norms are measured, and their weighted sum goes on to the backbone. Where the heads do not all read
+    one tensor, they cannot wait for each other: then all weightings are lagged.
 
     Attributes:
         lagged: Whether the weights are used from the next step on instead, and so are known before its backward pass.
@@ -26,6 +27,7 @@ class Weighting(ABC):
         needs_losses: Whether the losses must be seen. Then ``sum(losses).backward()`` is an error that asks for
             ``optimizer.step(losses)`` or ``optimizer.backward(losses)``.
         needs_cosines: Whether the K gradients must meet in every step, for their cosines.
+        needs_one_tensor: Whether all heads must read one tensor, because :meth:`combine` does more than to add up.
         state: What the weighting remembers from step to step: tensors by name, saved and loaded with the optimizer, and
             moved with the representation. Empty at first.
     """
@@ -33,6 +35,7 @@ class Weighting(ABC):
     lagged: bool = False
     needs_losses: bool = False
     needs_cosines: bool = False
+    needs_one_tensor: bool = False
     _bound: bool = False
 
     @abstractmethod
@@ -121,7 +124,8 @@ class RotoGradWeighting(Weighting):
     .. math:: w_k = C / \lVert G_k \rVert, \qquad C = \sum_k \alpha_k \lVert G_k \rVert
 
     with the shares :math:`\alpha_k` of :func:`~rotoopt.weighting.gradient_shares`. The combination is the sum
-    :math:`\sum_k w_k G_k` over the present tasks, without a factor 1/K. A zero gradient stays zero.
+    :math:`\sum_k w_k G_k` over the present tasks, without a factor 1/K. Absent tasks count in C with their last known
+    norms, so that a batch per task is scaled as one of all. A zero gradient stays zero.
 
     Source: RotoGrad, ICLR 2022, eqs. 1-2.
     """
@@ -129,10 +133,11 @@ class RotoGradWeighting(Weighting):
     def __call__(self, measured: Measurements) -> Tensor:
         """Return w."""
         norms = measured.norms
-        common_norm = (gradient_shares(measured.norm_ratios, measured.present) * norms).sum()
+        known = measured.present | (norms > 0)
+        common_norm = (gradient_shares(measured.norm_ratios, known) * norms).sum()
         # Saturates where norms lie more than 38 decades apart; the task then gets less than C, and no infinity.
         weights = (common_norm / norms).clamp(max=torch.finfo(norms.dtype).max)
-        return torch.where(norms == 0, 0.0, weights)
+        return torch.where(norms == 0, torch.where(known, 0.0, 1.0), weights)
 
 
 class EqualWeighting(Weighting):

@@ -83,7 +83,7 @@ def before_wrapping(model: TwoTasks, optimizer: RotoGradOptimizer) -> Callable[[
     optimizer.remove()
     losses, rep = model.losses(5)
     for task, head in enumerate(model.heads.values()):
-        attach(optimizer._core.engine.capture, head, task)
+        attach(optimizer._core.engine.capture, head, task, 0)
     return lambda: optimizer.step(losses, rep)
 
 

@@ -30,7 +30,7 @@ def trained(**options: Any) -> tuple[TwoTasks, RotoGradOptimizer]:
 def noticed(optimizer: RotoGradOptimizer) -> tuple[object, ...]:
     """Return what a forward pass in training leaves behind."""
     capture = optimizer._core.engine.capture
-    return capture.last_shape, dict(capture.fed.tasks), len(capture.fed.forks), len(capture._forks)
+    return dict(capture.shapes), dict(capture.fed.tasks), len(capture.fed.forks), len(capture._forks)
 
 
 Export = Callable[[nn.Module, Tensor], nn.Module]

@@ -39,6 +39,7 @@ class FakeOptimizer:
             "present": torch.ones(K, dtype=torch.bool),
             "finite": torch.tensor(True),
             "angles": angles,
+            "lagged": False,
             "total_angles": angles if before is None else before.total_angles + angles,
             "rotation_lr": 1e-3,
             "rotations": None,

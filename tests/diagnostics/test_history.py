@@ -187,7 +187,7 @@ def test_tasks_have_their_names(make: Callable[[], Measured], names: tuple[str, 
     optimizer, recorded = make(), History()
     if isinstance(optimizer, RotoGradOptimizer):
         rep, heads = torch.randn(5, 6, requires_grad=True), optimizer._core.heads
-        outputs = [head(rep) for head in heads] if heads else optimizer.rotate(rep)
+        outputs = [head(rep) for (head,) in heads] if heads else optimizer.rotate(rep)
         optimizer.step([output.square().mean() for output in outputs], rep)
     else:
         optimizer.backward([output.square().mean() for output in optimizer(torch.randn(5, 3))])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,20 +40,28 @@ class Ranks:
         """Return ``function(rank, *args)`` of both ranks; raises what one of them raised."""
         for connection in self._connections:
             connection.send((function, args))
-        results = []
+        answers = []  # of both, also where one failed: the next function is to find none
         for rank, connection in enumerate(self._connections):
-            assert connection.poll(TIMEOUT), f"rank {rank} did not answer: a deadlock?"
-            succeeded, result = connection.recv()
-            results.append(result)
+            answered = connection.poll(TIMEOUT)
+            if not answered:
+                self._kill()  # else each later function would wait as long
+            assert answered, f"rank {rank} did not answer: a deadlock?"
+            answers.append(connection.recv())
+        for rank, (succeeded, result) in enumerate(answers):
             assert succeeded, f"on rank {rank}:\n{result}"
-        return results
+        return [result for _, result in answers]
 
     def stop(self) -> None:
         """End the processes."""
         for connection in self._connections:
-            connection.send(None)
+            with suppress(ConnectionError):  # of a process that has ended
+                connection.send(None)
         for process in self._processes:
             process.join(10)
+        self._kill()
+
+    def _kill(self) -> None:
+        for process in self._processes:
             process.kill()
 
 

@@ -64,7 +64,7 @@ def test_absent_tasks_have_norms_cosines_and_weights_of_zero(
     drawn: tuple[Bench, list[Tensor | None], Tensor], make: Any
 ) -> None:
     bench, grads, _ = drawn
-    bench = Bench(bench.shape, bench.K, torch.float64, weighting=make())
+    bench = Bench(bench.shape, bench.K, torch.float64, dim=-1, weighting=make())
     bench.step(grads)
     absent = [task for task, grad in enumerate(grads) if grad is None]
     for values in (bench.record.grad_norms, bench.record.cosines, bench.record.alignment, bench.record.weights):

@@ -208,14 +208,13 @@ def test_form_changes_at_the_threshold_and_nothing_else_does(K: int, m: int, see
 
 
 @given(K=NUM_TASKS, m=SIZES, counts=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=SEEDS)
-def test_several_backwards_are_averaged(K: int, m: int, counts: list[int], seed: int) -> None:
-    """Also where one pass alone would turn by low rank, and all together do not."""
+def test_gradients_of_the_parts_of_a_batch_add_up(K: int, m: int, counts: list[int], seed: int) -> None:
+    """Also where one part alone would turn by low rank, and all together do not."""
     sampler = Sampler(seed)
-    R, passes = sampler.rotations(K, m), [sampler.directions(K, n, m) for n in counts]
-    units = torch.cat([units for units, _ in passes], dim=1) / len(passes)
-    target = torch.cat([target for _, target in passes])
+    R, (units, target) = sampler.rotations(K, m), sampler.directions(K, sum(counts), m)
+    parts = zip(torch.split(units, counts, dim=1), torch.split(target, counts), strict=True)
     expected = turned(R, rotation_gradient(units, target))
-    assert_close(turned(R, *(rotation_gradient(*each) for each in passes)), expected, rtol=0, atol=1e-12)
+    assert_close(turned(R, *(rotation_gradient(*part) for part in parts)), expected, rtol=0, atol=1e-12)
 
 
 @given(K=NUM_TASKS, m=SIZES, counts=st.lists(st.integers(1, 4), min_size=2, max_size=3), seed=SEEDS)

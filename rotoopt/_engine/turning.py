@@ -1,0 +1,77 @@
+"""What the rotations turn by: unit gradients of the tasks, from where the gradients met."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rotoopt._capture.fork import BackwardPass, Met
+from rotoopt._capture.representation import RotatedDims
+from rotoopt._rotation.step import RotationGradient
+from rotoopt.weighting import Measurements
+
+
+def rotation_gradients(
+    passes: Sequence[BackwardPass], measured: Measurements, dims: RotatedDims
+) -> list[RotationGradient]:
+    """Return the gradients of the rotations in a step, which add up.
+
+    Gradients whose weights were known are parts of one batch: they are divided by the norms of all together. Others
+    were weighed pass by pass, and the rotations turn by the mean over the passes that are usable.
+
+    Args:
+        passes: The backward passes of the step.
+        measured: What all of them measured together.
+        dims: The rotated dimensions.
+    """
+    num_usable = _num_usable([this for this in passes if not this.lagged])
+    return [
+        _of_batch(met, this, measured, dims) if this.lagged else _of_pass(met, this, num_usable, dims)
+        for this in passes
+        for met in this.met
+        if met.turns
+    ]
+
+
+def _num_usable(passes: Sequence[BackwardPass]) -> Tensor | None:
+    """Return the number of usable ``passes``; None for one. Shape ``()``."""
+    usable = [this.measured.finite for this in passes if this.measured is not None]
+    return None if len(usable) <= 1 else torch.stack(usable).sum().clamp(min=1)
+
+
+def _of_batch(met: Met, this: BackwardPass, measured: Measurements, dims: RotatedDims) -> RotationGradient:
+    norms = measured.norms if this.magnified is None else measured.norms * this.magnified
+    directions = met.gradients.divided(norms)
+    return _factors(directions, directions.sum(0) / measured.present.sum(), met, this, dims)
+
+
+def _of_pass(met: Met, this: BackwardPass, num_usable: Tensor | None, dims: RotatedDims) -> RotationGradient:
+    directions = met.gradients.directions()
+    target = directions.sum(0) / met.gradients.num_present
+    return _factors(directions, target if num_usable is None else target / num_usable, met, this, dims)
+
+
+def _factors(directions: Tensor, target: Tensor, met: Met, this: BackwardPass, dims: RotatedDims) -> RotationGradient:
+    assert this.measured is not None  # it is closed
+    usable = this.measured.finite
+    directions, target = torch.where(usable, directions, 0.0), torch.where(usable, target, 0.0)
+    return RotationGradient(
+        dims.view_stacked(directions.view(-1, *met.shape)), dims.view(target.view(met.shape)), usable
+    )
+
+
+def partial_cosines(met: Sequence[Met], norms: Tensor) -> Tensor:
+    """Return the cosines of gradients with these ``norms``, as far as they met: elsewhere they are orthogonal. ``(K, K)``.
+
+    Args:
+        met: Gradients that met, each at one tensor.
+        norms: Norms of the gradients at all tensors together. Shape ``(K,)``.
+    """
+    total, alone = torch.zeros_like(norms.outer(norms)), (norms > 0).to(norms)
+    for each in met:
+        shares = torch.where(norms > 0, each.gradients.norms.to(norms) / norms, 0.0)
+        total = total + shares[:, None] * each.gradients.cosines.to(norms) * shares
+        alone = alone - shares.square()  # the share of tensors that no other task reads
+    return total + alone.clamp(min=0.0).diag()

@@ -1,0 +1,93 @@
+"""Watches: heads that deliver no gradient, and parameters that nobody updates. Nothing fails there, but nothing learns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from rotoopt._capture.fork import BackwardPass
+from rotoopt._engine.arguments import Parts, warn_user
+from rotoopt._torch.private import version
+
+SILENT_STEPS = 20
+UNTRAINED_STEPS = 10
+
+
+class SilentHeads:
+    """Warns of a head that delivers no gradient in backward passes that the user calls, where nobody says who is absent.
+
+    Args:
+        names: How to call the K tasks.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._num_silent = [0] * len(names)  # steps since the latest gradient
+
+    def observe(self, passes: Sequence[BackwardPass]) -> None:
+        """Take note of a step with these backward passes."""
+        delivered = {task for this in passes for task in this.tasks}
+        own = any(this.number is not None for this in passes)
+        for task, name in enumerate(self._names):
+            if task in delivered:
+                self._num_silent[task] = 0
+            elif own and self._num_silent[task] < SILENT_STEPS:
+                self._num_silent[task] += 1
+                if self._num_silent[task] == SILENT_STEPS:
+                    warn_user(
+                        f"Every head should deliver a gradient, got none from {name} in {SILENT_STEPS} steps of your "
+                        "own backward(). Likely causes: (a) its loss is no part of what is back-propagated, or is "
+                        "detached, (b) the head is bypassed, as by head.forward(z), or was replaced after the optimizer "
+                        "was built, or (c) its task is absent from all of these batches, and all is well. "
+                        "optimizer.step(losses) tells which."
+                    )
+
+
+class UntrainedHeads:
+    """Warns of parameters of heads that neither the wrapped optimizer updates nor, by the looks of it, another one.
+
+    Args:
+        optimizer: The wrapped optimizer.
+        heads: The parts of the K heads.
+        names: How to call the tasks.
+    """
+
+    def __init__(self, optimizer: Optimizer, heads: Sequence[Parts], names: Sequence[str]) -> None:
+        updated = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        self._num_steps = 0
+        self._watched = {
+            key: (param, version(param))
+            for name, parts in zip(names, heads, strict=False)  # functional heads have names only
+            for key, param in _named_parameters(parts, name)
+            if id(param) not in updated and param.requires_grad
+        }
+
+    def observe(self) -> None:
+        """Take note of a step."""
+        if not self._watched:
+            return
+        self._num_steps += 1
+        if self._num_steps < UNTRAINED_STEPS:
+            return
+        untrained = [
+            key for key, (param, old) in self._watched.items() if param.requires_grad and version(param) == old
+        ]
+        self._watched = {}
+        if untrained:
+            warn_user(
+                f"Every parameter of a head should be updated, by this optimizer or another one, got "
+                f"{', '.join(untrained)} as they were {UNTRAINED_STEPS} steps ago. Pass model.parameters() to the "
+                "optimizer, or freeze them: requires_grad_(False)."
+            )
+
+
+def _named_parameters(parts: Parts, name: str) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters of a head, called by their names and that of the task."""
+    found = []
+    for number, part in enumerate(parts):
+        of_task = name if len(parts) == 1 else f"{name}[{number}]"
+        named = [("a parameter", part)] if isinstance(part, nn.Parameter) else part.named_parameters()
+        found += [(f"{key} of {of_task}", param) for key, param in named]
+    return found
