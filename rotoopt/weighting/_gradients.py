@@ -132,7 +132,7 @@ class JoinedGradients(TaskGradients):
     def join(cls, own: TaskGradients, processes: Processes) -> JoinedGradients:
         """Join the gradients of all processes, by exchanging K (K + 2) numbers."""
         K = len(own.scale)
-        told = processes.gather(torch.cat([own.gram.flatten(), own.scale, own.present.to(own.scale)]))
+        told = processes.gather(torch.cat([own.gram.flatten(), own.scale, own.present]))
         grams, scales, present = torch.split(told, [K * K, K, K], dim=1)
         grams = grams.view(-1, K, K)
         # Where a process has no gradient of a task, its scale means nothing.

@@ -80,6 +80,16 @@ def test_norms_are_the_norms(grads: Tensor) -> None:
     assert_close(measure(grads.clone()).norms, expected, rtol=grads.shape[1] * eps(grads.dtype), atol=0)
 
 
+@given(grads=mixed(), data=st.data())
+def test_gradients_are_divided_by_norms_that_are_known(grads: Tensor, data: st.DataObject) -> None:
+    """Those of tensors together with others: at least as large as the gradients here, or zero where none is known."""
+    norms = grads.double().norm(dim=1) * 10 ** data.draw(st.floats(0, 3))
+    norms[data.draw(st.sets(st.integers(0, len(grads) - 1)).map(list))] = 0.0
+    expected = torch.where(norms > 0, 1 / norms, 0.0)[:, None] * grads.double()
+    divided = measure(grads.clone()).divided(norms.to(grads.dtype))
+    assert_close(divided, expected.to(grads.dtype), rtol=4 * eps(grads.dtype), atol=0)
+
+
 @given(grads=mixed())
 def test_directions_have_length_one_or_zero(grads: Tensor) -> None:
     lengths = measure(grads.clone()).directions().double().norm(dim=1)

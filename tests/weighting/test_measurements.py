@@ -22,7 +22,7 @@ from tests.weighting.processes import together
 
 @dataclass
 class Pass:
-    """What a backward pass measures: gradients ``(K, n)``, zero for absent tasks, and losses."""
+    """What a backward pass measures: gradients ``(K, n)``, zero for absent tasks and else perhaps bad, and losses."""
 
     grads: Tensor
     losses: Tensor
@@ -38,7 +38,7 @@ class Pass:
             norms=bad * norms.to(self.losses),
             present=self.present,
             finite=torch.tensor(self.finite),
-            losses=bad * torch.where(self.present, self.losses, math.nan),
+            losses=torch.where(self.present, self.losses, math.nan),
             cosines=bad * (units @ units.mT).to(self.losses),
             norm_references=torch.full_like(self.losses, self.number),
             loss_references=torch.full_like(self.losses, self.number + 0.5),
@@ -84,9 +84,10 @@ def test_what_one_pass_of_a_step_did_not_see_the_step_did_not(name: str) -> None
     assert getattr(joined([one, one]), name) is not None
 
 
-@given(drawn=passes())
-def test_processes_measure_their_joined_batch(drawn: list[Pass]) -> None:
+@given(drawn=passes(), meets=st.booleans())
+def test_processes_measure_their_joined_batch(drawn: list[Pass], meets: bool) -> None:
     own = [joined([each.measured()]) for each in drawn]
+    own = own if meets else [replace(each, cosines=None) for each in own]
 
     def across(processes: Processes) -> Measurements:
         return joined_across(own[processes.rank], processes)
@@ -94,6 +95,10 @@ def test_processes_measure_their_joined_batch(drawn: list[Pass]) -> None:
     expected = joined(own)
     for rank, measured in enumerate(together(len(drawn), across)):
         assert_close(measured.norms, expected.norms, rtol=4 * eps(expected.norms.dtype), atol=0)
+        if meets:
+            assert_close(measured.cosines, expected.cosines, rtol=0, atol=4 * eps(expected.norms.dtype))
+        else:
+            assert measured.cosines is None
         assert torch.equal(measured.present, expected.present)
         assert bool(measured.finite) == all(each.finite for each in drawn)
         for name in ("losses", "norm_references", "loss_references"):  # the losses are those of all already

@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam
 from torch.testing import assert_close
 
 from rotoopt import EqualWeighting, GradNorm
-from rotoopt.weighting import Measurements, gradient_shares
+from rotoopt.weighting import Measurements, RotoGradWeighting, gradient_shares
 from rotoopt.weighting._aggregator import as_weighting
 from rotoopt.weighting._gradnorm import CommonNorm, gradnorm_gradient
 from tests.asserts import eps
@@ -119,6 +119,28 @@ def test_common_norm_is_the_shared_out_norm(K: int, seed: int, steps: int) -> No
     assert_close(bench.record.weights * norms, (weight_shares(bench) @ norms).expand(K), rtol=1e-12, atol=0)
 
 
+@given(K=NUM_TASKS, seed=SEEDS, scale=SCALES, data=st.data())
+def test_absent_tasks_count_with_their_last_known_norms(K: int, seed: int, scale: float, data: st.DataObject) -> None:
+    """A step with some of the tasks is weighed as one with all, but for tasks that no step has seen yet."""
+    sampler = Sampler(seed)
+    norms, references = 10**scale * sampler.log_scales(2 * K, -3, 3).view(2, K)
+    seen = data.draw(st.sets(st.integers(0, K - 1), min_size=1).map(sorted))
+    unseen = [task for task in range(K) if task not in seen]
+    norms[unseen], references[unseen] = 0.0, NAN
+
+    def weights(tasks: set[int], among: list[int]) -> Tensor:
+        present = torch.tensor([task in tasks for task in among])
+        measured = Measurements(
+            norms[among], present, torch.tensor(True), None, None, references[among], torch.full((len(among),), NAN)
+        )
+        return RotoGradWeighting()(measured)
+
+    expected = weights(set(seen), seen)
+    actual = weights(data.draw(st.sets(st.sampled_from(seen))), list(range(K)))
+    assert_close(actual[seen], expected, rtol=1e-12, atol=0)
+    assert torch.equal(actual[unseen], torch.ones(len(unseen)).double())  # known before their first gradient is
+
+
 @given(K=NUM_TASKS, seed=SEEDS, data=st.data())
 def test_backbone_receives_the_weighted_sum_of_the_present(K: int, seed: int, data: st.DataObject) -> None:
     sampler, absent = Sampler(seed), data.draw(st.sets(st.sampled_from(range(K)), max_size=K - 1))
@@ -186,6 +208,18 @@ def test_gradnorm_finds_its_targets_in_what_is_measured(
     actual = GradNorm(alpha, common_norm=common_norm).gradient(logits.detach(), measured)
     assert_close(actual / 10**scale, expected, rtol=1e-9, atol=1e-11)
     assert GradNorm().gradient(logits.detach().float(), measured).dtype == torch.float32
+
+
+@given(K=NUM_TASKS, seed=SEEDS, log_spread=st.floats(-3, 0), scale=st.floats(-150, 150))
+def test_norm_of_the_mean_is_small_where_tasks_conflict(K: int, seed: int, log_spread: float, scale: float) -> None:
+    sampler = Sampler(seed)
+    J = sampler.normal(12) + 10**log_spread * sampler.normal(K, 12)
+    J[::2] *= -1.0
+    units = torch.nn.functional.normalize(J)
+    norm = GradNorm()._norm(10**scale * J.norm(dim=1), units @ units.mT) / 10**scale
+    largest = float(J.norm(dim=1).max())
+    # Of squares that cancel: a root of some K^2 eps, next to the largest norm.
+    assert_close(norm, J.sum(0).norm(), rtol=1e-9, atol=K * eps(torch.float64) ** 0.5 * largest)
 
 
 def gradnorm_targets(
