@@ -24,6 +24,7 @@ def test_repeated_gradients_agree_from_the_second_on(K: int, m: int, seed: int) 
     assert torch.equal(values[0], torch.zeros(K).double())
     for value in values[1:]:
         assert_close(value, torch.ones(K).double(), rtol=0, atol=1e-14)
+        assert (value <= 1).all()  # or a step would be longer than its cap
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS)

@@ -107,6 +107,17 @@ def test_step_size_is_adagrad_norm_with_a_cap(K: int, m: int, seed: int, lr: flo
     assert_same_bits(sizes.detach(), before)
 
 
+@given(K=NUM_TASKS, seed=SEEDS, lr=st.just(0.0) | LOG_LRS.map(lambda log: 10**log))
+def test_step_size_is_zero_before_the_first_gradient(K: int, seed: int, lr: float) -> None:
+    sampler, sizes = Sampler(seed), nn.Parameter(torch.ones(K).double())
+    optimizer, absent = NormalizedStep([sizes], lr), sampler.integer(K)
+    for _ in range(2):
+        sizes.grad = sampler.uniform(K) + 0.1
+        sizes.grad[absent] = 0.0
+        optimizer.step()
+        assert [size > 0 for size in sizes.tolist()] == [lr > 0 and task != absent for task in range(K)]
+
+
 def test_step_size_takes_a_closure_as_every_optimizer_of_torch_does() -> None:
     optimizer = NormalizedStep([nn.Parameter(torch.zeros(2))], lr=0.1)
     with torch.no_grad():

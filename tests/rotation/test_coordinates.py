@@ -43,7 +43,7 @@ def test_coordinates_wait_for_the_rotations_where_those_will_be() -> None:
     rotations = Rotations(2, None, rotate=[True, True], init="identity", **options)
     coordinates = Coordinates(rotations, Processes())
     parameter = coordinates.parameter
-    assert parameter.numel() == 0
+    assert parameter.shape == (2, 0, 0)
     assert {"device": parameter.device, "dtype": parameter.dtype} == options
     rotations.create(5)
     coordinates.fit()
