@@ -366,3 +366,18 @@ def test_correlation_is_a_sum_over_samples(layout_: Layout, seed: int, K: int, r
     gradient = RotationGradient(dims.view_stacked(x), dims.view(y), torch.tensor(True))
     assert_close(gradient.correlation(m), expected, rtol=1e-13, atol=1e-13)
     assert gradient.num_samples == len(index)
+
+
+@given(K=NUM_TASKS, n=NUM_SAMPLES, m=SIZES, seed=SEEDS, dtype=DTYPES, dense=st.sampled_from([0.0, math.inf]))
+def test_the_gradient_of_no_samples_changes_nothing(
+    K: int, n: int, m: int, seed: int, dtype: torch.dtype, dense: float
+) -> None:
+    """A process has it that must turn because others do."""
+    sampler = Sampler(seed, dtype)
+    R, gradients = sampler.rotations(K, m), rotation_gradient(*sampler.directions(K, n, m))
+    none = RotationGradient.none(K, m, like=R[:, 0, 0])
+    assert none.num_samples == 0
+    assert_same_bits(none.correlation(m), torch.zeros(K, m, m, dtype=dtype))
+    assert torch.equal(none.usable, torch.tensor(True))
+    assert torch.equal(turned(R, gradients, none, dense_from=dense), turned(R, gradients, dense_from=dense))
+    assert_same_bits(turned(R, none, dense_from=dense), R)
