@@ -170,6 +170,20 @@ def test_joined_gradients_are_those_of_the_joined_batch(drawn: list[tuple[Tensor
     assert_close(directions, expected.directions(), rtol=0, atol=rounding)
 
 
+@given(K=NUM_TASKS, n=LENGTHS, seed=SEEDS, scale=st.floats(-30, -25))
+def test_processes_without_gradients_do_not_matter(K: int, n: int, seed: int, scale: float) -> None:
+    """Not even where the squares of all others vanish next to one, the scale of zeros."""
+    grads = 10**scale * Sampler(seed, torch.float32).normal(K, n)
+
+    def join(processes: Processes) -> JoinedGradients:
+        return JoinedGradients.join(measure(processes.rank * grads), processes)
+
+    expected = measure(grads.clone())
+    for each in together(2, join):
+        assert_same_bits(each.norms, expected.norms)
+        assert_same_bits(each.cosines, expected.cosines)
+
+
 def longest(rows: Tensor) -> Tensor:
     """Return the sum of the rows times their norms, which only the joined batch knows."""
     lengths: Tensor = rows.norm(dim=1, keepdim=True)
