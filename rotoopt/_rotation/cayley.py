@@ -147,9 +147,9 @@ def turn_(matrices: Tensor, skew: Tensor) -> None:
     wide, S = matrices.double(), skew.double()
     S = S * (MAX_TURN / torch.linalg.matrix_norm(S)).clamp(max=1.0)[:, None, None]
     turned = (wide + wide @ cayley_delta(S)).to(matrices.dtype)
-    repair_columns_(turned, 0, turned.shape[-1], torch.ones_like(turned[:, 0, 0]))
-    still = (skew == 0).flatten(1).all(1)[:, None, None]
-    matrices.copy_(torch.where(still, matrices, turned))
+    turns = (skew != 0).flatten(1).any(1)
+    repair_columns_(turned, 0, turned.shape[-1], turns)
+    matrices.copy_(torch.where(turns[:, None, None], turned, matrices))
 
 
 def repair_columns_(matrices: Tensor, first: int, count: int, where: Tensor) -> None:
@@ -161,8 +161,8 @@ def repair_columns_(matrices: Tensor, first: int, count: int, where: Tensor) -> 
     Args:
         matrices: R. Shape ``(K, m, m)``.
         first: The first column of J.
-        count: The number of columns of J.
-        where: 1 for the matrices to repair, 0 for those that keep every bit. Shape ``(K,)``.
+        count: The number of columns of J, fewer where the matrix ends.
+        where: Which matrices to repair; the others keep every bit. Shape ``(K,)``, bool.
     """
     J = slice(first, first + count)
     columns = matrices[:, :, J].clone()

@@ -97,15 +97,15 @@ class Agreement:
         self._latest = None if self._latest is None else self._latest.to(device)
         self._inner, self._norms = self._inner.to(device), self._norms.to(device)
 
-    def state_dict(self) -> dict[str, Tensor | None]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what is needed to resume."""
         return {"latest": self._latest, "inner": self._inner, "norms": self._norms}
 
-    def load_state_dict(self, state_dict: dict[str, Tensor | None], like: Tensor) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], like: Tensor) -> None:
         """Load what :meth:`state_dict` returned, onto the device of ``like``."""
-        latest, inner, norms = state_dict["latest"], state_dict["inner"], state_dict["norms"]
+        latest = state_dict["latest"]
         self._latest = None if latest is None else latest.to(like)
-        self._inner, self._norms = (torch.zeros(()) if value is None else value.to(like) for value in (inner, norms))
+        self._inner, self._norms = state_dict["inner"].to(like), state_dict["norms"].to(like)
 
 
 class CayleyStep:
@@ -151,19 +151,19 @@ class CayleyStep:
         step = torch.where(self.rotations.rotates, step, 0.0)
         skew.turn_(matrices, step)
         count = -(-m // REPAIRED_SHARE)
-        first = self._num_turns * count % m
-        repair_columns_(matrices, first, min(count, m - first), (step > 0).to(step.dtype))
+        repair_columns_(matrices, self._num_turns * count % m, count, step > 0)
         self._num_turns += 1
         return step * (2.0 * norm / m).sqrt()
 
     def _skew(self, gradients: Sequence[RotationGradient], m: int) -> Skew:
-        """Return the sum of the gradients, in the form that is cheaper to turn by."""
+        """Return the sum of the gradients, in the dtype of the rotations and the form that is cheaper to turn by."""
+        dtype = self._sizes.dtype
         distributed = self._processes.count > 1  # their joined samples are many, and their number is not known here
         if distributed or sum(each.num_samples for each in gradients) >= DENSE_FROM * m:
-            return DenseSkew(sum_of_correlations(gradients, m, self._processes))
+            return DenseSkew(sum_of_correlations(gradients, m, self._processes).to(dtype))
         tasks = torch.cat([_columns(each.directions, m) for each in gradients], dim=-1)
         target = torch.cat([_columns(each.target, m) for each in gradients], dim=-1)
-        return SampleSkew(tasks, target)
+        return SampleSkew(tasks.to(dtype), target.to(dtype))
 
     def _follow(self, device: torch.device) -> None:
         if self._sizes.device != device:

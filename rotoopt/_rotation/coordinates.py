@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from rotoopt._rotation.cayley import turn_
 from rotoopt._rotation.rotations import Rotations
-from rotoopt._rotation.step import RotationGradient, sum_of_correlations
+from rotoopt._rotation.step import RotationGradient, any_usable, sum_of_correlations
 from rotoopt._torch.devices import move_
 from rotoopt._torch.processes import Processes
 
@@ -32,7 +32,7 @@ class Coordinates:
 
     def __init__(self, rotations: Rotations, processes: Processes) -> None:
         self.rotations = rotations
-        self._processes = processes
+        self.processes = processes
         # Sized by the first gradient: the optimizer, and schedulers on it, exist before the rotations do.
         empty = torch.zeros(rotations.num_tasks, 0, 0, device=rotations.device, dtype=rotations.dtype)
         self.parameter = nn.Parameter(empty)
@@ -46,13 +46,13 @@ class Coordinates:
     def gradient(self, gradients: Sequence[RotationGradient]) -> Tensor:
         """Return the sum of ``gradients`` in coordinates, zero for a task that is not rotated."""
         self.fit()
-        correlation = sum_of_correlations(gradients, self.parameter.shape[-1], self._processes)
+        correlation = sum_of_correlations(gradients, self.parameter.shape[-1], self.processes)
         grad = (correlation.mT - correlation).tril(-1)
         return torch.where(self.rotations.rotates[:, None, None], grad, 0.0).to(self.parameter.dtype)
 
     @torch.no_grad()
     def turn(self, where: Tensor | bool = True) -> Tensor:
-        """Apply the turn, R_k <- R_k cay(A_k - A_k^T), and start again at zero.
+        """Apply the turn, R_k <- R_k cay(A_k - A_k^T), for the tasks that are rotated, and start again at zero.
 
         Args:
             where: Whether to apply it. Shape ``()``, bool.
@@ -60,8 +60,8 @@ class Coordinates:
         Returns:
             Its angles, for small ones; see :class:`~rotoopt._rotation.step.RotationStep`. Shape ``(K,)``.
         """
-        lower = self.parameter.tril(-1)
-        lower = torch.where(torch.as_tensor(where, device=lower.device), lower, 0.0)
+        # Some optimizers move a parameter whose gradient is zero.
+        lower = torch.where(where & self.rotations.rotates[:, None, None], self.parameter.tril(-1), 0.0)
         skew = lower - lower.mT
         turn_(self.rotations.matrices, skew)
         self.parameter.zero_()
@@ -102,7 +102,7 @@ class OptimizerStep:
         self.optimizer.step()
         coordinates.parameter.grad = None
         # Where nothing was usable, what moved the coordinates is momentum.
-        return coordinates.turn(torch.stack([each.usable for each in gradients]).any())
+        return coordinates.turn(any_usable(gradients, coordinates.processes))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizer of the coordinates."""

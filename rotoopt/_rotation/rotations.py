@@ -109,7 +109,7 @@ class Rotations(nn.Module):
         if self.init == "haar":
             with torch.random.fork_rng([], enabled=self.seed is not None):
                 if self.seed is not None:
-                    torch.manual_seed(self.seed)
+                    torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed every GPU, too
                 self._assign(_haar(self.num_tasks, size))
         else:
             self._assign(torch.eye(size))

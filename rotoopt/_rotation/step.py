@@ -36,9 +36,9 @@ class RotationGradient:
 
     @classmethod
     def none(cls, num_tasks: int, size: int, like: Tensor) -> RotationGradient:
-        """Return the gradient of no samples, in the dtype of ``like``."""
+        """Return the gradient of no samples, in the dtype of ``like``, of which nothing is usable."""
         directions = like.new_zeros(num_tasks, 0, size, 1)
-        return cls(directions, directions[0], torch.ones_like(like[0], dtype=torch.bool))
+        return cls(directions, directions[0], torch.zeros_like(like[0], dtype=torch.bool))
 
     @property
     def num_samples(self) -> int:
@@ -59,6 +59,14 @@ def sum_of_correlations(gradients: Sequence[RotationGradient], size: int, proces
     if processes.count > 1:
         processes.sum_(correlation)
     return correlation
+
+
+def any_usable(gradients: Sequence[RotationGradient], processes: Processes) -> Tensor:
+    """Return whether one of ``gradients`` is usable, on any process. Shape ``()``, bool."""
+    count = torch.stack([each.usable for each in gradients]).sum()
+    if processes.count > 1:
+        processes.sum_(count)
+    return count > 0
 
 
 class RotationStep(Protocol):

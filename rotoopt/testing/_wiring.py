@@ -86,9 +86,9 @@ def check_rotations_reach_their_heads(optimizer: RotoGradOptimizer, losses: Loss
             rotations[task].copy_(original)
             if torch.equal(after, before[task]):
                 raise AssertionError(
-                    f"A rotation in front of {trial.names[task]} must change its loss, got the same loss. Likely causes: "
-                    "(a) the head looks at the norm of z only, which no rotation changes, or (b) its value and its "
-                    "gradient come from different computations, as with a straight-through estimator."
+                    f"A rotation in front of {trial.names[task]} must change its loss, got the same loss. Likely "
+                    "causes: (a) the head looks at the norm of z only, which no rotation changes, or (b) its value and "
+                    "its gradient come from different computations, as with a straight-through estimator."
                 )
 
 

@@ -55,7 +55,7 @@ class TaskGradients:
         """Measure ``grads``, shape ``(K, n)``, which is scaled in place."""
         peak = grads.abs().amax(dim=1) if grads.shape[1] else grads.sum(dim=1)  # a batch may be empty
         exponent = torch.frexp(peak).exponent.clamp(MIN_EXPONENT, MAX_EXPONENT)
-        scale = torch.where(peak.isfinite() & (peak > 0), torch.ldexp(torch.ones_like(peak), exponent), 1.0)
+        scale = torch.ldexp(torch.ones_like(peak), exponent)
         scaled = grads.div_(scale[:, None])
         return TaskGradients(scaled, scale, tasks, present, scaled @ scaled.mT)
 
@@ -132,7 +132,7 @@ class JoinedGradients(TaskGradients):
     def join(cls, own: TaskGradients, processes: Processes) -> JoinedGradients:
         """Join the gradients of all processes, by exchanging K (K + 2) numbers."""
         K = len(own.scale)
-        told = processes.gather(torch.cat([own.gram.flatten(), own.scale, own.present.to(own.scale)]))
+        told = processes.gather(torch.cat([own.gram.flatten(), own.scale, own.present]))
         grams, scales, present = torch.split(told, [K * K, K, K], dim=1)
         grams = grams.view(-1, K, K)
         # Where a process has no gradient of a task, its scale means nothing.

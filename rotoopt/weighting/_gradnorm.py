@@ -138,7 +138,7 @@ class GradNorm(Weighting):
         if cosines is None or self.common_norm == "mean_of_norms":
             return norms.sum()
         largest = norms.amax()  # the norm is taken at this scale: huge squares overflow
-        relative = torch.where(largest > 0, norms / largest, 0.0)
+        relative = norms / largest
         return largest * (relative @ cosines @ relative).clamp(min=0.0).sqrt()
 
     def to(self, device: torch.device) -> None:

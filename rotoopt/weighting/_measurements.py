@@ -72,7 +72,7 @@ def joined(parts: Sequence[Measurements]) -> Measurements:
 def joined_across(own: Measurements, processes: Processes) -> Measurements:
     """Return what all processes measured together, where ``own`` is of this one; its losses are those of all."""
     K, cosines = len(own.norms), own.norms.new_zeros(0) if own.cosines is None else own.cosines.flatten()
-    told = processes.gather(torch.cat([own.norms, own.present.to(own.norms), own.finite.to(own.norms)[None], cosines]))
+    told = processes.gather(torch.cat([own.norms, own.present, own.finite[None], cosines]))
     norms, present, finite, parts = torch.split(told, [K, K, 1, len(cosines)], dim=1)
     total = root_sum_square(norms)
     return replace(
@@ -98,7 +98,7 @@ def _if_finite(part: Measurements) -> Measurements:
 
 
 def _joint_cosines(cosines: Tensor, norms: Tensor, total: Tensor) -> Tensor:
-    """Return the cosines of vectors with norms ``total``, of those of parts with ``norms``. From ``(T, K, K)``."""
+    """Return the cosines of vectors with norms ``total`` whose parts have ``norms``. ``(T, K, K)`` to ``(K, K)``."""
     shares = torch.where(total > 0, norms / total, 0.0)
     return (shares[:, :, None] * cosines * shares[:, None, :]).sum(0)
 

@@ -24,6 +24,7 @@ def test_repeated_gradients_agree_from_the_second_on(K: int, m: int, seed: int) 
     assert torch.equal(values[0], torch.zeros(K).double())
     for value in values[1:]:
         assert_close(value, torch.ones(K).double(), rtol=0, atol=1e-14)
+        assert (value <= 1).all()  # or a step would be longer than its cap
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS)
@@ -66,13 +67,12 @@ def test_gradients_of_zero_change_nothing(K: int, m: int, seed: int) -> None:
     sampler, one, other = Sampler(seed), Agreement(), Agreement()
     common, absent = sampler.normal(K, m, m), sampler.integer(K)
     for _ in range(4):
-        N = common + sampler.normal(K, m, m)
+        N = common + 0.1 * sampler.normal(K, m, m)
         value = observe(one, N)
-        assert_same_bits(observe(other, N), value)
+        assert_same_bits(observe(other, N)[absent], value[absent])
         without = N.clone()
         without[absent] = 0
         assert_same_bits(observe(other, without)[absent], value[absent])
-        observe(one, without.index_fill(0, torch.tensor(absent), 0.0))
 
 
 @given(K=NUM_TASKS, m=SIZES, n=NUM_SAMPLES, seed=SEEDS)
@@ -93,4 +93,14 @@ def test_saved_and_loaded_it_goes_on_as_if_nothing_had_happened(K: int, m: int, 
     other.load_state_dict(one.state_dict(), torch.zeros(K).double())
     for _ in range(2):
         N = sampler.normal(K, m, m)
+        assert_same_bits(observe(other, N), observe(one, N))
+
+
+@given(K=NUM_TASKS, m=SIZES, seed=SEEDS, steps=st.integers(0, 3))
+def test_moving_forgets_nothing(K: int, m: int, seed: int, steps: int) -> None:
+    sampler, one, other = Sampler(seed), Agreement(), Agreement()
+    common = sampler.normal(K, m, m)
+    for _ in range(steps + 1):
+        N = common + sampler.normal(K, m, m)
+        other.to(torch.device("cpu"))
         assert_same_bits(observe(other, N), observe(one, N))

@@ -60,6 +60,16 @@ def test_gram_identities(turn: Turn) -> None:
     assert (torch.linalg.matrix_norm(W @ V.mT, 2) <= W.norm(dim=(1, 2)) * V.norm() + 1e-12).all()
 
 
+@given(turn=TURNS, power=st.integers(-40, 40))
+def test_scale_of_a_task_is_that_of_its_norm_and_of_no_other(turn: Turn, power: int) -> None:
+    scales = torch.ones(len(turn.R)).double()
+    scales[0] = 2.0**power  # which changes no bit
+    scaled = turn.but(W=turn.W * scales[:, None, None])
+    for form in (SampleSkew, lambda W, V: DenseSkew(W @ V.mT)):
+        expected = scales.square() * form(turn.W, turn.V).half_squared_norm()
+        assert_same_bits(form(scaled.W, scaled.V).half_squared_norm(), expected)
+
+
 @given(turn=TURNS)
 def test_equivariance(turn: Turn) -> None:
     """Turning what a rotation sees, or what it makes, turns the new rotation alike."""

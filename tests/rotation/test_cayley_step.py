@@ -13,7 +13,8 @@ from torch.testing import assert_close
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._rotation import cayley_step
 from rotoopt._rotation.cayley import DenseSkew, SampleSkew, Skew
-from rotoopt._rotation.cayley_step import MAX_STEP, CayleyStep, NormalizedStep
+from rotoopt._rotation.cayley_step import MAX_STEP, CayleyStep, NormalizedStep, _probes
+from rotoopt._rotation.rotations import Rotations
 from rotoopt._rotation.step import RotationGradient
 from rotoopt._torch.processes import Processes
 from tests.asserts import assert_same_bits, eps
@@ -32,18 +33,24 @@ from tests.samplers import (
     rotation_gradient,
     unusable,
 )
+from tests.weighting.processes import together
 
 LOG_LRS = st.floats(-4, 1)
 TURN_EVERY = 16  # by default
 
 
 def turned(
-    R: Tensor, *passes: RotationGradient, lr: float = 0.1, steps: int = 2, dense_from: float | None = None
+    R: Tensor,
+    *passes: RotationGradient,
+    lr: float = 0.1,
+    steps: int = 2,
+    dense_from: float | None = None,
+    processes: Processes | None = None,
 ) -> Tensor:
     """Return R after steps that all see the same gradients; the first has none to agree with."""
     rotations = haar(len(R), R.shape[-1], R.dtype)
     rotations.load_matrices(R)
-    step = CayleyStep(rotations, lr, Processes())
+    step = CayleyStep(rotations, lr, processes or Processes())
     with pytest.MonkeyPatch.context() as patch:
         if dense_from is not None:
             patch.setattr(cayley_step, "DENSE_FROM", dense_from)
@@ -93,10 +100,29 @@ def test_step_size_is_adagrad_norm_with_a_cap(K: int, m: int, seed: int, lr: flo
         squares += sizes.grad.square()
         optimizer.step()
         assert_close(sizes.detach(), (10**lr / squares.sqrt()).clamp(max=MAX_STEP), rtol=1e-12, atol=0)
+        assert_close(optimizer.state[sizes]["sum"], squares, rtol=1e-12, atol=0)  # its name in checkpoints
     sizes.grad = None
     before = sizes.detach().clone()
     optimizer.step()
     assert_same_bits(sizes.detach(), before)
+
+
+@given(K=NUM_TASKS, seed=SEEDS, lr=st.just(0.0) | LOG_LRS.map(lambda log: 10**log))
+def test_step_size_is_zero_before_the_first_gradient(K: int, seed: int, lr: float) -> None:
+    sampler, sizes = Sampler(seed), nn.Parameter(torch.ones(K).double())
+    optimizer, absent = NormalizedStep([sizes], lr), sampler.integer(K)
+    for _ in range(2):
+        sizes.grad = sampler.uniform(K) + 0.1
+        sizes.grad[absent] = 0.0
+        optimizer.step()
+        assert [size > 0 for size in sizes.tolist()] == [lr > 0 and task != absent for task in range(K)]
+
+
+def test_step_size_takes_a_closure_as_every_optimizer_of_torch_does() -> None:
+    optimizer = NormalizedStep([nn.Parameter(torch.zeros(2))], lr=0.1)
+    with torch.no_grad():
+        assert optimizer.step(lambda: 3.0 if torch.is_grad_enabled() else 0.0) == 3.0
+    assert optimizer.step() is None
 
 
 @given(K=NUM_TASKS, n=NUM_SAMPLES, m=SIZES, seed=SEEDS, one_for_all=st.booleans())
@@ -193,14 +219,49 @@ def test_form_changes_at_the_threshold_and_nothing_else_does(K: int, m: int, see
 
 
 @given(K=NUM_TASKS, m=SIZES, counts=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=SEEDS)
-def test_gradients_of_several_backwards_add_up(K: int, m: int, counts: list[int], seed: int) -> None:
-    """Also where one pass alone would turn by low rank, and all together do not."""
+def test_gradients_of_the_parts_of_a_batch_add_up(K: int, m: int, counts: list[int], seed: int) -> None:
+    """Also where one part alone would turn by low rank, and all together do not."""
     sampler = Sampler(seed)
-    R, passes = sampler.rotations(K, m), [sampler.directions(K, n, m) for n in counts]
-    units = torch.cat([units for units, _ in passes], dim=1)
-    target = torch.cat([target for _, target in passes])
+    R, (units, target) = sampler.rotations(K, m), sampler.directions(K, sum(counts), m)
+    parts = zip(torch.split(units, counts, dim=1), torch.split(target, counts), strict=True)
     expected = turned(R, rotation_gradient(units, target))
-    assert_close(turned(R, *(rotation_gradient(*each) for each in passes)), expected, rtol=0, atol=1e-12)
+    assert_close(turned(R, *(rotation_gradient(*part) for part in parts)), expected, rtol=0, atol=1e-12)
+
+
+@given(K=NUM_TASKS, m=SIZES, counts=st.lists(st.integers(1, 4), min_size=2, max_size=3), seed=SEEDS)
+def test_processes_turn_by_the_gradients_of_their_joined_batch(K: int, m: int, counts: list[int], seed: int) -> None:
+    sampler = Sampler(seed)
+    R, (units, target) = sampler.rotations(K, m), sampler.directions(K, sum(counts), m)
+    expected = turned(R, rotation_gradient(units, target))
+    shares = list(zip(torch.split(units, counts, dim=1), torch.split(target, counts), strict=True))
+
+    def turn(processes: Processes) -> Tensor:
+        return turned(R, rotation_gradient(*shares[processes.rank]), processes=processes)
+
+    results = together(len(counts), turn)
+    assert_close(results[0], expected, rtol=0, atol=1e-12)
+    for result in results:
+        assert_same_bits(result, results[0])
+
+
+@given(K=NUM_TASKS, n=NUM_SAMPLES, m=SIZES, rest=st.integers(1, 3), seed=SEEDS, dense=st.sampled_from([0.0, math.inf]))
+def test_features_that_are_not_rotated_do_not_matter(
+    K: int, n: int, m: int, rest: int, seed: int, dense: float
+) -> None:
+    sampler = Sampler(seed)
+    R, (units, target) = sampler.rotations(K, m), sampler.directions(K, n, m + rest)
+    expected = turned(R, rotation_gradient(units[..., :m], target[..., :m]), dense_from=dense)
+    assert_close(turned(R, rotation_gradient(units, target), dense_from=dense), expected, rtol=0, atol=1e-12)
+
+
+@given(K=NUM_TASKS, n=NUM_SAMPLES, m=SIZES, seed=SEEDS, dense=st.sampled_from([0.0, math.inf]))
+def test_representation_may_be_wider_than_the_network(K: int, n: int, m: int, seed: int, dense: float) -> None:
+    """Its gradients are float64, the rotations are float32."""
+    sampler = Sampler(seed)
+    R, gradients = sampler.rotations(K, m).float(), rotation_gradient(*sampler.directions(K, n, m))
+    expected = turned(R.double(), gradients, dense_from=dense)
+    # Of a task that is almost aligned, float32 takes S for rounding: up to the root of 4 eps.
+    assert_close(turned(R, gradients, dense_from=dense), expected.float(), rtol=0, atol=1e-3)
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS, n=NUM_SAMPLES)
@@ -250,6 +311,20 @@ def test_one_feature_cannot_turn(K: int, seed: int, haar: bool) -> None:
     assert torch.equal(bench.matrices, torch.ones(K, 1, 1))
 
 
+def test_probes_are_signs_and_always_the_same() -> None:
+    probes = _probes(torch.empty(3, 64, 64, dtype=torch.float64))
+    assert set(probes.flatten().tolist()) == {-1.0, 1.0}
+    torch.manual_seed(1)
+    assert_same_bits(_probes(torch.empty(2, 64, 64)), probes.float())
+
+
+def test_step_sizes_are_where_the_rotations_are() -> None:
+    options: dict[str, Any] = {"device": torch.device("meta"), "dtype": torch.float64}
+    rotations = Rotations(2, 4, rotate=[True, True], init="identity", **options)
+    (sizes,) = CayleyStep(rotations, 0.1, Processes()).optimizer.param_groups[0]["params"]
+    assert {"device": sizes.device, "dtype": sizes.dtype} == options
+
+
 def test_loaded_step_goes_on_in_the_dtype_of_its_rotations() -> None:
     sampler = Sampler(0)
     saved = CayleyStep(haar(2, 4, torch.float64), 0.1, Processes())
@@ -291,3 +366,18 @@ def test_correlation_is_a_sum_over_samples(layout_: Layout, seed: int, K: int, r
     gradient = RotationGradient(dims.view_stacked(x), dims.view(y), torch.tensor(True))
     assert_close(gradient.correlation(m), expected, rtol=1e-13, atol=1e-13)
     assert gradient.num_samples == len(index)
+
+
+@given(K=NUM_TASKS, n=NUM_SAMPLES, m=SIZES, seed=SEEDS, dtype=DTYPES, dense=st.sampled_from([0.0, math.inf]))
+def test_the_gradient_of_no_samples_changes_nothing(
+    K: int, n: int, m: int, seed: int, dtype: torch.dtype, dense: float
+) -> None:
+    """A process has it that must turn because others do."""
+    sampler = Sampler(seed, dtype)
+    R, gradients = sampler.rotations(K, m), rotation_gradient(*sampler.directions(K, n, m))
+    none = RotationGradient.none(K, m, like=R[:, 0, 0])
+    assert none.num_samples == 0
+    assert_same_bits(none.correlation(m), torch.zeros(K, m, m, dtype=dtype))
+    assert_close(none.usable, torch.tensor(True))
+    assert torch.equal(turned(R, gradients, none, dense_from=dense), turned(R, gradients, dense_from=dense))
+    assert_same_bits(turned(R, none, dense_from=dense), R)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.testing import assert_close
 
+from rotoopt import Rotations
 from rotoopt._rotation.coordinates import Coordinates, OptimizerStep
 from rotoopt._torch.processes import Processes
 from tests.asserts import assert_rotations, assert_same_bits, relative_error
@@ -35,6 +36,40 @@ def test_coordinate_gradient_is_that_of_the_objective(n: int, m: int, rest: int,
     turned = torch.stack([units[k, :, :m] @ cayley_step(identity, S[k]) for k in range(2)])  # rows: cay(S)' u
     (expected,) = torch.autograd.grad(-(turned * target[:, :m]).sum(), coordinates)
     assert_close(coordinate_gradient(units, target, m), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_coordinates_wait_for_the_rotations_where_those_will_be() -> None:
+    options: dict[str, Any] = {"device": torch.device("meta"), "dtype": torch.float64}
+    rotations = Rotations(2, None, rotate=[True, True], init="identity", **options)
+    coordinates = Coordinates(rotations, Processes())
+    parameter = coordinates.parameter
+    assert parameter.shape == (2, 0, 0)
+    assert {"device": parameter.device, "dtype": parameter.dtype} == options
+    rotations.create(5)
+    coordinates.fit()
+    assert coordinates.parameter is parameter
+    assert parameter.shape == (2, 5, 5)
+
+
+@given(K=NUM_TASKS, m=SIZES, seed=SEEDS)
+def test_representation_may_be_wider_than_the_network(K: int, m: int, seed: int) -> None:
+    """Its gradients are float64, the rotations are float32."""
+    units, target = Sampler(seed).directions(K, 4, m)
+    gradient = Coordinates(haar(K, m, torch.float32), Processes()).gradient([rotation_gradient(units, target)])
+    assert torch.equal(gradient, coordinate_gradient(units, target, m).float())
+
+
+@given(K=NUM_TASKS, m=SIZES, seed=SEEDS)
+def test_turn_applies_the_coordinates_and_starts_again_at_zero(K: int, m: int, seed: int) -> None:
+    sampler, rotations = Sampler(seed), haar(K, m, torch.float64)
+    coordinates, before, A = Coordinates(rotations, Processes()), rotations.matrices.clone(), sampler.normal(K, m, m)
+    coordinates.parameter.data.copy_(A)
+    angles = coordinates.turn()
+    S = A.tril(-1) - A.tril(-1).mT
+    expected = torch.stack([cayley_step(old, each) for old, each in zip(before, S, strict=True)])
+    assert_close(rotations.matrices, expected, rtol=0, atol=1e-10)  # the condition of the turn is |S|^2 / 4
+    assert_close(angles, (S.square().sum((1, 2)) / m).sqrt(), rtol=1e-13, atol=0)
+    assert not coordinates.parameter.any()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -140,3 +175,39 @@ def test_only_the_lower_triangle_of_an_update_counts(K: int, m: int, seed: int) 
     identity = torch.eye(m).double()
     expected = torch.stack([cayley_step(identity, S) for S in update - update.mT])
     assert relative_error(bench.matrices, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("make", [everywhere, *OPTIMIZERS.values()])
+@given(K=NUM_TASKS, m=SIZES, seed=SEEDS)
+def test_tasks_that_are_not_rotated_stay_under_any_optimizer(make: Any, K: int, m: int, seed: int) -> None:
+    sampler = Sampler(seed)
+    off = sampler.integer(K)
+    bench = Bench((4, m), K, torch.float64, rotation_optimizer=make, rotate=[task != off for task in range(K)])
+    for _ in range(2):
+        bench.step(list(sampler.normal(K, 4, m)))
+    still = torch.eye(m).double()
+    assert [torch.equal(matrix, still) for matrix in bench.matrices] == [task == off for task in range(K)]
+
+
+def test_coordinates_of_a_task_that_is_not_rotated_have_no_gradient() -> None:
+    rotations = Rotations(2, 4, rotate=[True, False], init="haar", device=torch.device("cpu"), dtype=torch.float64)
+    gradient = Coordinates(rotations, Processes()).gradient([rotation_gradient(*Sampler(0).directions(2, 6, 4))])
+    assert gradient.flatten(1).any(1).tolist() == [True, False]
+
+
+def test_step_without_gradients_turns_by_nothing() -> None:
+    rotations = haar(3, 4, torch.float64)
+    before = rotations.matrices.clone()
+    angles = OptimizerStep(rotations, OPTIMIZERS["Adam"], Processes()).step([])
+    assert_same_bits(angles, torch.zeros(3).double())
+    assert_same_bits(rotations.matrices, before)
+
+
+def test_what_makes_no_optimizer_is_an_error() -> None:
+    message = (
+        r"^`rotation_optimizer` must be a callable from parameters to a torch\.optim\.Optimizer, got one that returns "
+        r"list\. Example: rotation_optimizer=lambda params: torch\.optim\.Adam\(params, lr=1e-4\)\.$"
+    )
+    make: Any = list
+    with pytest.raises(TypeError, match=message):
+        OptimizerStep(haar(2, 4, torch.float32), make, Processes())

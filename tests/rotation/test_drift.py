@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing import assert_close
 
 from rotoopt._rotation.cayley import DenseSkew, SampleSkew, Skew, orthogonality_error, repair_columns_
 from tests.asserts import assert_same_bits, eps
@@ -25,7 +26,7 @@ def test_many_turns_by_noise_do_not_drift(form: str, turns: int) -> None:
     """As :class:`CayleyStep` turns, but by steps that do not shrink."""
     sampler, m, n = Sampler(0, torch.float32), 16, 2
     R = sampler.rotations(len(ANGLES), m)
-    everywhere = torch.ones(len(ANGLES))
+    everywhere = torch.ones(len(ANGLES), dtype=torch.bool)
     for start in range(0, turns, 1000):
         Ws, Vs = sampler.normal(1000, len(ANGLES), m, n), sampler.normal(1000, m, n)
         for i, (W, V) in enumerate(zip(Ws, Vs, strict=True)):
@@ -39,7 +40,7 @@ def test_many_turns_by_noise_do_not_drift(form: str, turns: int) -> None:
 def sweep(R: Tensor, width: int) -> Tensor:
     R, m = R.clone(), R.shape[-1]
     for first in range(0, m, width):
-        repair_columns_(R, first, min(width, m - first), torch.ones(len(R), dtype=R.dtype))
+        repair_columns_(R, first, width, torch.ones(len(R), dtype=torch.bool))
     return R
 
 
@@ -57,14 +58,27 @@ def test_sweep_of_the_repair_squares_the_error(K: int, m: int, seed: int, scale:
     assert spectral(sweep(R, width)) <= 4 * spectral(R) ** 2 + 20 * eps(torch.float64) * m**0.5
 
 
+@given(K=NUM_TASKS, m=SIZES, seed=SEEDS, scale=st.floats(-8, -1), data=st.data())
+def test_repair_is_its_formula(K: int, m: int, seed: int, scale: float, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, m - 1))
+    count = data.draw(st.integers(1, m - first)) if first else m
+    sampler = Sampler(seed)
+    R, identity = sampler.rotations(K, m) + 10**scale * sampler.normal(K, m, m), torch.eye(m).double()
+    J = slice(first, first + count)
+    P, E = identity[:, J], (R.mT @ R - identity)[:, :, J]
+    expected = R - 0.5 * (R @ E @ P.mT + R[:, :, J] @ E.mT - R[:, :, J] @ E[:, J] @ P.mT)
+    repair_columns_(R, first, count, torch.ones(K, dtype=torch.bool))
+    assert_close(R, expected, rtol=0, atol=1e-13)
+
+
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS, dtype=DTYPES)
 def test_repair_keeps_rotations_and_those_it_is_not_for(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
     sampler = Sampler(seed, dtype)
     R = sampler.rotations(K, m)
     assert (sweep(R, 1) - R).abs().max() <= 20 * eps(dtype)
-    where, repaired = torch.ones(K, dtype=dtype), R * (1 + 1e-3)
+    where, repaired = torch.ones(K, dtype=torch.bool), R * (1 + 1e-3)
     still, before = sampler.integer(K), repaired.clone()
-    where[still] = 0
+    where[still] = False
     repair_columns_(repaired, 0, 1, where)
     assert_same_bits(repaired[still], before[still])
     assert all((repaired[k] != before[k]).any() for k in range(K) if k != still)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from rotoopt import Rotations
-from rotoopt._rotation.cayley import orthogonality_error, turn_
+from rotoopt._rotation.cayley import MAX_TURN, orthogonality_error, turn_
+from rotoopt._torch.processes import Processes
 from tests.asserts import assert_rotations, assert_same_bits, eps, relative_error
 from tests.oracle import cayley_step
 from tests.samplers import DTYPES, NUM_TASKS, SEEDS, SIZES, SKEW_SCALES, Sampler, haar
@@ -53,13 +54,33 @@ def test_zero_turn_keeps_every_bit(K: int, m: int, seed: int, dtype: torch.dtype
     assert_same_bits(R.matrices[still], before[still])
 
 
-@given(K=NUM_TASKS, m=SIZES, seed=SEEDS, dtype=DTYPES)
-def test_turns_are_independent(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
+@given(K=NUM_TASKS, m=SIZES, seed=SEEDS, scale=st.floats(-8, 0), dtype=DTYPES)
+def test_turns_are_independent(K: int, m: int, seed: int, scale: float, dtype: torch.dtype) -> None:
     sampler, R = Sampler(seed, dtype), haar(K, m, dtype)
-    before, skew = R.matrices.clone(), sampler.skew(K, m) / m
+    before, skew = R.matrices.clone(), 10**scale * sampler.skew(K, m) / m
     turn_(R.matrices, skew)
     expected = torch.stack([cayley_step(old.double(), S.double()) for old, S in zip(before, skew, strict=True)])
     assert relative_error(R.matrices, expected) <= 20 * eps(dtype) * m
+
+
+@given(K=NUM_TASKS, m=SIZES, seed=SEEDS, log_length=st.floats(3, 30))
+def test_turns_that_are_too_long_are_shortened(K: int, m: int, seed: int, log_length: float) -> None:
+    sampler = Sampler(seed)
+    direction = sampler.skew(K, m)
+    direction /= torch.linalg.matrix_norm(direction)[:, None, None]
+    R = sampler.rotations(K, m)
+    expected = R.clone()
+    turn_(R, 10**log_length * direction)
+    turn_(expected, MAX_TURN * direction)
+    assert_close(R, expected, rtol=0, atol=10 * m * eps(torch.float64) * MAX_TURN**2 / 4)  # the condition of a turn
+
+
+@given(K=NUM_TASKS, m=SIZES, seed=SEEDS, dtype=DTYPES)
+def test_a_turn_repairs_all_columns(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
+    sampler = Sampler(seed, dtype)
+    matrices = 1.0001 * sampler.rotations(K, m)
+    turn_(matrices, 0.01 * sampler.skew(K, m))
+    assert orthogonality_error(matrices).max() <= 4e-8 + 20 * eps(dtype) * m  # the square of 2e-4
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS, dtype=DTYPES)
@@ -178,3 +199,42 @@ def test_seed_fixes_a_random_start_and_leaves_the_generator_of_torch_alone() -> 
     torch.manual_seed(3)
     assert_same_bits(start(None), first)  # without one, it is drawn from that generator, which moves on
     assert not torch.equal(start(None), first)
+
+
+def test_seed_is_not_that_of_the_generators_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "manual_seed", None)  # which would set them, and nobody sets them back
+    Rotations(2, 4, rotate=[True, True], init="haar", seed=3, device=torch.device("cpu"), dtype=torch.float32)
+
+
+class Told(Processes):
+    """Processes that agree on a number."""
+
+    def shared_seed(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize(
+    ("of_network", "expected"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.uint8, torch.float32),
+        (torch.complex64, torch.float32),
+    ],
+)
+def test_rotations_like_a_parameter(of_network: torch.dtype, expected: torch.dtype) -> None:
+    for device in ("cpu", "meta"):
+        param = torch.zeros(2, dtype=of_network, device=device)
+        made = Rotations.like(param, 3, 5, rotate=[True, False, True], init="identity", processes=Told())
+        assert (made.matrices.dtype, made.matrices.device) == (expected, param.device)
+        assert (len(made), made.size, made.rotate, made.init) == (3, 5, (True, False, True), "identity")
+
+
+def test_processes_draw_the_same_rotations() -> None:
+    options: dict[str, Any] = {"rotate": [True, True], "init": "haar"}
+    drawn = Rotations.like(torch.zeros(1), 2, 4, processes=Told(), **options)
+    same = Rotations(2, 4, seed=3, device=torch.device("cpu"), dtype=torch.float32, **options)
+    assert_same_bits(drawn.matrices, same.matrices)
+    assert Rotations.like(torch.zeros(1), 2, 4, processes=Told(), **options | {"init": "identity"}).seed is None

@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from rotoopt.weighting._gradients import TaskGradients
+from rotoopt._torch.processes import Processes
+from rotoopt.weighting._gradients import JoinedGradients, TaskGradients
 from tests.asserts import assert_same_bits, eps
 from tests.samplers import DTYPES, NUM_TASKS, SEEDS, Sampler
+from tests.weighting.processes import together
 
 LENGTHS = st.integers(1, 200)
 # Far beyond where a square overflows or vanishes in float32, which is from 1e19 and 1e-19 on.
 SCALES = st.floats(-30, 30)
+COUNTS = st.lists(st.integers(0, 9), min_size=2, max_size=3)  # samples of some processes
 
 
 def measure(grads: Tensor, absent: Collection[int] = ()) -> TaskGradients:
@@ -46,10 +49,45 @@ def test_scales_are_powers_of_two_that_bring_the_entries_below_one(grads: Tensor
     assert (gradients.scaled.abs() < 1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_largest_and_smallest_numbers_lose_no_bit_and_their_scales_are_normal_numbers(dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    grads = torch.tensor([[limits.max], [limits.tiny], [limits.smallest_normal * limits.eps]], dtype=dtype)
+    gradients = measure(grads.clone())
+    assert_same_bits(gradients.rows(), grads)
+    for scale in (gradients.scale, 1 / gradients.scale):
+        assert (scale >= torch.finfo(torch.float32).tiny).all()
+
+
+def test_empty_batch_has_no_norms() -> None:
+    gradients = measure(torch.empty(3, 0))
+    assert torch.equal(gradients.norms, torch.zeros(3))
+    assert gradients.finite
+    assert gradients.combine(torch.ones(3)).shape == (0,)
+
+
+@given(grads=mixed(), power=st.integers(-10, 10))
+def test_quotients_are_those_of_the_gradients(grads: Tensor, power: int) -> None:
+    gradients, expected = measure(grads.clone()).divided_by(2.0**power), measure(grads / 2.0**power)
+    assert_same_bits(gradients.rows(), expected.rows())
+    assert_close(gradients.norms, expected.norms, rtol=4 * eps(grads.dtype), atol=0)
+    assert torch.equal(gradients.directions(), expected.directions())
+
+
 @given(grads=mixed())
 def test_norms_are_the_norms(grads: Tensor) -> None:
     expected = grads.double().norm(dim=1).to(grads.dtype)
     assert_close(measure(grads.clone()).norms, expected, rtol=grads.shape[1] * eps(grads.dtype), atol=0)
+
+
+@given(grads=mixed(), data=st.data())
+def test_gradients_are_divided_by_norms_that_are_known(grads: Tensor, data: st.DataObject) -> None:
+    """Those of tensors together with others: at least as large as the gradients here, or zero where none is known."""
+    norms = grads.double().norm(dim=1) * 10 ** data.draw(st.floats(0, 3))
+    norms[data.draw(st.sets(st.integers(0, len(grads) - 1)).map(list))] = 0.0
+    expected = torch.where(norms > 0, 1 / norms, 0.0)[:, None] * grads.double()
+    divided = measure(grads.clone()).divided(norms.to(grads.dtype))
+    assert_close(divided, expected.to(grads.dtype), rtol=4 * eps(grads.dtype), atol=0)
 
 
 @given(grads=mixed())
@@ -92,3 +130,75 @@ def test_one_bad_entry_is_seen(bad: float, K: int, n: int, seed: int, dtype: tor
     assert measure(grads.clone()).finite
     grads[sampler.integer(K), sampler.integer(n)] = bad
     assert not measure(grads).finite
+
+
+@st.composite
+def shares(draw: st.DrawFn) -> list[tuple[Tensor, list[int]]]:
+    """Draw the gradients (K, n) of some processes, which may have no samples, and the tasks that are absent there."""
+    sampler, K, sizes = Sampler(draw(SEEDS), draw(DTYPES)), draw(NUM_TASKS), draw(COUNTS)
+    scales = 10 ** draw(SCALES) * sampler.log_scales(len(sizes) * K, -4, 4).view(len(sizes), K, 1)
+    grads = [scale * sampler.normal(K, n) for scale, n in zip(scales, sizes, strict=True)]
+    absent = [(sampler.uniform(K) < 0.3).nonzero().flatten().tolist() for _ in sizes]
+    return list(zip(grads, absent, strict=True))
+
+
+@given(drawn=shares())
+def test_joined_gradients_are_those_of_the_joined_batch(drawn: list[tuple[Tensor, list[int]]]) -> None:
+    def join(processes: Processes) -> JoinedGradients:
+        grads, absent = drawn[processes.rank]
+        return JoinedGradients.join(measure(grads.clone(), absent), processes)
+
+    joined = together(len(drawn), join)
+    everywhere_absent = set.intersection(*(set(absent) for _, absent in drawn))
+    parts = [grads.index_fill(0, torch.tensor(absent, dtype=torch.long), 0.0) for grads, absent in drawn]
+    expected = measure(torch.cat(parts, dim=1), everywhere_absent)
+    dtype, weights = expected.scale.dtype, torch.ones_like(expected.scale)
+    rounding = 40 * eps(dtype)  # sums over up to 27 samples
+    largest = expected.norms.max()
+    for each in joined:
+        assert_close(each.norms, expected.norms, rtol=rounding, atol=0)
+        assert_close(each.cosines, expected.cosines, rtol=0, atol=rounding)
+        assert torch.equal(each.present, expected.present)
+        assert each.finite
+        for name in ("scale", "gram"):  # the same on all
+            assert_same_bits(getattr(each, name), getattr(joined[0], name))
+    combined = torch.cat([each.combine(weights) for each in joined])
+    assert_close(combined, expected.combine(weights), rtol=0, atol=rounding * float(largest))
+    rows = torch.cat([each.rows() for each in joined], dim=1)
+    assert_close(rows, expected.rows(), rtol=0, atol=rounding * float(largest))
+    directions = torch.cat([each.directions() for each in joined], dim=1)
+    assert_close(directions, expected.directions(), rtol=0, atol=rounding)
+
+
+@given(K=NUM_TASKS, n=LENGTHS, seed=SEEDS, scale=st.floats(-30, -25))
+def test_processes_without_gradients_do_not_matter(K: int, n: int, seed: int, scale: float) -> None:
+    """Not even where the squares of all others vanish next to one, the scale of zeros."""
+    grads = 10**scale * Sampler(seed, torch.float32).normal(K, n)
+
+    def join(processes: Processes) -> JoinedGradients:
+        return JoinedGradients.join(measure(processes.rank * grads), processes)
+
+    expected = measure(grads.clone())
+    for each in together(2, join):
+        assert_same_bits(each.norms, expected.norms)
+        assert_same_bits(each.cosines, expected.cosines)
+
+
+def longest(rows: Tensor) -> Tensor:
+    """Return the sum of the rows times their norms, which only the joined batch knows."""
+    lengths: Tensor = rows.norm(dim=1, keepdim=True)
+    return (rows * lengths).sum(0)
+
+
+@given(K=NUM_TASKS, sizes=COUNTS, seed=SEEDS, dtype=DTYPES)
+def test_aggregator_sees_the_joined_batch(K: int, sizes: list[int], seed: int, dtype: torch.dtype) -> None:
+    whole = Sampler(seed, dtype).normal(K, sum(sizes))
+    parts = torch.split(whole, sizes, dim=1)
+
+    def aggregate(processes: Processes) -> Tensor:
+        return JoinedGradients.join(measure(parts[processes.rank].clone()), processes).aggregate(longest)
+
+    results = together(len(sizes), aggregate)
+    assert [len(result) for result in results] == sizes
+    # Of K products of a number and a norm, both of some units.
+    assert_close(torch.cat(results), longest(whole), rtol=0, atol=1000 * eps(dtype))

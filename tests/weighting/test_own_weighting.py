@@ -94,6 +94,15 @@ def test_saved_memory_is_a_copy_and_so_is_a_loaded_one() -> None:
         optimizer.load_state_dict(saved)
 
 
+def test_loaded_memory_is_where_the_weighting_is() -> None:
+    weighting, saved = RunningNorms(), {"mean": torch.ones(2)}
+    weighting.load_state_dict(saved, torch.zeros((), device="meta"))
+    assert weighting.state["mean"].device.type == "meta"
+    weighting.load_state_dict(saved, torch.zeros(()))
+    weighting.state["mean"].zero_()
+    assert torch.equal(saved["mean"], torch.ones(2))
+
+
 def test_copies_remember_apart() -> None:
     model, optimizer = wrap(weighting=RunningNorms())
     train(model, optimizer, 0)
@@ -129,7 +138,11 @@ def test_own_backward_is_an_error_where_losses_are_needed_and_else_is_not() -> N
 def test_a_weighting_belongs_to_one_optimizer(make: type[Weighting]) -> None:
     weighting = make()
     wrap(weighting=weighting)
-    message = f"`weighting` must not be shared between optimizers, got a {make.__name__} that another one uses. Make"
+    name = make.__name__
+    message = (
+        f"^`weighting` must not be shared between optimizers, got a {name} that another one uses. "
+        f"Make a new {name} for this one.$"
+    )
     with pytest.raises(ValueError, match=message):
         wrap(weighting=weighting)
 
