@@ -1,5 +1,8 @@
 """The rotations: what a turn does, and that it stays in SO(m) whatever happens."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,8 @@ from rotoopt._torch.processes import Processes
 from tests.asserts import assert_rotations, assert_same_bits, eps, relative_error
 from tests.oracle import cayley_step
 from tests.samplers import DTYPES, NUM_TASKS, SEEDS, SIZES, SKEW_SCALES, Sampler, haar
+
+ROOT = Path(__file__).parents[2]
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS, scale=SKEW_SCALES, dtype=DTYPES)
@@ -99,15 +104,33 @@ def test_haar_start_does_not_rely_on_the_sign_that_geotorch_gives(monkeypatch: p
     drawn: list[Tensor] = []
 
     def orthogonal(empty: Tensor) -> Tensor:  # of both signs
-        drawn.append(torch.stack([nn.init.orthogonal_(matrix) for matrix in empty]))
-        return drawn[0].clone()
+        drawn.append(nn.init.orthogonal_(empty))
+        return drawn[-1].clone()
 
     monkeypatch.setattr("rotoopt._rotation.rotations.uniform_init_", orthogonal)
     matrices = haar(20, 4, torch.float64).matrices
-    signs = torch.linalg.det(drawn[0]).sign()
+    signs = torch.linalg.det(torch.stack(drawn)).sign()
     assert set(signs.tolist()) == {-1.0, 1.0}
     assert_rotations(matrices)
-    assert_same_bits(matrices[signs > 0], drawn[0][signs > 0])
+    assert_same_bits(matrices[signs > 0], torch.stack(drawn)[signs > 0])
+
+
+def test_haar_start_on_several_threads() -> None:
+    """There MKL returns wrong determinants of a batch of large matrices."""
+    program = """
+import torch
+from rotoopt._rotation.cayley import determinant_signs
+from tests.samplers import haar
+torch.set_num_threads(2)
+matrices = haar(3, 256, torch.float32).matrices.double()
+torch.set_num_threads(1)
+signs = [torch.linalg.slogdet(matrix).sign for matrix in matrices]
+assert signs == [1.0] * 3, signs
+torch.set_num_threads(2)
+assert determinant_signs(matrices).tolist() == [1.0] * 3
+assert determinant_signs(matrices.flip(2)[..., [1, 0, *range(2, 256)]]).tolist() == [-1.0] * 3
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 def test_haar_start_has_the_moments_of_the_haar_measure() -> None:
