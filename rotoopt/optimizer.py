@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from rotoopt._capture.adoption import adopt, previous_hooks, turned
 from rotoopt._capture.hooks import attach
 from rotoopt._capture.representation import RotatedDims
-from rotoopt._capture.wiring import check_unhooked
 from rotoopt._deploy.fold import fold
 from rotoopt._deploy.refresh import refresh
 from rotoopt._engine.arguments import (
@@ -28,7 +28,6 @@ from rotoopt._engine.arguments import (
     check_rotatable,
     check_rotate,
     modules_of,
-    warn_user,
 )
 from rotoopt._engine.engine import Engine
 from rotoopt._engine.memory import misfit
@@ -41,6 +40,7 @@ from rotoopt._rotation.step import RotationStep
 from rotoopt._torch.checkpoint import RotoGradState
 from rotoopt._torch.private import mark_as_hooked, run_step_hooks
 from rotoopt._torch.processes import Processes
+from rotoopt._torch.warn import warn_user
 from rotoopt._torch.wrapper import Core, OptimizerWrapper
 from rotoopt.weighting import Weighting
 from rotoopt.weighting._aggregator import Aggregator, as_weighting
@@ -104,7 +104,8 @@ class RotoGradOptimizer(OptimizerWrapper):
 
     Raises:
         TypeError: If ``optimizer`` is no built torch optimizer, or a head no module.
-        ValueError: If an option is out of range, or a head is listed twice or belongs to another optimizer.
+        ValueError: If an option is out of range, a head is listed twice, or has a rotation that does not fit: a new
+            optimizer for heads of another one takes over their rotations.
 
     Example:
         >>> from torch import nn
@@ -162,8 +163,8 @@ class RotoGradOptimizer(OptimizerWrapper):
             init=init,
         )
         dims, used_weighting = RotatedDims(dim), as_weighting(weighting)
-        check_unhooked([modules_of(each) for each in parts], names)
-        if len(names) == 1 and init == "identity":
+        hooks = previous_hooks([modules_of(each) for each in parts])
+        if len(names) == 1 and init == "identity" and not turned(hooks):
             flags = (False,)  # a single task agrees with itself: R = I for ever, so do not even multiply by it
         if turn_every is None:
             turn_every = TURN_EVERY if rotation_optimizer is None else 1
@@ -186,6 +187,7 @@ class RotoGradOptimizer(OptimizerWrapper):
             turn_every=turn_every,
             processes=processes,
         )
+        adopt(hooks, engine.capture, names)
         untrained = UntrainedHeads(optimizer, parts, names)
         self._wrap(_Core(optimizer, parts, engine, rotation_step, untrained, rotation_optimizer is None))
         for task, head in enumerate(parts):
@@ -399,7 +401,7 @@ class RotoGradOptimizer(OptimizerWrapper):
             >>> torch.equal(target[1](z), head_a(z))
             True
         """
-        refresh(self._core.engine.rotations, model_copy)
+        refresh(self._core.engine.capture, model_copy)
 
     # ------------------------------------------------------------------ what it knows
 

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rotoopt._capture.fork import BackwardPass, Fed, Fork, Rotate
 from rotoopt._capture.places import Place, Places, Z
 from rotoopt._capture.representation import RotatedDims, rotated
+from rotoopt._capture.whereabouts import changes_of
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._torch.private import (
     backward_pass_id,
@@ -51,6 +52,7 @@ class Capture:
         self.places = Places(rotations, dims)
         self.shapes: dict[tuple[int, Place], torch.Size] = {}
         self._paused = False
+        self._loaded: int | None = None
         self._running = running
         self._forks = WeakTensorKeyDictionary()
         self._changes_input: dict[tuple[int, Place], bool] = {}  # whether a head changes what it gets there in place
@@ -69,6 +71,37 @@ class Capture:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+    def saved(self, task: int, part: int) -> dict[str, Any]:
+        """Return what belongs to the weights of a module of a head: its rotation, None for I, and where it rotates."""
+        matrix = self.rotations[task].clone() if self.rotations.is_turned(task) else None
+        return {
+            "rotation": matrix,
+            "places": {path: fits for (n, path), fits in self.places.noted[task].items() if n == part},
+        }
+
+    def load_saved(self, task: int, part: int, saved: dict[str, Any]) -> str | None:
+        """Load what :meth:`saved` returned; return why not, where it does not fit."""
+        matrix, rotations = saved["rotation"], self.rotations
+        if matrix is not None and not rotations.rotate[task]:
+            return "the weights need a rotation, and the task has rotate=False."
+        if matrix is not None and rotations.size not in (None, len(matrix)):
+            return f"the weights need a rotation of {len(matrix)} features, and those here have {rotations.size}."
+        if matrix is None and rotations.size is not None:
+            matrix = torch.eye(rotations.size)
+        if matrix is not None:
+            rotations.load_matrix(task, matrix)
+        self.places.noted[task].update({(part, path): fits for path, fits in saved["places"].items()})
+        return None
+
+    def mark_as_loaded(self) -> None:
+        """Note that the rotations are those of weights that were, or will be, loaded beside them."""
+        self._loaded = changes_of(self.rotations)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the rotations have been loaded, and not turned since."""
+        return self._loaded == changes_of(self.rotations)
 
     @contextmanager
     def pause(self) -> Iterator[None]:

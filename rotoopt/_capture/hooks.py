@@ -1,34 +1,124 @@
-"""Hooks: what puts a rotation in front of a head that is a module."""
+"""Hooks of a head that is a module: they rotate what enters it, and send the rotation where its weights go."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from rotoopt._capture.capture import Capture, Inputs
-from rotoopt._torch.private import forward_pre_hooks
+from rotoopt._capture.whereabouts import ENTRY, LOST, STALE, Origin
+from rotoopt._torch.modules import unwrapped
+from rotoopt._torch.private import forward_pre_hooks, not_compiled
+from rotoopt._torch.warn import warn_user
 
 
 class HeadHook:
-    """Forward pre-hook of a module of a head: rotates what enters it."""
+    """The hooks of one module of a head.
+
+    Args:
+        capture: What rotates.
+        task: k.
+        part: Which of the modules of task k it is.
+
+    Attributes:
+        handles: What removes the hooks.
+        lost: Whether weights were loaded without the rotation that they need.
+        origin: What this is a copy of; None for no copy, and for one that is trained itself.
+    """
 
     def __init__(self, capture: Capture, task: int, part: int) -> None:
         self.capture = capture
         self.task = task
         self.part = part
+        self.handles: list[RemovableHandle] = []
+        self.lost = False
+        self.origin: Origin | None = None
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Feed the head."""
+        if self.lost or self.origin is not None:
+            self._warn(head)
         return self.capture.feed_all(args, kwargs, self.task, self.part, training=head.training)
+
+    @not_compiled
+    def _warn(self, head: nn.Module) -> None:
+        if self.lost and not self.capture.is_loaded:
+            warn_user(LOST)
+        self.lost = False
+        if self.origin is None:
+            return
+        if head.training and torch.is_grad_enabled():
+            self.origin = None
+        elif self.origin.has_moved_on(head):
+            self.renew_origin(head)
+            warn_user(STALE)
+
+    # ------------------------------------------------------------------ where the weights go
+
+    def save(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+        """Add the rotation to what a state dict has beside its keys: ``state_dict._metadata``."""
+        metadata[ENTRY] = self.capture.saved(self.task, self.part)
+
+    def load(
+        self,
+        module: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        """Load the rotation that belongs to the weights in ``state_dict``."""
+        if not any(key.startswith(prefix) for key in state_dict):
+            return
+        if ENTRY not in metadata:
+            self.lost = self.capture.rotations.is_turned(self.task) and not self.capture.is_loaded
+            return
+        error = self.capture.load_saved(self.task, self.part, metadata[ENTRY])
+        if error is not None:
+            errors.append(f"{prefix}: {error}")
+        self.lost = False
+        self.renew_origin(module)
+
+    def renew_origin(self, head: nn.Module) -> None:
+        """Take the rotation for that of the weights of now."""
+        if self.origin is not None:
+            self.origin = self.origin.renewed(head)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeadHook:
+        copied = HeadHook.__new__(HeadHook)
+        memo[id(self)] = copied  # first: on its way a copy of the capture comes here again
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo), origin=Origin.of(self.capture.rotations))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "origin": None}  # a process of its own has no original
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self.handles:
+            handle.remove()
 
 
 def attach(capture: Capture, head: nn.Module, task: int, part: int) -> None:
     """Put rotation ``task`` in front of ``head``, which is module number ``part`` of the task."""
-    # First of all hooks: wrappers such as FSDP's hand every head a tensor of its own, which is no longer z.
-    hook = HeadHook(capture, task, part)
-    capture.handles.append(head.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+    hook, inner = HeadHook(capture, task, part), unwrapped(head)
+    hook.handles = [
+        # First of all hooks: wrappers such as FSDP's hand every head a tensor of its own, which is no longer z.
+        head.register_forward_pre_hook(hook, prepend=True, with_kwargs=True),
+        # Partial: torch sets an attribute of these.
+        inner.register_state_dict_post_hook(partial(hook.save)),  # type: ignore[no-untyped-call]
+        inner.register_load_state_dict_pre_hook(partial(hook.load)),  # type: ignore[no-untyped-call]
+    ]
+    capture.handles += hook.handles
 
 
 def hook_of(head: nn.Module) -> HeadHook | None:
@@ -36,6 +126,6 @@ def hook_of(head: nn.Module) -> HeadHook | None:
     return next((hook for hook in forward_pre_hooks(head) if isinstance(hook, HeadHook)), None)
 
 
-def hooks_in(model: nn.Module) -> Iterator[HeadHook]:
-    """Return the hooks of all heads in ``model``."""
-    return (hook for module in model.modules() if (hook := hook_of(module)) is not None)
+def hooks_in(model: nn.Module) -> Iterator[tuple[nn.Module, HeadHook]]:
+    """Return all heads in ``model``, and their hooks."""
+    return ((module, hook) for module in model.modules() if (hook := hook_of(module)) is not None)

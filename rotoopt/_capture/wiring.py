@@ -24,7 +24,6 @@ from rotoopt._capture.graph import (
     terms,
     without_taps,
 )
-from rotoopt._capture.hooks import hook_of
 from rotoopt._torch.modules import name_of
 from rotoopt._torch.private import output_numel, running_roots
 from rotoopt.weighting import Weighting
@@ -93,17 +92,6 @@ class Wiring:
             for part, task in parts
             for param in ([part] if isinstance(part, nn.Parameter) else part.parameters())
         }
-
-
-def check_unhooked(heads: Sequence[Sequence[nn.Module]], names: Sequence[str]) -> None:
-    """Raise if there is a rotation in front of one of ``heads`` already."""
-    for name, modules in zip(names, heads, strict=False):  # functional heads have names only
-        if any(hook_of(module) is not None for module in modules):
-            raise ValueError(
-                f"`heads` must not have rotations yet, got {name} with that of another optimizer. Call remove() on "
-                "the other one first (in a notebook: the one made when the cell ran before). To copy a model that is "
-                "wrapped, copy both: copy.deepcopy((model, optimizer))."
-            )
 
 
 def check_losses(

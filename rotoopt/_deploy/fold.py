@@ -13,10 +13,9 @@ from rotoopt._capture.capture import Capture, Inputs, paths_and_leaves
 from rotoopt._capture.places import Z
 from rotoopt._capture.representation import RotatedDims, rotated
 from rotoopt._deploy.first_layers import FirstLayer, UnfoldableError, find_first_layers, wide
-from rotoopt._engine.arguments import warn_user
-from rotoopt._rotation.rotations import Rotations
 from rotoopt._torch.modules import unwrapped
 from rotoopt._torch.private import tree_unflatten
+from rotoopt._torch.warn import warn_user
 
 
 class RotationHook:
@@ -120,7 +119,7 @@ def _check_foldable(capture: Capture, heads: Sequence[Sequence[nn.Module]]) -> N
 
 def _rotated(capture: Capture, task: int, head: Sequence[nn.Module], name: str) -> list[Rotated]:
     """Return the modules of a task whose inputs are rotated; none where R = I, which needs no folding."""
-    if not _is_turned(capture.rotations, task):
+    if not capture.rotations.is_turned(task):
         return []
     rotation, found = capture.rotations[task], []
     for number, module in enumerate(map(unwrapped, head)):
@@ -131,13 +130,6 @@ def _rotated(capture: Capture, task: int, head: Sequence[nn.Module], name: str) 
             shapes = {place[1]: capture.shapes[task, place] for place in places}
             found.append(Rotated(name if len(head) == 1 else f"{name}[{number}]", module, matrix, shapes))
     return found
-
-
-def _is_turned(rotations: Rotations, task: int) -> bool:
-    """Whether R_k differs from I."""
-    if not rotations.rotate[task] or rotations.size is None:
-        return False
-    return not torch.equal(rotations[task], torch.eye(len(rotations[task])).to(rotations[task]))
 
 
 def _plan(head: Rotated, heads: Sequence[Sequence[nn.Module]], dims: RotatedDims) -> list[FirstLayer] | UnfoldableError:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from rotoopt._capture.capture import Capture
 from rotoopt._capture.hooks import hooks_in
-from rotoopt._rotation.rotations import Rotations
 
 
-def refresh(rotations: Rotations, model_copy: nn.Module) -> None:
-    """Give a copy of the model ``rotations`` as they are now."""
+def refresh(capture: Capture, model_copy: nn.Module) -> None:
+    """Give a copy of the model the rotations of ``capture`` as they are now."""
+    rotations, places = capture.rotations, capture.places
     if not isinstance(model_copy, nn.Module):
         raise TypeError(f"`model_copy` must be a module, got a {type(model_copy).__name__}.")
-    copies = [hook.capture.rotations for hook in hooks_in(model_copy)]
+    copies = list(hooks_in(model_copy))
     if not copies:
         raise ValueError(
             "`model_copy` must have rotations in front of its heads, got a module without. Either (a) the model was "
@@ -21,12 +22,15 @@ def refresh(rotations: Rotations, model_copy: nn.Module) -> None:
             "are fed by optimizer.rotate(z), which is up to date."
         )
     matrices = rotations.matrices
-    for copied in copies:
+    for _, hook in copies:
+        copied = hook.capture.rotations
         if len(copied) != len(rotations) or copied.size not in (None, rotations.size):
             raise ValueError(
                 f"`model_copy` must be a copy of the model, with {len(rotations)} rotations of {rotations.size} "
                 f"features, got one with {len(copied)} of {copied.size}. Was it copied from another model?"
             )
     with torch.inference_mode(False):  # where copies are evaluated, but they are to be refreshed elsewhere as well
-        for copied in copies:
-            copied.load_matrices(matrices)
+        for head, hook in copies:
+            hook.capture.rotations.load_matrices(matrices)
+            hook.capture.places.load_state_dict(places.state_dict())
+            hook.renew_origin(head)

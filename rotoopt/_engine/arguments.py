@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set
 
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ from torch.optim import Optimizer
 from rotoopt._capture.fork import Fed, address
 from rotoopt._capture.graph import is_handed_on
 from rotoopt._torch.private import tree_leaves
+from rotoopt._torch.warn import warn_user
 
 Head = nn.Module | Sequence[nn.Module | nn.Parameter]
 Heads = Sequence[Head] | Mapping[str, Head] | nn.ModuleList | nn.ModuleDict
@@ -145,14 +144,6 @@ def check_options(
         )
     if init not in ("identity", "haar"):
         raise ValueError(f"`init` must be 'identity' or 'haar', got {init!r}.")
-
-
-def warn_user(message: str) -> None:
-    """Warn, and blame the line that called this package, whether or not torch wrapped the call."""
-    frame, depth = inspect.currentframe(), 1
-    while frame is not None and frame.f_globals["__name__"].partition(".")[0] in ("rotoopt", "torch"):
-        frame, depth = frame.f_back, depth + 1
-    warnings.warn(message, stacklevel=depth)
 
 
 def warn_of_frozen() -> None:

@@ -358,6 +358,7 @@ class Engine:
         self.clear()
         self.memory.load_state_dict(state_dict)
         self.capture.places.load_state_dict(state_dict["places"])
+        self.capture.mark_as_loaded()
 
     def clear(self) -> None:
         """Forget the backward passes since the latest step."""

@@ -8,8 +8,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rotoopt._capture.fork import BackwardPass
-from rotoopt._engine.arguments import Parts, warn_user
+from rotoopt._engine.arguments import Parts
 from rotoopt._torch.private import version
+from rotoopt._torch.warn import warn_user
 
 SILENT_STEPS = 20
 UNTRAINED_STEPS = 10

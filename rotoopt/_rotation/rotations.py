@@ -142,6 +142,19 @@ class Rotations(nn.Module):
             self._allocate(matrices.shape[-1])
         self.matrices.copy_(matrices)
 
+    def load_matrix(self, task: int, matrix: Tensor) -> None:
+        """Take over ``matrix``, shape ``(m, m)``, as R_k of ``task``; where there is none yet, the others are I."""
+        if self.manifold is None:
+            self._allocate(len(matrix))
+            self._assign(torch.eye(len(matrix)))
+        self.matrices[task].copy_(matrix)
+
+    def is_turned(self, task: int) -> bool:
+        """Whether R_k differs from I; waits for the device."""
+        if not self.rotate[task] or self.size is None:
+            return False
+        return not torch.equal(self[task], torch.eye(self.size).to(self[task]))
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         matrices = state_dict.get(f"{prefix}manifold.base")
         if matrices is not None and self.manifold is None:

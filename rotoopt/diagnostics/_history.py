@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotoopt._engine.arguments import warn_user
+from rotoopt._torch.warn import warn_user
 from rotoopt.diagnostics._harm import WINDOW, harm
 from rotoopt.diagnostics._measurements import Measured, columns, latest, stack
 from rotoopt.diagnostics._optional import require

@@ -38,11 +38,6 @@ def shared(model: TwoTasks) -> RotoGradOptimizer:
     return RotoGradOptimizer(optimizer_of(model), heads=model.heads, weighting=weighting)
 
 
-def twice(model: TwoTasks) -> RotoGradOptimizer:
-    RotoGradOptimizer(optimizer_of(model), heads=list(model.heads.values())[1:])
-    return RotoGradOptimizer(optimizer_of(model), heads=model.heads)
-
-
 BUILT = "`optimizer` must be a torch.optim.Optimizer that is already built, got"
 ONE_OF = "Exactly one of `heads` and `num_tasks` must be given, got heads="
 MODULES = "`heads` must be a sequence or a mapping of modules, got"
@@ -114,11 +109,6 @@ CASES: Cases = {
         ValueError,
         "`heads` must be different modules, got one of them twice in ['heads[0]', 'heads[1]']. Every task needs a head",
         with_heads(lambda model: [model.heads["left"]] * 2),
-    ),
-    "wrapped twice": (
-        ValueError,
-        "`heads` must not have rotations yet, got right with that of another optimizer. Call remove() on the other",
-        twice,
     ),
     "num_tasks is zero": (
         ValueError,

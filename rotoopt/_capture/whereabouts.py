@@ -1,0 +1,68 @@
+"""Whereabouts: is a rotation still the one that the weights behind it were trained with?"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+from torch import nn
+
+from rotoopt._rotation.rotations import Rotations
+from rotoopt._torch.private import version
+
+ENTRY = "rotoopt"  # in the metadata of a module in a state dict
+
+LOST = (
+    "Weights of a head should be loaded with the rotation that they were trained with, got a state dict without, after "
+    "the rotations had turned. Predictions differ from those of the model that was saved. Either (a) only its items "
+    "were kept: keep copy.deepcopy(model.state_dict()), which has the rotations, or (b) load the state of the "
+    "optimizer, too: optimizer.load_state_dict(...)."
+)
+STALE = (
+    "A copy of the model should have the rotations that its weights were trained with, got one whose weights have "
+    "changed since, and its rotations have not, while those of the model turned. Predictions differ from what the copy "
+    "stands for. Call optimizer.refresh(model_copy) after its weights were brought up to date, or "
+    "model_copy.load_state_dict(model.state_dict())."
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The rotations of the model that a head was copied from.
+
+    Attributes:
+        rotations: These rotations, if they still are.
+        turned: How often they had been changed when those of the copy were the same.
+        weights: How often the weights of the copy had been changed then.
+    """
+
+    rotations: weakref.ref[Rotations]
+    turned: int
+    weights: int
+
+    @classmethod
+    def of(cls, rotations: Rotations) -> Origin:
+        """Return the origin of a copy that is being made."""
+        return cls(weakref.ref(rotations), changes_of(rotations), 0)
+
+    def renewed(self, head: nn.Module) -> Origin:
+        """Return this origin for a copy whose rotations were brought up to date."""
+        rotations = self.rotations()
+        turned = self.turned if rotations is None else changes_of(rotations)
+        return Origin(self.rotations, turned, _changes_of_weights(head))
+
+    def has_moved_on(self, head: nn.Module) -> bool:
+        """Whether weights of the copy have changed, and the rotations of the origin, too."""
+        rotations = self.rotations()
+        if rotations is None or changes_of(rotations) == self.turned:
+            return False
+        return _changes_of_weights(head) != self.weights
+
+
+def changes_of(rotations: Rotations) -> int:
+    """Return how often ``rotations`` have been changed."""
+    return -1 if rotations.size is None else version(rotations.matrices)
+
+
+def _changes_of_weights(head: nn.Module) -> int:
+    return sum(version(param) for param in head.parameters() if not param.is_inference())

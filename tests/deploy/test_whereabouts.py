@@ -1,0 +1,194 @@
+"""Rotations go where the weights go: predictions are those from before, or a warning says that they are not."""
+
+import copy
+import io
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.swa_utils import AveragedModel
+
+from rotoopt import RotoGradOptimizer
+from rotoopt.testing._branching import BRANCHING
+from rotoopt.testing._branching.model import Sizes, built, inputs
+from tests.branching.twins import NAMES
+from tests.contract.models import TwoTasks, assert_same, sgd, train, wrap
+
+# Rotations far from I, turned by every step.
+OPTIONS: dict[str, Any] = {"init": "haar", "rotation_optimizer": partial(SGD, lr=1.0)}
+LOST = "loaded with the rotation that they were trained with, got a state dict without"
+STALE = "A copy of the model should have the rotations that its weights were trained with"
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: Tensor) -> list[Tensor]:
+    return list(model(x))
+
+
+def through_a_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+KEPT: dict[str, Callable[[Any], Any]] = {"deepcopy": copy.deepcopy, "file": through_a_file}
+
+
+@pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
+def test_the_best_weights_come_back_with_their_rotations(keep: Callable[[Any], Any]) -> None:
+    model, optimizer = wrap(**OPTIONS)
+    x = model.inputs(9)
+    train(model, optimizer, 0, 1)
+    best, expected = keep(model.state_dict()), predict(model, x)
+    assert list(best) == list(TwoTasks().state_dict())
+    train(model, optimizer, 2, 3)
+    model.load_state_dict(best)
+    assert_same(predict(model, x), expected)
+    train(model, optimizer, 4)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
+def test_weights_are_loaded_into_another_wrapped_model_with_their_rotations(
+    keep: Callable[[Any], Any], trained: bool
+) -> None:
+    model, optimizer = wrap(**OPTIONS)
+    train(model, optimizer, 0, 1)
+    other, its_optimizer = wrap()
+    if trained:
+        train(other, its_optimizer, 5)
+    other.load_state_dict(keep(model.state_dict()))
+    assert_same(predict(other, model.inputs(9)), predict(model, model.inputs(9)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_of_any_model_are_loaded_with_their_rotations(name: str) -> None:
+    make, results = BRANCHING[NAMES.index(name)], []
+    saved: list[Any] = []
+    for seed in (0, 1):
+        model = built(make, Sizes(), seed, torch.float64)
+        bare = SGD(model.modules().parameters(), lr=0.01)
+        optimizer = RotoGradOptimizer(bare, model.heads, init="haar", **model.options)
+        if seed == 0:
+            optimizer.step(model.losses(inputs(0, 4, torch.float64)))
+        for part in model.modules():
+            part.load_state_dict(saved.pop(0)) if seed else saved.append(part.state_dict())
+        model.modules().eval()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            results.append(model.losses(inputs(1, 4, torch.float64)))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("rotated", ["size", "rotate"])
+def test_rotations_that_do_not_fit_are_an_error(rotated: str) -> None:
+    model, optimizer = wrap(**OPTIONS)
+    train(model, optimizer, 0)
+    options: dict[str, Any] = {"rotation_size": 4} if rotated == "size" else {"rotate": False}
+    message = {"size": "a rotation of 6 features, and those here have 4", "rotate": "the task has rotate=False"}[
+        rotated
+    ]
+    with pytest.raises(RuntimeError, match=message):
+        wrap(**options)[0].load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match=f"fit the rotations that they have .* got left, where .*{message}"):
+        RotoGradOptimizer(sgd(model.parameters()), model.heads, **options)
+    train(model, optimizer, 1)
+
+
+def items_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in state.items()}
+
+
+@pytest.mark.parametrize("init", ["haar", "identity"])
+def test_weights_without_rotations_are_reported_if_any_has_turned(init: Any) -> None:
+    model, optimizer = wrap(**{**OPTIONS, "init": init, "rotation_lr": 0.0})
+    x = model.inputs(9)
+    if init == "identity":
+        optimizer = RotoGradOptimizer(sgd(model.parameters()), model.heads)
+    train(model, optimizer, 0)
+    best = items_of(model.state_dict())
+    train(model, optimizer, 1)
+    model.load_state_dict(best)
+    if init == "haar":
+        with pytest.warns(UserWarning, match=LOST) as record:
+            predict(model, x)
+        assert len(record) == 2  # heads
+    predict(model, x)
+
+
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+def test_weights_without_rotations_are_right_with_the_state_of_the_optimizer(order: str) -> None:
+    model, optimizer = wrap(**OPTIONS)
+    x = model.inputs(9)
+    train(model, optimizer, 0)
+    weights, state, expected = items_of(model.state_dict()), copy.deepcopy(optimizer.state_dict()), predict(model, x)
+    train(model, optimizer, 1)
+    loads = [partial(model.load_state_dict, weights), partial(optimizer.load_state_dict, state)]
+    for load in loads if order == "model first" else loads[::-1]:
+        load()
+    assert_same(predict(model, x), expected)
+
+
+def test_average_of_the_weights_is_reported_until_it_is_refreshed() -> None:
+    model, optimizer = wrap(**OPTIONS)
+    x = model.inputs(9)
+    train(model, optimizer, 0)
+    average = AveragedModel(model, avg_fn=lambda old, new, _: (old + new) / 2)
+    predict(average, x)
+    for batch in (1, 3):
+        train(model, optimizer, batch, batch + 1)
+        average.update_parameters(model)
+        with pytest.warns(UserWarning, match=STALE):
+            predict(average, x)
+        optimizer.refresh(average)
+        predict(average, x)
+        average.update_parameters(model)  # rotations have not turned since
+        predict(average, x)
+    assert_same(predict(average, x), predict(average.module, x))
+
+
+def test_copies_that_are_right_are_not_reported() -> None:
+    model, optimizer = wrap(**OPTIONS)
+    x = model.inputs(9)
+    train(model, optimizer, 0)
+    best, target, student = (copy.deepcopy(model) for _ in range(3))
+    expected = predict(model, x)
+    bare = sgd(student.parameters())
+    train(model, optimizer, 1)
+    assert_same(predict(best, x), expected)
+    target.load_state_dict(model.state_dict())
+    assert_same(predict(target, x), predict(model, x))
+    torch.autograd.backward(student.losses(0)[0])
+    bare.step()
+    predict(student, x)  # trained with the rotations that it has
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("heads", [["left", "right"], ["right"]])
+def test_a_new_optimizer_takes_over_the_rotations(heads: list[str], copied: bool) -> None:
+    """A second stage of training, a cell of a notebook that runs again, a copy of the model."""
+    model, optimizer = wrap(**OPTIONS)
+    x = model.inputs(9)
+    train(model, optimizer, 0, 1)
+    expected, rotations = predict(model, x), optimizer.rotations.matrices.clone()
+    model = copy.deepcopy(model) if copied else model
+    second = RotoGradOptimizer(sgd(model.parameters()), {name: model.heads[name] for name in heads})
+    assert_same(predict(model, x), expected)
+    assert_same(second.rotations.matrices, rotations[-len(heads) :])
+    assert all(len(model.heads[name]._forward_pre_hooks) == 1 for name in model.heads)
+    second.zero_grad()
+    losses = dict(zip(model.heads, model.losses(2)[0], strict=True))
+    second.step({name: losses[name] for name in heads})
+
+
+def test_state_dicts_are_those_of_the_bare_model_after_remove() -> None:
+    model, optimizer = wrap(**OPTIONS)
+    train(model, optimizer, 0)
+    optimizer.remove()
+    state: Any = model.state_dict()
+    assert all("rotoopt" not in entry for entry in state._metadata.values())
