@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rotoopt._capture.capture import Capture
-from rotoopt._capture.fork import BackwardPass, Fed, Fork, Met
+from rotoopt._capture.fork import BackwardPass, Fed
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._capture.wiring import Wiring, check_weighting
 from rotoopt._engine.arguments import Losses, Parts, check_backbone_loss, check_losses, check_rep, warn_of_frozen
@@ -18,13 +18,13 @@ from rotoopt._engine.memory import Memory
 from rotoopt._engine.record import StepRecord
 from rotoopt._engine.turning import partial_cosines, rotation_gradients
 from rotoopt._engine.watch import SilentHeads
+from rotoopt._engine.weighing import Weighing
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._rotation.step import RotationGradient
 from rotoopt._torch.private import backward_pass_id
 from rotoopt._torch.processes import Processes
 from rotoopt.weighting import Measurements, Weighting
-from rotoopt.weighting._gradients import JoinedGradients, TaskGradients, task_mask
-from rotoopt.weighting._measurements import joined, joined_across
+from rotoopt.weighting._gradients import task_mask
 
 
 class Engine:
@@ -61,18 +61,20 @@ class Engine:
         self.rotations = rotations
         self.weighting = weighting
         self.processes = processes
-        self.burn_in_period = burn_in_period
         self.normalize_losses = normalize_losses
         self.turn_every = turn_every
         self.capture = Capture(rotations, dims, self._running_pass)
         self.memory = Memory(rotations, weighting)
+        self._weighing = Weighing(
+            weighting, self.memory, rotations, processes, burn_in_period=burn_in_period, turn_every=turn_every
+        )
         self._wiring = Wiring(self.names, heads)
         self._silent_heads = SilentHeads(self.names)
         self._record: StepRecord | None = None
         self._running: BackwardPass | None = None
         self._passes: list[BackwardPass] = []  # those since the latest step
         self._one_tensor_on_all: bool | None = None  # what the processes have agreed on
-        self._processes_checked = self._warned_of_frozen = False
+        self._warned_of_frozen = False
 
     # ------------------------------------------------------------------ before
 
@@ -134,15 +136,15 @@ class Engine:
         lagged = self._lags(one_tensor)
         loss_reference = memory.loss_reference
         if losses is not None:
-            loss_reference = loss_reference.updated(losses.abs(), ~losses.isnan(), burnt_in=self._burnt_in)
+            loss_reference = loss_reference.updated(losses.abs(), ~losses.isnan(), burnt_in=self._weighing.burnt_in)
         return BackwardPass(
             number,
             losses,
             loss_scale if count == 1 else count if loss_scale is None else loss_scale * count,
             weights=memory.weights if lagged else None,
             lagged=lagged,
-            meets=weighting.needs_cosines or self._turns_are_due,
-            combine=self._combine,
+            meets=weighting.needs_cosines or self._weighing.turns_are_due,
+            combine=self._weighing.combine,
             known_norms=self._passes[-1].known_norms if self._passes else memory.known_norms,
             norm_reference=memory.norm_reference,
             loss_reference=loss_reference,
@@ -168,15 +170,6 @@ class Engine:
         if self.memory.weights.device != self.rotations.device:
             self.memory.to(self.rotations.device)
 
-    @property
-    def _burnt_in(self) -> bool:
-        """Whether the references taken now are final."""
-        return self.memory.num_steps >= self.burn_in_period
-
-    @property
-    def _turns_are_due(self) -> bool:
-        return self.memory.num_steps % self.turn_every == 0
-
     # ------------------------------------------------------------------ in the backward pass
 
     def _running_pass(self) -> BackwardPass:
@@ -191,70 +184,6 @@ class Engine:
                 self.capture.fed = Fed()
         return self._running
 
-    @torch.no_grad()
-    def _combine(self, this: BackwardPass, grads: Tensor, tasks: tuple[int, ...], fork: Fork) -> Tensor:
-        """Return the gradient for a tensor, of those of all tasks that waited there."""
-        this.tasks.update(tasks)
-        with torch.autocast(grads.device.type, enabled=False):
-            gradients = TaskGradients.of(grads.flatten(1), tasks, task_mask(set(tasks), self.memory.weights))
-            if this.lagged:
-                for task in tasks:
-                    this.note(task, gradients.norms[task])
-                assert this.weights is not None
-                vector = gradients.combine(this.weights.to(grads.dtype))
-            else:
-                gradients = self._joined_batch(this, gradients)
-                vector = self._weigh(this, gradients)
-                vector = vector if this.magnified is None else vector * this.magnified
-            # Alone, a task is its own target. What other processes have, the host does not know.
-            alone = len(tasks) == 1 and self.processes.count == 1
-            turns = self._turns_are_due and fork.rotated
-            if not alone and (turns or this.lagged):
-                this.met.append(Met(gradients, fork.shape, turns))
-        return vector.reshape(fork.shape)
-
-    def _joined_batch(self, this: BackwardPass, own: TaskGradients) -> TaskGradients:
-        """Return the gradients of the losses over the joined batch, which ``own`` are a part of, magnified."""
-        if self.processes.count > 1:
-            self._check_processes()
-            # The loss of the joined batch is the mean over processes, which DistributedDataParallel takes afterwards.
-            own = JoinedGradients.join(own, self.processes)
-        return own if this.magnified is None else own.divided_by(this.magnified)
-
-    def _weigh(self, this: BackwardPass, gradients: TaskGradients) -> Tensor:
-        """Return the gradient that the weighting makes of those of this very pass, and note what it saw."""
-        if this.measured is not None:
-            raise RuntimeError(
-                "All heads must get the same tensor in a backward pass of its own, got two tensors in one: the losses "
-                "of two forward passes, or tensors that were made before the latest backward pass. Back-propagate "
-                "what belongs to one forward pass before the next one, or call optimizer.backward(losses)."
-            )
-        this.measured = self._measured(this, gradients.norms, gradients.present, gradients.finite, gradients.cosines)
-        finite, known = this.measured.finite, this.measured.norms
-        this.known_norms = torch.where(finite & (known > 0), known, this.known_norms)
-        this.weights = self.weighting(this.measured)
-        return self.weighting.combine(gradients, this.weights.to(gradients.scaled))  # which another one made as wide
-
-    def _check_processes(self) -> None:
-        if not self._processes_checked and self.rotations.size is not None:
-            self.processes.check_same(self.rotations.matrices)
-            self._processes_checked = True
-
-    def _measured(
-        self, this: BackwardPass, norms: Tensor, present: Tensor, finite: Tensor, cosines: Tensor | None
-    ) -> Measurements:
-        """Return what ``this`` measured, and take the references that are due."""
-        if this.losses is not None:
-            finite = finite & (this.losses.isfinite() | ~present).all()
-        this.loss_reference = this.loss_reference.keep_if(finite, self.memory.loss_reference)
-        if not this.lagged:  # else once per step, from all backward passes together
-            reference = this.norm_reference.updated(norms, present, burnt_in=self._burnt_in)
-            this.norm_reference = reference.keep_if(finite, this.norm_reference)
-            norms = torch.where(present, norms, this.known_norms)
-        return Measurements(
-            norms, present, finite, this.losses, cosines, this.norm_reference.values, this.loss_reference.values
-        )
-
     # ------------------------------------------------------------------ after
 
     @torch.no_grad()
@@ -267,7 +196,9 @@ class Engine:
             norms = this.joint_norms()
             cosines = partial_cosines(this.met, norms) if this.meets else None
             norms = norms if this.magnified is None else norms / this.magnified
-            this.measured = self._measured(this, norms, task_mask(this.tasks, norms), norms.isfinite().all(), cosines)
+            this.measured = self._weighing.measure(
+                this, norms, task_mask(this.tasks, norms), norms.isfinite().all(), cosines
+            )
         memory = self.memory
         memory.norm_reference, memory.loss_reference = this.norm_reference, this.loss_reference
         self._record = StepRecord.of(this, memory, self.rotations, self._record, begun=bool(self._passes))
@@ -301,7 +232,12 @@ class Engine:
             return
         # A training loop may step inside of its autocast.
         with torch.autocast(self.rotations.device.type, enabled=False):
-            measured = self._learn()
+            measured, latest = self._weighing.learn(self._passes), self._passes[-1]
+            joined = self.processes.count > 1 or len(self._passes) > 1
+            if joined and any(this.lagged for this in self._passes):
+                self._record = StepRecord.of(
+                    replace(latest, measured=measured), self.memory, self.rotations, self._record
+                )
             angles = turn(self._rotation_gradients(measured))
         memory = self.memory
         memory.total_angles = memory.total_angles + angles
@@ -312,39 +248,12 @@ class Engine:
         self._silent_heads.observe(self._passes)
         self.clear()
 
-    def _learn(self) -> Measurements:
-        """Make the weights for gradients that cannot wait, and return what all backward passes measured together."""
-        memory, latest = self.memory, self._passes[-1]
-        assert latest.measured is not None  # it is closed
-        assert latest.weights is not None
-        if not any(this.lagged for this in self._passes):
-            memory.known_norms = latest.known_norms
-            if not self.weighting.needs_one_tensor:
-                memory.weights = torch.where(latest.measured.finite, latest.weights, memory.weights)
-            return latest.measured
-        measured = joined([this.measured for this in self._passes if this.measured is not None])
-        if self.processes.count > 1:
-            self._check_processes()
-            measured = joined_across(measured, self.processes)
-        if self.processes.count > 1 or len(self._passes) > 1:
-            together = replace(latest, measured=measured)
-            self._record = StepRecord.of(together, memory, self.rotations, self._record)
-        reference = memory.norm_reference.updated(measured.norms, measured.present, burnt_in=self._burnt_in)
-        known = torch.where(measured.norms > 0, measured.norms, memory.known_norms)
-        memory.known_norms, memory.norm_reference = known, reference
-        if self.weighting.lagged:
-            seen = replace(measured, norms=torch.where(measured.present, measured.norms, known))
-        else:  # a gradient that is zero now need not be so in the next step, where the weight is used
-            seen = replace(measured, norms=known, present=measured.present & (known > 0))
-        memory.weights = self.weighting(replace(seen, norm_references=reference.values))
-        return measured
-
     def _rotation_gradients(self, measured: Measurements) -> list[RotationGradient]:
         """Return what the rotations turn by: nothing where they rest."""
         gradients = rotation_gradients(self._passes, measured, self.capture.dims)
         size = self.rotations.size
         # All processes turn if one does.
-        if not gradients and self._turns_are_due and self.processes.count > 1 and size is not None:
+        if not gradients and self._weighing.turns_are_due and self.processes.count > 1 and size is not None:
             return [RotationGradient.none(len(self.names), size, like=measured.norms)]
         return gradients
 

@@ -1,0 +1,146 @@
+"""Weighing: K gradients become one, and what backward passes measured makes the weights of the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rotoopt._capture.fork import BackwardPass, Fork, Met
+from rotoopt._engine.memory import Memory
+from rotoopt._rotation.rotations import Rotations
+from rotoopt._torch.processes import Processes
+from rotoopt.weighting import Measurements, Weighting
+from rotoopt.weighting._gradients import JoinedGradients, TaskGradients, task_mask
+from rotoopt.weighting._measurements import joined, joined_across
+
+
+class Weighing:
+    """Weighs the gradients of backward passes, over the joined batch of all processes, and remembers their norms.
+
+    Args:
+        weighting: How K gradients become one.
+        memory: What is remembered.
+        rotations: The rotations.
+        processes: Those that share a batch.
+        burn_in_period: Step at which the references are taken anew.
+        turn_every: In the first of so many steps the rotations turn.
+    """
+
+    def __init__(
+        self,
+        weighting: Weighting,
+        memory: Memory,
+        rotations: Rotations,
+        processes: Processes,
+        *,
+        burn_in_period: int,
+        turn_every: int,
+    ) -> None:
+        self._weighting = weighting
+        self._memory = memory
+        self._rotations = rotations
+        self._processes = processes
+        self._burn_in_period = burn_in_period
+        self._turn_every = turn_every
+        self._processes_checked = False
+
+    @property
+    def burnt_in(self) -> bool:
+        """Whether the references taken now are final."""
+        return self._memory.num_steps >= self._burn_in_period
+
+    @property
+    def turns_are_due(self) -> bool:
+        """Whether the rotations turn in this step."""
+        return self._memory.num_steps % self._turn_every == 0
+
+    @torch.no_grad()
+    def combine(self, this: BackwardPass, grads: Tensor, tasks: tuple[int, ...], fork: Fork) -> Tensor:
+        """Return the gradient for a tensor, of those of all tasks that waited there."""
+        this.tasks.update(tasks)
+        with torch.autocast(grads.device.type, enabled=False):
+            gradients = TaskGradients.of(grads.flatten(1), tasks, task_mask(set(tasks), self._memory.weights))
+            if this.lagged:
+                for task in tasks:
+                    this.note(task, gradients.norms[task])
+                assert this.weights is not None
+                vector = gradients.combine(this.weights.to(grads.dtype))
+            else:
+                gradients = self._joined_batch(this, gradients)
+                vector = self._weigh(this, gradients)
+                vector = vector if this.magnified is None else vector * this.magnified
+            # Alone, a task is its own target. What other processes have, the host does not know.
+            alone = len(tasks) == 1 and self._processes.count == 1
+            turns = self.turns_are_due and fork.rotated
+            if not alone and (turns or this.lagged):
+                this.met.append(Met(gradients, fork.shape, turns))
+        return vector.reshape(fork.shape)
+
+    def _joined_batch(self, this: BackwardPass, own: TaskGradients) -> TaskGradients:
+        """Return the gradients of the losses over the joined batch, which ``own`` are a part of, magnified."""
+        if self._processes.count > 1:
+            self._check_processes()
+            # The loss of the joined batch is the mean over processes, which DistributedDataParallel takes afterwards.
+            own = JoinedGradients.join(own, self._processes)
+        return own if this.magnified is None else own.divided_by(this.magnified)
+
+    def _weigh(self, this: BackwardPass, gradients: TaskGradients) -> Tensor:
+        """Return the gradient that the weighting makes of those of this very pass, and note what it saw."""
+        if this.measured is not None:
+            raise RuntimeError(
+                "All heads must get the same tensor in a backward pass of its own, got two tensors in one: the losses "
+                "of two forward passes, or tensors that were made before the latest backward pass. Back-propagate "
+                "what belongs to one forward pass before the next one, or call optimizer.backward(losses)."
+            )
+        this.measured = self.measure(this, gradients.norms, gradients.present, gradients.finite, gradients.cosines)
+        finite, known = this.measured.finite, this.measured.norms
+        this.known_norms = torch.where(finite & (known > 0), known, this.known_norms)
+        this.weights = self._weighting(this.measured)
+        return self._weighting.combine(gradients, this.weights.to(gradients.scaled))  # which another one made as wide
+
+    def _check_processes(self) -> None:
+        if not self._processes_checked and self._rotations.size is not None:
+            self._processes.check_same(self._rotations.matrices)
+            self._processes_checked = True
+
+    def measure(
+        self, this: BackwardPass, norms: Tensor, present: Tensor, finite: Tensor, cosines: Tensor | None
+    ) -> Measurements:
+        """Return what ``this`` measured, and take the references that are due."""
+        if this.losses is not None:
+            finite = finite & (this.losses.isfinite() | ~present).all()
+        this.loss_reference = this.loss_reference.keep_if(finite, self._memory.loss_reference)
+        if not this.lagged:  # else once per step, from all backward passes together
+            reference = this.norm_reference.updated(norms, present, burnt_in=self.burnt_in)
+            this.norm_reference = reference.keep_if(finite, this.norm_reference)
+            norms = torch.where(present, norms, this.known_norms)
+        return Measurements(
+            norms, present, finite, this.losses, cosines, this.norm_reference.values, this.loss_reference.values
+        )
+
+    def learn(self, passes: Sequence[BackwardPass]) -> Measurements:
+        """Make the weights for gradients that cannot wait; return what all ``passes`` of a step measured together."""
+        memory, latest = self._memory, passes[-1]
+        assert latest.measured is not None  # it is closed
+        assert latest.weights is not None
+        if not any(this.lagged for this in passes):
+            memory.known_norms = latest.known_norms
+            if not self._weighting.needs_one_tensor:
+                memory.weights = torch.where(latest.measured.finite, latest.weights, memory.weights)
+            return latest.measured
+        measured = joined([this.measured for this in passes if this.measured is not None])
+        if self._processes.count > 1:
+            self._check_processes()
+            measured = joined_across(measured, self._processes)
+        reference = memory.norm_reference.updated(measured.norms, measured.present, burnt_in=self.burnt_in)
+        known = torch.where(measured.norms > 0, measured.norms, memory.known_norms)
+        memory.known_norms, memory.norm_reference = known, reference
+        if self._weighting.lagged:
+            seen = replace(measured, norms=torch.where(measured.present, measured.norms, known))
+        else:  # a gradient that is zero now need not be so in the next step, where the weight is used
+            seen = replace(measured, norms=known, present=measured.present & (known > 0))
+        memory.weights = self._weighting(replace(seen, norm_references=reference.values))
+        return measured
