@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from rotoopt._capture.capture import Capture, Inputs
-from rotoopt._capture.whereabouts import ENTRY, LOST, STALE, Origin
+from rotoopt._capture.whereabouts import ENTRY, LOST, STALE, Origin, checksum
 from rotoopt._torch.modules import unwrapped
 from rotoopt._torch.private import forward_pre_hooks, not_compiled
 from rotoopt._torch.warn import warn_user
@@ -63,7 +63,9 @@ class HeadHook:
 
     def save(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
         """Add the rotation to what a state dict has beside its keys: ``state_dict._metadata``."""
-        metadata[ENTRY] = self.capture.saved(self.task, self.part)
+        number = checksum(state_dict, prefix)
+        if number is not None:  # else on every process another one, and rotations must be the same on all
+            metadata[ENTRY] = {**self.capture.saved(self.task, self.part), "checksum": number}
 
     def load(
         self,
@@ -79,10 +81,11 @@ class HeadHook:
         """Load the rotation that belongs to the weights in ``state_dict``."""
         if not any(key.startswith(prefix) for key in state_dict):
             return
-        if ENTRY not in metadata:
+        saved, number = metadata.get(ENTRY), checksum(state_dict, prefix)
+        if saved is None or number is None or not torch.equal(saved["checksum"], number):
             self.lost = self.capture.rotations.is_turned(self.task) and not self.capture.is_loaded
             return
-        error = self.capture.load_saved(self.task, self.part, metadata[ENTRY])
+        error = self.capture.load_saved(self.task, self.part, saved)
         if error is not None:
             errors.append(f"{prefix}: {error}")
         self.lost = False

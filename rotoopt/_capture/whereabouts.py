@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._torch.private import version
@@ -15,8 +18,8 @@ ENTRY = "rotoopt"  # in the metadata of a module in a state dict
 LOST = (
     "Weights of a head should be loaded with the rotation that they were trained with, got a state dict without, after "
     "the rotations had turned. Predictions differ from those of the model that was saved. Either (a) only its items "
-    "were kept: keep copy.deepcopy(model.state_dict()), which has the rotations, or (b) load the state of the "
-    "optimizer, too: optimizer.load_state_dict(...)."
+    "were kept, or changed: copy.deepcopy(model.state_dict()) has the rotations, or (b) the state of the optimizer was "
+    "not loaded: optimizer.load_state_dict(...)."
 )
 STALE = (
     "A copy of the model should have the rotations that its weights were trained with, got one whose weights have "
@@ -24,6 +27,27 @@ STALE = (
     "stands for. Call optimizer.refresh(model_copy) after its weights were brought up to date, or "
     "model_copy.load_state_dict(model.state_dict())."
 )
+
+
+def checksum(state_dict: Mapping[str, Any], prefix: str) -> Tensor | None:
+    """Return a number that is another one when a weight below ``prefix`` is; None for shards. Shape ``()``, int64.
+
+    A sum of bits, which no device and no order of the terms rounds. The metadata of a state dict stays as it was where
+    weights are written into it, as averaging and torch.distributed.checkpoint do.
+    """
+    weights = [each for key, each in state_dict.items() if key.startswith(prefix) and isinstance(each, Tensor)]
+    if any(hasattr(each, "to_local") for each in weights):
+        return None
+    parts = [_bits(each).sum(dtype=torch.int64).cpu() for each in weights if each.layout == torch.strided]
+    return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.int64)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` as integers."""
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    if not tensor.is_floating_point() or tensor.itemsize not in kinds:
+        return tensor.detach().to(torch.int64)
+    return tensor.detach().contiguous().view(kinds[tensor.itemsize])
 
 
 @dataclass(frozen=True)

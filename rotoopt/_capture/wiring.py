@@ -170,7 +170,7 @@ def check_shared(losses: Sequence[tuple[str, Node]], own: Mapping[int, int]) -> 
         return
     shared = {id(leaf.variable) for leaf in filter(is_leaf, behind(taps_of(loss for _, loss in losses)))}
     for key, (param, found) in past.items():
-        if len(found) > 1 or key in shared:
+        if key in shared or (len(found) > 1 and own):  # functional heads may share what is theirs
             several = len(set(found)) > 1
             who = f"the {'losses' if several else 'loss'} of {' and '.join(sorted(set(found)))}"
             raise RuntimeError(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from rotoopt._torch.private import compiled_module, without_compiled_prefixes
@@ -15,7 +16,7 @@ from rotoopt._torch.private import compiled_module, without_compiled_prefixes
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return ``module`` without torch.compile and DistributedDataParallel around it, which change its names."""
     inner = compiled_module(module)
-    if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+    if isinstance(module, DistributedDataParallel | DataParallel):
         inner = module.module
     return module if inner is None else unwrapped(inner)
 

@@ -9,6 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rotoopt.testing._branching import BRANCHING
+from rotoopt.testing._branching.model import Branching, Sizes, built, inputs
 from rotoopt.testing._models import Batch, Network, batches, network
 from rotoopt.testing._sampler import Sampler
 
@@ -112,3 +114,31 @@ def multi_task_models(draw: st.DrawFn) -> tuple[Network, list[Batch], int | tupl
     shape, dim = draw(layouts())
     K, seed, dtype = draw(st.integers(1, 5)), draw(seeds()), draw(dtypes())
     return network(seed, shape[1:], K, dtype), batches(seed, 3, K, dtype), dim
+
+
+@st.composite
+def branching_models(draw: st.DrawFn) -> tuple[Branching, list[Tensor]]:
+    """Draw a small model whose heads need not all read one tensor, and inputs of some batches.
+
+    Example:
+        >>> from hypothesis import given, settings
+        >>> from rotoopt import RotoGradOptimizer
+        >>> from rotoopt.testing import check_invariants
+        >>> @settings(deadline=None)
+        ... @given(branching_models())
+        ... def test(drawn):
+        ...     model, batches = drawn
+        ...     bare = torch.optim.SGD(model.modules().parameters(), lr=0.1)
+        ...     optimizer = RotoGradOptimizer(bare, model.heads, **model.options)
+        ...     check_invariants(optimizer, lambda: model.losses(batches[0]))
+        >>> test()
+    """
+    make, seed, dtype = draw(st.sampled_from(BRANCHING)), draw(seeds()), draw(dtypes())
+    sizes, size = draw(model_sizes()), draw(st.integers(2, 5))
+    return built(make, sizes, seed, dtype), [inputs(seed + batch, size, dtype) for batch in range(3)]
+
+
+def model_sizes() -> st.SearchStrategy[Sizes]:
+    """Draw the sizes of a model that branches."""
+    features = st.sampled_from([4, 6, 8, 10])
+    return st.builds(Sizes, features=features, length=st.integers(1, 5), side=st.sampled_from([4, 8]))

@@ -2,6 +2,9 @@ r"""Of any model, shared parameters get :math:`\sum_k w_k \nabla L_k`, and those
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,14 +14,14 @@ from hypothesis.strategies import DataObject
 from rotoopt import EqualWeighting, GradNorm, RotoGradWeighting
 from rotoopt.testing._branching import BRANCHING
 from rotoopt.testing._branching.model import Sizes
+from rotoopt.testing.strategies import model_sizes
 from tests.branching.twins import NAMES, TOLERANCE, WAYS, Make, Twins
 from tests.samplers import DTYPES, SEEDS
 
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 FEW = settings(max_examples=settings().max_examples // 4)  # of each model
 MODELS = pytest.mark.parametrize("make", BRANCHING, ids=NAMES)
-SIZES = st.builds(
-    Sizes, features=st.sampled_from([4, 6, 8, 10]), length=st.integers(1, 5), side=st.sampled_from([4, 8])
-)
+SIZES = model_sizes()
 LOG_SCALES = st.lists(st.floats(-3, 3), min_size=3, max_size=3)
 BATCHES = st.integers(2, 5)
 
@@ -123,6 +126,12 @@ def test_a_batch_per_task_is_weighted_as_it_would_be_in_company(
                 twins.optimizer.zero_grad()
         weights.append([latest[name] for name in names])
     assert weights[0] == pytest.approx(weights[1], rel=1e-6)
+
+
+def test_page_lists_the_models() -> None:
+    _, _, section = PAGE.read_text(encoding="utf-8").partition("## Shapes of models")
+    rows = re.findall(r"^\|[^|]*\| (`[a-z_`, ]*`) \|$", section, re.MULTILINE)
+    assert {name.strip("`") for row in rows for name in row.split(", ")} == set(NAMES)
 
 
 @MODELS
