@@ -36,6 +36,7 @@ FIELDS: dict[Plot, str] = {plot_losses: "losses", plot_grad_norms: "grad_norms",
 @pytest.fixture(autouse=True)
 def figures_are_closed() -> Iterator[None]:
     matplotlib.use("Agg")
+    plt.close("all")  # those of a page of the documentation that ran in this process
     yield
     plt.close("all")
 
