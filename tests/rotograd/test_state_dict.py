@@ -49,7 +49,8 @@ def test_rotation_is_base_times_exponential_of_the_lower_triangle(
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS, dtype=DTYPES)
 def test_every_model_takes_its_own(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
     """Models that are parts of another one, where one has a name that begins with the other's."""
-    saved, models = {}, nn.ModuleDict()
+    saved: dict[str, Tensor] = {}
+    models = nn.ModuleDict()
     for number, name in enumerate(("part", "part2")):
         backbone, heads = nn.Linear(2, m, dtype=dtype), [nn.Linear(m, 1, dtype=dtype) for _ in range(K + number)]
         models[name] = RotoGradNorm(backbone, heads, m, alpha=1.0)
