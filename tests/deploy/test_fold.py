@@ -305,3 +305,14 @@ def test_sharded_heads_keep_their_rotations(sharded: str, forward_before: bool) 
         optimizer.fold()
     with torch.no_grad():
         assert_same(model(X), before)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_heads_behind_a_sharded_backbone_are_folded() -> None:
+    model = TwoTasks()
+    fully_shard(model.backbone)
+    optimizer = trained(model)
+    before = predict(model.eval(), X)
+    optimizer.fold()
+    assert not hooks(cast(nn.Module, model.heads))
+    torch.testing.assert_close(predict(model, X), before)
