@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
+from torch.utils._pytree import tree_leaves
 
 from rotoopt import EqualWeighting, RotoGradOptimizer, RotoGradWeighting
 from rotoopt._rotation import coordinates
@@ -35,6 +40,10 @@ def network() -> tuple[nn.Module, list[nn.Module]]:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Linear(5, D), nn.Tanh())
     return backbone, [nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, 2)) for _ in range(K)]
+
+
+def any_model(name: str) -> VanillaMTL:
+    return VanillaMTL(*network()) if name == "VanillaMTL" else make(name)
 
 
 def make(name: str, **options: Any) -> Model:
@@ -308,8 +317,8 @@ def test_several_inputs_and_outputs(make_model: Callable[..., VanillaMTL]) -> No
     assert extra[1:] == [("extra",)]
     model.backward([prediction.square().mean() for prediction in predictions])
     assert all(param.grad is not None for param in model.model_parameters())
-    output, _ = model[0](x, mask)
-    assert_same(output, predictions[0])
+    for output, _ in (model[0](x, mask), model[0](x, mask=mask)):
+        assert_same(output, predictions[0])
 
 
 def test_vanilla_is_the_sum() -> None:
@@ -358,10 +367,11 @@ def test_casting_reaches_the_network_and_keeps_rotations(dtype: torch.dtype) -> 
     assert_rotations(matrices.float())
 
 
-def test_backbone_loss_is_added_as_it_is() -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_backbone_loss_is_added_as_it_is(name: str) -> None:
     found = []
     for with_penalty in (False, True):
-        model = make("RotoGrad", normalize_losses=True)
+        model = make(name, normalize_losses=True)
         weight = next(model.backbone.parameters())
         model.backward(losses_of(model, 0), backbone_loss=weight.square().sum() if with_penalty else None)
         assert weight.grad is not None
@@ -387,7 +397,7 @@ def test_sgd_on_rotations_lowers_their_objective() -> None:
 def test_losses_are_checked_and_may_have_names(name: str) -> None:
     found = []
     for named in (False, True):
-        model: VanillaMTL = VanillaMTL(*network()) if name == "VanillaMTL" else make(name)
+        model = any_model(name)
         losses = losses_of(model, 0)
         with pytest.raises(ValueError, match="must have one entry per task, got 2 for 3 tasks"):
             model.backward(losses[:2])
@@ -395,3 +405,64 @@ def test_losses_are_checked_and_may_have_names(name: str) -> None:
         found.append([param.grad for param in model.model_parameters()])
     assert_same(*found)
     assert all(grad is not None for grad in found[0])
+
+
+@pytest.mark.parametrize("name", ["VanillaMTL", *MODELS])
+def test_backbone_loss_is_checked(name: str) -> None:
+    model = any_model(name)
+    with pytest.raises(ValueError, match=r"must be a scalar, got shape \(2,\) for `backbone_loss`"):
+        model.backward(losses_of(model, 0), backbone_loss=torch.zeros(2))
+    assert all(param.grad is None for param in model.model_parameters())
+
+
+@pytest.mark.parametrize("name", ["VanillaMTL", *MODELS])
+def test_options_of_autograd(name: str) -> None:
+    """Such as the one that keeps the graph of the representation."""
+    for options in ({}, {"retain_graph": True}):
+        model = any_model(name)
+        model.backward(losses_of(model, 0), **options)
+        assert model.rep is not None
+        with nullcontext() if options else pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(model.rep.sum(), list(model.backbone.parameters()))
+
+
+OPTIONS: dict[str, st.SearchStrategy[Any]] = {
+    "post_shape": st.lists(st.integers(1, 3), max_size=2).map(tuple),
+    "normalize_losses": st.booleans(),
+    "burn_in_period": st.integers(0, 50),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@given(
+    rotation_shape=st.integers(2, 5) | st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple),
+    options=st.fixed_dictionaries({}, optional=OPTIONS),
+)
+def test_options_are_attributes(name: str, rotation_shape: int | tuple[int, ...], options: dict[str, Any]) -> None:
+    """Those of the official package, with its defaults."""
+    model = MODELS[name](*network(), rotation_shape, **options)
+    shape = (rotation_shape,) if isinstance(rotation_shape, int) else rotation_shape
+    expected = {"rotation_shape": shape, "post_shape": (), "normalize_losses": False, "burn_in_period": 20, **options}
+    expected |= {"rotation_size": math.prod(shape), "num_tasks": K} | ({"alpha": 1.5} if name == "RotoGradNorm" else {})
+    assert {option: getattr(model, option) for option in expected} == expected
+    assert [tuple(matrix.shape) for matrix in model.rotation] == [(math.prod(shape),) * 2] * K
+
+
+def test_weights_of_gradnorm_are_positive_and_have_the_sum_of_the_tasks() -> None:
+    model = make("RotoGradNorm")
+    assert isinstance(model, RotoGradNorm)
+    train(model, optimizers(model), 0, 1, 2)
+    weights = torch.stack(list(model.weight))
+    assert weights.shape == (K,)
+    assert not weights.requires_grad
+    assert weights.std() > 0.01  # they have moved
+    torch.testing.assert_close(weights, K * model.weight_.detach().softmax(0).to(weights.dtype))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rotations_are_saved_once(name: str) -> None:
+    model = make(name)
+    train(model, optimizers(model), 0, 1)
+    saved = [leaf for leaf in tree_leaves(dict(model.state_dict())) if isinstance(leaf, Tensor)]
+    rotations = torch.stack(list(model.rotation))
+    assert [torch.equal(leaf, rotations) for leaf in saved if leaf.shape == rotations.shape].count(True) == 1
