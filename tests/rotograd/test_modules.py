@@ -25,6 +25,8 @@ from rotoopt._rotation.cayley import turn_
 from rotoopt.rotograd import RotateOnly, RotoGrad, RotoGradNorm, VanillaMTL, cached
 from tests.asserts import assert_rotations
 from tests.contract.models import assert_same
+from tests.oracle import layout, rotate
+from tests.samplers import SEEDS
 
 D, K = 6, 3
 Model = RotateOnly | RotoGrad | RotoGradNorm
@@ -190,7 +192,10 @@ def test_forward_without_gradients_in_training_mode() -> None:
     model = make("RotoGrad")
     with torch.no_grad():
         model(torch.zeros(4, 5))
-    with pytest.raises(RuntimeError, match=r"training mode for backward\(\), got eval mode. Call model.train\(\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"^The model must be in training mode for backward\(\), got eval mode. Call model.train\(\)\.$",
+    ):
         model.eval().backward(losses_of(model, 0))
 
 
@@ -232,6 +237,8 @@ def test_rotations_turn_once_per_step_and_not_in_evaluation(monkeypatch: pytest.
         turn_(matrices, skew)
 
     monkeypatch.setattr(coordinates, "turn_", counted)
+    train(model, [], 0, 1)  # no step
+    assert not turns
     train(model, steppers, 0, 1, 2)
     assert len(turns) == 2  # before the second and the third forward pass
     model.eval()
@@ -283,6 +290,84 @@ def test_outputs_are_those_of_the_rotated_heads(mode: str) -> None:
         assert_same(model.heads[task](rep), outputs[task])
     if mode == "train":
         assert_same(model.rep, rep)
+
+
+SHAPES = st.lists(st.integers(2, 3), min_size=1, max_size=2).map(tuple)
+
+
+@given(leading=SHAPES, rotation_shape=SHAPES, post_shape=SHAPES | st.just(()), seed=SEEDS)
+def test_dimensions_in_front_and_behind_are_positions(
+    leading: tuple[int, ...], rotation_shape: tuple[int, ...], post_shape: tuple[int, ...], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model = RotateOnly(nn.Identity(), [nn.Identity() for _ in range(K)], rotation_shape, post_shape=post_shape)
+    z = torch.randn(*leading, *rotation_shape, *post_shape)
+    index = layout(z.shape, range(len(leading), len(leading) + len(rotation_shape)))
+    for output, matrix in zip(model(z), model.rotation, strict=True):
+        torch.testing.assert_close(output, rotate(z, matrix, index))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_in_evaluation_are_those_of_the_rotated_heads(name: str) -> None:
+    model, x = make(name), torch.randn(4, 5)
+    train(model, optimizers(model), 0, 1)
+    model.eval()
+    rep = model.backbone(x)
+    heads: list[Any] = list(model.heads)
+    by_hand = [head.head(rep @ matrix.mT) for head, matrix in zip(heads, model.rotation, strict=True)]
+    results = model(x), by_hand
+    params = list(model.model_parameters())
+    found, expected = (torch.autograd.grad(torch.stack(outputs).square().sum(), params) for outputs in results)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["VanillaMTL", *MODELS])
+def test_representation_is_the_latest_in_training(name: str) -> None:
+    model = any_model(name)
+    assert model.rep is None
+    for batch in range(2):
+        losses_of(model.eval(), 5)
+        before = model.rep
+        losses_of(model.train(), batch)
+        assert model.rep is not before
+        assert model.rep is not None
+        expected = model.backbone(torch.randn(4, 5, generator=torch.Generator().manual_seed(batch)))
+        assert_same(model.rep.detach(), expected.detach())
+    assert copy.deepcopy(model).rep is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_record_of_a_backward_pass(dtype: torch.dtype) -> None:
+    """Who steps, and how far that turns the rotations, is not known."""
+    torch.set_default_dtype(dtype)
+    try:
+        model = make("RotoGrad")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model.last_step is None
+    train(model, optimizers(model), 0)
+    record = model.last_step
+    assert record is not None
+    assert math.isnan(record.rotation_lr)
+    assert_same([record.angles, record.total_angles], [torch.zeros(K, dtype=dtype)] * 2)
+
+
+def test_coordinates_are_looked_at_once_after_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That waits for the device."""
+    model, x = make("RotoGrad"), torch.zeros(4, 5)
+    looks: list[Tensor] = []
+
+    def counted(param: Tensor) -> Tensor:
+        looks.append(param)
+        return torch.tensor(False)
+
+    monkeypatch.setattr(nn.Parameter, "any", counted, raising=False)
+    model(x)
+    assert not looks
+    train(model, [], 0)
+    for _ in range(2):
+        model(x)
+        assert len(looks) == 1  # of the three heads, and of all calls
 
 
 class Pair(nn.Module):
@@ -418,11 +503,11 @@ def test_backbone_loss_is_checked(name: str) -> None:
 @pytest.mark.parametrize("name", ["VanillaMTL", *MODELS])
 def test_options_of_autograd(name: str) -> None:
     """Such as the one that keeps the graph of the representation."""
-    for options in ({}, {"retain_graph": True}):
+    for keeps in (False, True):
         model = any_model(name)
-        model.backward(losses_of(model, 0), **options)
+        model.backward(losses_of(model, 0), retain_graph=keeps)
         assert model.rep is not None
-        with nullcontext() if options else pytest.raises(RuntimeError, match="second time"):
+        with nullcontext() if keeps else pytest.raises(RuntimeError, match="second time"):
             torch.autograd.grad(model.rep.sum(), list(model.backbone.parameters()))
 
 
