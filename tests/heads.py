@@ -107,13 +107,19 @@ FOLDABLE = {
     "counts": Case(lambda: Head(count, a=nn.Linear(6, 2), b=nn.BatchNorm1d(2))),
     "draws numbers": Case(lambda: Head(lambda self, z: self.a(z) * torch.rand(()), a=nn.Linear(6, 2))),
 }
-LATER, PASSED, OWNED = "first layers are not all that z goes through", "no layer takes z as it is", "other modules have"
+LATER, PASSED, OWNED = (
+    "its first layers are not all that z goes through",
+    "no layer takes z as it is",
+    "other modules have",
+)
 UNFOLDABLE = {
     "activation": Case(lambda: nn.Sequential(nn.ReLU(), nn.Linear(6, 2)), reason=LATER),
     "functional activation": Case(lambda: Head(lambda self, z: self.a(z.tanh()), a=nn.Linear(6, 2)), reason=PASSED),
     "maxima": Case(lambda: nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(6, 2, 1)), MAPS, 1, LATER),
     "layer norm": Case(lambda: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 2)), reason="it begins with LayerNorm"),
-    "batch norm": Case(lambda: nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)), MAPS, 1, "begins with BatchNorm2"),
+    "batch norm": Case(
+        lambda: nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)), MAPS, 1, "it begins with BatchNorm2"
+    ),
     "grouped convolution": Case(lambda: nn.Conv2d(6, 4, 3, groups=2), MAPS, 1, r"it begins with Conv2d\(.*groups=2"),
     "recurrent": Case(lambda: Head(lambda self, z: self.a(z)[0], a=nn.LSTM(6, 2)), reason="it begins with LSTM"),
     "attention": Case(lambda: Head(lambda self, z: self.a(z, z, z)[0], a=attention()), TOKENS, reason=PASSED),
@@ -149,7 +155,8 @@ UNFOLDABLE = {
     "weight_norm": Case(lambda: parametrizations.weight_norm(nn.Linear(6, 2)), reason=PASSED),
     "tied": Case(lambda: tied(EMBEDDING), reason=rf"{OWNED} the weight of its Linear\(in_features=6"),
     "quantized": Case(
-        lambda: nn.Sequential(nn.Linear(6, 4), quantized(nn.Linear(4, 2))), reason="sharded or quantized"
+        lambda: nn.Sequential(nn.Linear(6, 4), quantized(nn.Linear(4, 2))),
+        reason="its parameters are sharded or quantized",
     ),
     "rotated samples": Case(lambda: nn.Linear(6, 2), VECTORS, 0, r"it begins with Linear\(in_features=6"),
     "as many rotated samples as features": Case(lambda: nn.Linear(6, 2), (6, 6), 0, LATER),

@@ -189,7 +189,8 @@ def _agree(outputs: list[Any], expected: list[Any]) -> bool:
 
 def _close(output: Any, expected: Any) -> bool:
     if not isinstance(output, Tensor) or not isinstance(expected, Tensor):
-        return bool(output == expected)
+        # `==` of a tensor and a number is a tensor, which need not be one bool.
+        return not isinstance(output, Tensor) and not isinstance(expected, Tensor) and bool(output == expected)
     if output.shape != expected.shape:
         return False
     output, expected = wide(output), wide(expected)

@@ -50,13 +50,15 @@ class Rotated:
         name: How to call it.
         module: The module itself, without what torch puts around one.
         matrix: A copy of R_k, where the module is. Shape ``(m, m)``.
-        shapes: The shapes of the tensors that are rotated, by their paths among the inputs.
+        paths: Where among the inputs the tensors are that are rotated.
+        shape: The shape of z, if it is the only input; None otherwise.
     """
 
     name: str
     module: nn.Module
     matrix: Tensor
-    shapes: dict[str, torch.Size]
+    paths: Collection[str]
+    shape: torch.Size | None
 
 
 @torch.inference_mode(False)
@@ -82,7 +84,7 @@ def fold(capture: Capture, heads: Sequence[Sequence[nn.Module]], names: Sequence
     capture.detach()
     for each, plan in plans:
         if isinstance(plan, UnfoldableError):
-            hook = RotationHook(capture.dims, frozenset(each.shapes))
+            hook = RotationHook(capture.dims, each.paths)
             each.module.register_buffer("rotation", each.matrix)
             each.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
         else:
@@ -110,11 +112,20 @@ def _check_foldable(capture: Capture, heads: Sequence[Sequence[nn.Module]]) -> N
             "fold() must find the rotations in front of the heads, got heads without. Either (a) fold() was called "
             "before, and the model is ready, or (b) remove() was, and it computes without rotations."
         )
-    if any(capture.rotations.rotate) and not capture.shapes:
+    tasks = range(len(heads))
+    if any(capture.rotations.rotate) and not (capture.shapes and all(_is_known(capture, task) for task in tasks)):
         raise RuntimeError(
             "fold() must know the shape of the representation, got heads that did not run in training mode yet. After "
             "a checkpoint was loaded, too, run one forward pass: model.train(); model(x)."
         )
+
+
+def _is_known(capture: Capture, task: int) -> bool:
+    """Whether R_k = I, or it is known where it rotates, and the shape of z."""
+    noted = capture.places.noted[task]
+    alone = [place for place, rotates in noted.items() if rotates and place[1] == Z]
+    has_run = bool(noted) and all((task, place) in capture.shapes for place in alone)
+    return has_run or not capture.rotations.is_turned(task)
 
 
 def _rotated(capture: Capture, task: int, head: Sequence[nn.Module], name: str) -> list[Rotated]:
@@ -123,21 +134,22 @@ def _rotated(capture: Capture, task: int, head: Sequence[nn.Module], name: str) 
         return []
     rotation, found = capture.rotations[task], []
     for number, module in enumerate(map(unwrapped, head)):
-        places = [place for place, rotates in capture.places.noted[task].items() if rotates and place[0] == number]
-        if places:
+        noted = capture.places.noted[task].items()
+        paths = frozenset(path for (part, path), rotates in noted if rotates and part == number)
+        if paths:
             # A copy, where the model is now: it may have been moved since it ran.
             matrix = rotation.to(next(module.parameters(), rotation).device, copy=True)
-            shapes = {place[1]: capture.shapes[task, place] for place in places}
-            found.append(Rotated(name if len(head) == 1 else f"{name}[{number}]", module, matrix, shapes))
+            shape = capture.shapes[task, (number, Z)] if paths == {Z} else None
+            found.append(Rotated(name if len(head) == 1 else f"{name}[{number}]", module, matrix, paths, shape))
     return found
 
 
 def _plan(head: Rotated, heads: Sequence[Sequence[nn.Module]], dims: RotatedDims) -> list[FirstLayer] | UnfoldableError:
     """Return the layers to fold into, or why there are none."""
-    if list(head.shapes) != [Z]:
+    if head.shape is None:
         return UnfoldableError("it needs more inputs than z")
     try:
-        layers = find_first_layers(head.module, head.shapes[Z], dims, head.matrix)
+        layers = find_first_layers(head.module, head.shape, dims, head.matrix)
     except UnfoldableError as reason:
         return reason
     others = [other for modules in heads for other in map(unwrapped, modules) if other is not head.module]

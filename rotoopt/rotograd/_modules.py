@@ -124,7 +124,7 @@ class VanillaMTL(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, the network's too."""
         for param in (*self.mtl_parameters(), *self.model_parameters()):
-            if param.grad is not None and set_to_none:
+            if set_to_none:
                 param.grad = None
             elif param.grad is not None:
                 param.grad.detach_().zero_()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from rotoopt._rotation.coordinates import Coordinates
@@ -37,7 +36,8 @@ class RotationParameter:
             grad = self._coordinates.gradient(gradients)
             self.parameter.grad = grad if self.parameter.grad is None else self.parameter.grad + grad
             self._graded = True
-        return torch.zeros(len(self.parameter), device=self.parameter.device)
+        matrices = self._coordinates.rotations.matrices
+        return matrices.new_zeros(len(matrices))
 
     def turn(self) -> None:
         """Apply what an optimizer has done, if anything."""

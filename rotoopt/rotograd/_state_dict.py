@@ -44,12 +44,12 @@ def rotations_from_rotograd(state_dict: Mapping[str, Tensor], prefix: str = "") 
     return turned.to(base.dtype)
 
 
-def has_official_rotations(state_dict: Mapping[str, Tensor], prefix: str = "") -> bool:
+def has_official_rotations(state_dict: Mapping[str, Tensor], prefix: str) -> bool:
     """Return whether a state dict is one of the official package."""
     return f"{prefix}parametrizations.rotation_0.original" in state_dict
 
 
-def without_official_rotations(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+def without_official_rotations(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return ``state_dict`` without the rotations of the official package, which else would be unexpected keys."""
     names = f"{prefix}parametrizations.rotation_"
     return {key: value for key, value in state_dict.items() if not key.startswith(names)}

@@ -1,5 +1,6 @@
 """fold() and refresh() where there is nothing to fold or refresh: an error, and nothing has changed."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -11,9 +12,20 @@ from rotoopt import RotoGradOptimizer
 from tests.bad_input.cases import Case, check, parametrize
 from tests.contract.models import TwoTasks, assert_same, snapshot, train, wrap
 
-NO_FORWARD = r"fold\(\) must know the shape of the representation, got heads that did not run.*: model.train\(\); model"
-NO_ROTATIONS = r"fold\(\) must find the rotations in front of the heads, got heads without.*\(a\) fold.*\(b\) remove"
-COPY_WITHOUT = "`model_copy` must have rotations in front of its heads, got a module without.*functions"
+NO_FORWARD, NO_ROTATIONS, NO_LAYERS, COPY_WITHOUT = (
+    f"^{re.escape(message)}$"
+    for message in (
+        "fold() must know the shape of the representation, got heads that did not run in training mode yet. After a "
+        "checkpoint was loaded, too, run one forward pass: model.train(); model(x).",
+        "fold() must find the rotations in front of the heads, got heads without. Either (a) fold() was called before, "
+        "and the model is ready, or (b) remove() was, and it computes without rotations.",
+        "fold() must be used with `heads`, got an optimizer with num_tasks=K. It knows no layers to fold into: "
+        "multiply by optimizer.rotations[k] in front of head k.",
+        "`model_copy` must have rotations in front of its heads, got a module without. Either (a) the model was copied "
+        "before the optimizer was built, or after remove() or fold(), or (b) its heads are functions that are fed by "
+        "optimizer.rotate(z), which is up to date.",
+    )
+)
 
 
 def fold(model: TwoTasks, optimizer: RotoGradOptimizer) -> Callable[[], object]:
@@ -51,9 +63,7 @@ FUNCTIONAL = {"num_tasks": lambda: 2, "rotation_size": lambda: 6}
 CASES = {
     "fold before a forward pass": Case(RuntimeError, NO_FORWARD, fold, later=False),
     "fold rotations of a known size": Case(RuntimeError, NO_FORWARD, fold, {"rotation_size": lambda: 4}, later=False),
-    "fold into functions": Case(
-        RuntimeError, r"fold\(\) must be used with `heads`.*num_tasks=K.*optimizer.rotations\[k\]", fold, FUNCTIONAL
-    ),
+    "fold into functions": Case(RuntimeError, NO_LAYERS, fold, FUNCTIONAL),
     "refresh a plain model": Case(ValueError, COPY_WITHOUT, refresh(TwoTasks)),
     "refresh what was removed": Case(ValueError, COPY_WITHOUT, refresh(removed)),
     "refresh what was folded": Case(ValueError, COPY_WITHOUT, refresh(folded)),
@@ -92,6 +102,28 @@ def test_fold_after_a_checkpoint_needs_a_forward_pass() -> None:
         each_model(each_model.inputs(0))
         each.fold()
     assert_same(resumed_model.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_fold_needs_a_forward_pass_of_every_head(resumed: bool) -> None:
+    """Or the rotation of one that did not run would be lost."""
+    model, optimizer = wrap(init="haar")
+    if resumed:
+        train(model, optimizer, 0)
+        state = model.state_dict(), optimizer.state_dict()
+        model, optimizer = wrap(init="haar")
+        model.load_state_dict(state[0])
+        optimizer.load_state_dict(state[1])
+    z = model.backbone(model.inputs(0))
+    model.heads["left"](z)
+    before = snapshot(model, optimizer)
+    with pytest.raises(RuntimeError, match=NO_FORWARD):
+        optimizer.fold()
+    assert_same(snapshot(model, optimizer), before)
+    model.heads["right"](z)
+    expected = model(model.inputs(1))
+    optimizer.fold()
+    torch.testing.assert_close(model(model.inputs(1)), expected)
 
 
 @pytest.mark.parametrize("first", ["fold", "remove"])

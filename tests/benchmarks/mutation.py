@@ -26,8 +26,8 @@ PACKAGES = ("_rotation", "weighting", "_capture", "_engine", "_deploy", "rotogra
 # Each answers to the folder of tests that has its name, and to what is asked of every package: is bad input an error,
 # does a loaded run go on as if nothing had happened, does the state follow the representation to its device?
 OF_ALL = ("bad_input", "contract/test_checkpoint.py", "test_devices.py")
-# What mutmut puts around every function breaks the graphs of torch.compile.
-COMPILES = "graph_breaks or one_piece or compiled_model"
+# What mutmut puts around every function breaks the graphs of torch.compile, and of a strict export.
+COMPILES = "graph_breaks or one_piece or compiled_model or (export and True)"
 # Those that mutmut knows how to keep, and one that has no function to call.
 KEPT = ("staticmethod", "classmethod", "overload", "abstractmethod")
 

@@ -1,8 +1,10 @@
 """Which heads a rotation can be folded into, and that the others keep it: predictions stay in either case."""
 
 import gc
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,6 +19,17 @@ from tests.asserts import eps, relative_error
 from tests.contract.models import assert_same
 from tests.heads import FOLDABLE, OWNED, UNFOLDABLE, VECTORS, Case, Head, predict, trained
 from tests.samplers import DTYPES, SEEDS
+
+SHOULD, KEPT = (
+    re.escape(sentences)
+    for sentences in (
+        "Every head should begin with a linear layer, to fold its rotation into, got some that do not. ",
+        ". They keep their rotations, as a buffer `rotation` that a forward pre-hook applies. Predictions are the "
+        "same, but the state dict has these keys in addition, and does not load into a plain model: save the model as "
+        "a whole, with torch.save or torch.export, or begin these heads with nn.Linear or nn.Conv2d when you train "
+        "again.",
+    )
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -50,7 +63,7 @@ def test_other_heads_keep_their_rotation(name: str) -> None:
     optimizer, z = trained(case, head)
     before, rotation = predict(head, z, case.others), optimizer.rotations[0].clone()
     weights = weights_of(head)
-    with pytest.warns(UserWarning, match=rf"Every head should begin with a linear layer.*heads\[0\]: .*{case.reason}"):
+    with pytest.warns(UserWarning, match=rf"(?s)^{SHOULD}heads\[0\]: {case.reason}.*{KEPT}$"):
         optimizer.fold()
     assert_same(predict(head, z, case.others), before)
     assert_same(weights_of(head), {**weights, "rotation": rotation})
@@ -142,6 +155,25 @@ def test_numbers_among_the_outputs() -> None:
     assert not search(lambda self, z: (self.a(z), float(z.sum())))
 
 
+CONSTANTS = [
+    torch.ones(2),
+    torch.zeros(2),
+    torch.full((2,), torch.inf),
+    torch.ones(3),
+    torch.ones(0),
+    1.0,
+    "name",
+    None,
+]
+
+
+@pytest.mark.parametrize(("i", "j"), [*product(range(len(CONSTANTS)), repeat=2)])
+def test_other_outputs_are_the_same_or_not(i: int, j: int) -> None:
+    """The head runs once with the rotation and once without."""
+    constants = iter([CONSTANTS[i], CONSTANTS[j]])
+    assert search(lambda self, z: (self.a(z), next(constants))) == (i == j)
+
+
 def test_number_and_shape_of_the_outputs() -> None:
     assert not search(lambda self, z: [self.a(z)] * int((z > 0).sum()))
     assert not search(lambda self, z: self.a(z)[z[:, 0] > 0])
@@ -167,3 +199,4 @@ def test_outputs_that_cancel() -> None:
 def test_scale_of_the_outputs_does_not_matter(scale: float) -> None:
     assert search(lambda self, z: scale * self.a(z))
     assert not search(lambda self, z: scale * (self.a(z) + 1e-6 * z))
+    assert not search(lambda self, z: scale * (1 + 1e-6 * (self.a(z) + z)))

@@ -21,7 +21,10 @@ from torch.optim import SGD
 
 from rotoopt import RotoGradOptimizer
 from rotoopt._capture.representation import RotatedDims
+from rotoopt.testing._branching import BRANCHING
+from rotoopt.testing._branching.model import Sizes, built, inputs
 from tests.asserts import relative_error
+from tests.branching.twins import NAMES
 from tests.contract.models import REP_SIZE, TwoTasks, assert_same, snapshot, train
 from tests.samplers import DTYPES, LAYOUTS, SEEDS, Layout, Network, batches, network
 
@@ -108,6 +111,58 @@ def test_a_head_that_was_never_turned_stays_as_it_is(options: dict[str, Any]) ->
     assert_same(model.heads["left"].state_dict(), left)
     torch.testing.assert_close(predict(model, X), before)
     assert not hooks(model)
+
+
+@pytest.mark.filterwarnings(f"ignore:{KEEPS}")
+@pytest.mark.parametrize("name", NAMES)
+def test_any_model_computes_what_it_did(name: str) -> None:
+    model = built(BRANCHING[NAMES.index(name)], Sizes(), 0, torch.float64)
+    bare = SGD(model.modules().parameters(), lr=0.01)
+    optimizer = RotoGradOptimizer(bare, model.heads, init="haar", **model.options)
+    optimizer.step(model.losses(inputs(0, 4, torch.float64)))
+    model.modules().eval()
+
+    @torch.no_grad()
+    def losses() -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        return model.losses(inputs(1, 4, torch.float64))
+
+    before = losses()
+    optimizer.fold()
+    torch.testing.assert_close(losses(), before, rtol=1e-12, atol=0)  # largest measured: 1.9e-16
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "folds": lambda: nn.Linear(REP_SIZE, 2),
+    "keeps": lambda: nn.Sequential(nn.LayerNorm(REP_SIZE), nn.Linear(REP_SIZE, 2)),
+    "no parameters": nn.Tanh,
+    "of another size": lambda: nn.Linear(REP_SIZE - 1, 2),
+}
+
+
+@given(tasks=st.lists(st.lists(st.sampled_from(list(LAYERS)), min_size=1, max_size=3), min_size=2, max_size=3))
+def test_every_module_of_a_head_for_itself(tasks: list[list[str]]) -> None:
+    """Each is folded, or keeps its rotation and is named, or never had one."""
+    torch.manual_seed(0)
+    tasks = [["folds", *kinds] for kinds in tasks]  # z decides what the rotations are
+    backbone, narrow = nn.Linear(3, REP_SIZE), nn.Linear(3, REP_SIZE - 1)
+    heads = {f"task{k}": tuple(LAYERS[kind]() for kind in kinds) for k, kinds in enumerate(tasks)}
+    parts = [(kind, part) for k, kinds in enumerate(tasks) for kind, part in zip(kinds, heads[f"task{k}"], strict=True)]
+
+    def outputs() -> list[Tensor]:
+        z, other = backbone(X), narrow(X)
+        return [part(other if kind == "of another size" else z) for kind, part in parts]
+
+    optimizer = RotoGradOptimizer(SGD(backbone.parameters(), lr=0.1), heads, init="haar")
+    outputs()
+    before, kept = outputs(), [kind in ("keeps", "no parameters") for kind, _ in parts]
+    with pytest.warns(UserWarning, match=KEEPS) if any(kept) else nullcontext() as warnings:
+        optimizer.fold()
+    torch.testing.assert_close(outputs(), before)
+    assert [hasattr(part, "rotation") for _, part in parts] == kept
+    names = [f"task{k}[{number}]" for k, kinds in enumerate(tasks) for number in range(len(kinds))]
+    message = str(warnings[0].message) if warnings else ""
+    assert [f"{name}: " in message for name in names] == kept
 
 
 def test_a_single_task_needs_no_forward_pass() -> None:
@@ -250,3 +305,14 @@ def test_sharded_heads_keep_their_rotations(sharded: str, forward_before: bool) 
         optimizer.fold()
     with torch.no_grad():
         assert_same(model(X), before)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_heads_behind_a_sharded_backbone_are_folded() -> None:
+    model = TwoTasks()
+    fully_shard(model.backbone)
+    optimizer = trained(model)
+    before = predict(model.eval(), X)
+    optimizer.fold()
+    assert not hooks(cast(nn.Module, model.heads))
+    torch.testing.assert_close(predict(model, X), before)

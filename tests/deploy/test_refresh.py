@@ -80,17 +80,21 @@ def test_refreshed_copy_rotates_as_the_model_does_now(
     assert_close(outputs, expected, rtol=0, atol=100 * eps(dtype))  # outputs of size one, sums of at most 36 products
 
 
+@pytest.mark.parametrize("order", ["weights first", "rotations first"])
 @pytest.mark.parametrize("made_after", [0, 1])
-def test_refreshed_copy_is_the_model_to_the_bit(made_after: int) -> None:
+def test_refreshed_copy_is_the_model_to_the_bit(made_after: int, order: str) -> None:
     """A target network: weights and rotations of now, until it is refreshed again."""
     model, optimizer = wrap(**OPTIONS)
     train(model, optimizer, *range(made_after))
     target, x = copy.deepcopy(model), model.inputs(5)
     for inference in (True, False, True):
         train(model, optimizer, 1, 2)
-        target.load_state_dict(model.state_dict())
+        if order == "weights first":
+            target.load_state_dict(model.state_dict())
         with torch.inference_mode(inference):
             optimizer.refresh(target)
+        if order == "rotations first":
+            target.load_state_dict(model.state_dict())
         outputs = predict(target, x)
         assert_same(outputs, predict(model, x))
         back_propagate(target.losses(0)[0])  # it can be trained

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
+from torch.utils._pytree import tree_leaves
 
 from rotoopt import EqualWeighting, RotoGradOptimizer, RotoGradWeighting
 from rotoopt._rotation import coordinates
@@ -20,6 +25,8 @@ from rotoopt._rotation.cayley import turn_
 from rotoopt.rotograd import RotateOnly, RotoGrad, RotoGradNorm, VanillaMTL, cached
 from tests.asserts import assert_rotations
 from tests.contract.models import assert_same
+from tests.oracle import layout, rotate
+from tests.samplers import SEEDS
 
 D, K = 6, 3
 Model = RotateOnly | RotoGrad | RotoGradNorm
@@ -35,6 +42,10 @@ def network() -> tuple[nn.Module, list[nn.Module]]:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Linear(5, D), nn.Tanh())
     return backbone, [nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, 2)) for _ in range(K)]
+
+
+def any_model(name: str) -> VanillaMTL:
+    return VanillaMTL(*network()) if name == "VanillaMTL" else make(name)
 
 
 def make(name: str, **options: Any) -> Model:
@@ -181,7 +192,10 @@ def test_forward_without_gradients_in_training_mode() -> None:
     model = make("RotoGrad")
     with torch.no_grad():
         model(torch.zeros(4, 5))
-    with pytest.raises(RuntimeError, match=r"training mode for backward\(\), got eval mode. Call model.train\(\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"^The model must be in training mode for backward\(\), got eval mode. Call model.train\(\)\.$",
+    ):
         model.eval().backward(losses_of(model, 0))
 
 
@@ -223,6 +237,8 @@ def test_rotations_turn_once_per_step_and_not_in_evaluation(monkeypatch: pytest.
         turn_(matrices, skew)
 
     monkeypatch.setattr(coordinates, "turn_", counted)
+    train(model, [], 0, 1)  # no step
+    assert not turns
     train(model, steppers, 0, 1, 2)
     assert len(turns) == 2  # before the second and the third forward pass
     model.eval()
@@ -276,6 +292,84 @@ def test_outputs_are_those_of_the_rotated_heads(mode: str) -> None:
         assert_same(model.rep, rep)
 
 
+SHAPES = st.lists(st.integers(2, 3), min_size=1, max_size=2).map(tuple)
+
+
+@given(leading=SHAPES, rotation_shape=SHAPES, post_shape=SHAPES | st.just(()), seed=SEEDS)
+def test_dimensions_in_front_and_behind_are_positions(
+    leading: tuple[int, ...], rotation_shape: tuple[int, ...], post_shape: tuple[int, ...], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model = RotateOnly(nn.Identity(), [nn.Identity() for _ in range(K)], rotation_shape, post_shape=post_shape)
+    z = torch.randn(*leading, *rotation_shape, *post_shape)
+    index = layout(z.shape, range(len(leading), len(leading) + len(rotation_shape)))
+    for output, matrix in zip(model(z), model.rotation, strict=True):
+        torch.testing.assert_close(output, rotate(z, matrix, index))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_in_evaluation_are_those_of_the_rotated_heads(name: str) -> None:
+    model, x = make(name), torch.randn(4, 5)
+    train(model, optimizers(model), 0, 1)
+    model.eval()
+    rep = model.backbone(x)
+    heads: list[Any] = list(model.heads)
+    by_hand = [head.head(rep @ matrix.mT) for head, matrix in zip(heads, model.rotation, strict=True)]
+    results = model(x), by_hand
+    params = list(model.model_parameters())
+    found, expected = (torch.autograd.grad(torch.stack(outputs).square().sum(), params) for outputs in results)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["VanillaMTL", *MODELS])
+def test_representation_is_the_latest_in_training(name: str) -> None:
+    model = any_model(name)
+    assert model.rep is None
+    for batch in range(2):
+        losses_of(model.eval(), 5)
+        before = model.rep
+        losses_of(model.train(), batch)
+        assert model.rep is not before
+        assert model.rep is not None
+        expected = model.backbone(torch.randn(4, 5, generator=torch.Generator().manual_seed(batch)))
+        assert_same(model.rep.detach(), expected.detach())
+    assert copy.deepcopy(model).rep is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_record_of_a_backward_pass(dtype: torch.dtype) -> None:
+    """Who steps, and how far that turns the rotations, is not known."""
+    torch.set_default_dtype(dtype)
+    try:
+        model = make("RotoGrad")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model.last_step is None
+    train(model, optimizers(model), 0)
+    record = model.last_step
+    assert record is not None
+    assert math.isnan(record.rotation_lr)
+    assert_same([record.angles, record.total_angles], [torch.zeros(K, dtype=dtype)] * 2)
+
+
+def test_coordinates_are_looked_at_once_after_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That waits for the device."""
+    model, x = make("RotoGrad"), torch.zeros(4, 5)
+    looks: list[Tensor] = []
+
+    def counted(param: Tensor) -> Tensor:
+        looks.append(param)
+        return torch.tensor(False)
+
+    monkeypatch.setattr(nn.Parameter, "any", counted, raising=False)
+    model(x)
+    assert not looks
+    train(model, [], 0)
+    for _ in range(2):
+        model(x)
+        assert len(looks) == 1  # of the three heads, and of all calls
+
+
 class Pair(nn.Module):
     """Takes two inputs; returns the representation and something else."""
 
@@ -308,8 +402,8 @@ def test_several_inputs_and_outputs(make_model: Callable[..., VanillaMTL]) -> No
     assert extra[1:] == [("extra",)]
     model.backward([prediction.square().mean() for prediction in predictions])
     assert all(param.grad is not None for param in model.model_parameters())
-    output, _ = model[0](x, mask)
-    assert_same(output, predictions[0])
+    for output, _ in (model[0](x, mask), model[0](x, mask=mask)):
+        assert_same(output, predictions[0])
 
 
 def test_vanilla_is_the_sum() -> None:
@@ -358,10 +452,11 @@ def test_casting_reaches_the_network_and_keeps_rotations(dtype: torch.dtype) -> 
     assert_rotations(matrices.float())
 
 
-def test_backbone_loss_is_added_as_it_is() -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_backbone_loss_is_added_as_it_is(name: str) -> None:
     found = []
     for with_penalty in (False, True):
-        model = make("RotoGrad", normalize_losses=True)
+        model = make(name, normalize_losses=True)
         weight = next(model.backbone.parameters())
         model.backward(losses_of(model, 0), backbone_loss=weight.square().sum() if with_penalty else None)
         assert weight.grad is not None
@@ -387,7 +482,7 @@ def test_sgd_on_rotations_lowers_their_objective() -> None:
 def test_losses_are_checked_and_may_have_names(name: str) -> None:
     found = []
     for named in (False, True):
-        model: VanillaMTL = VanillaMTL(*network()) if name == "VanillaMTL" else make(name)
+        model = any_model(name)
         losses = losses_of(model, 0)
         with pytest.raises(ValueError, match="must have one entry per task, got 2 for 3 tasks"):
             model.backward(losses[:2])
@@ -395,3 +490,64 @@ def test_losses_are_checked_and_may_have_names(name: str) -> None:
         found.append([param.grad for param in model.model_parameters()])
     assert_same(*found)
     assert all(grad is not None for grad in found[0])
+
+
+@pytest.mark.parametrize("name", ["VanillaMTL", *MODELS])
+def test_backbone_loss_is_checked(name: str) -> None:
+    model = any_model(name)
+    with pytest.raises(ValueError, match=r"must be a scalar, got shape \(2,\) for `backbone_loss`"):
+        model.backward(losses_of(model, 0), backbone_loss=torch.zeros(2))
+    assert all(param.grad is None for param in model.model_parameters())
+
+
+@pytest.mark.parametrize("name", ["VanillaMTL", *MODELS])
+def test_options_of_autograd(name: str) -> None:
+    """Such as the one that keeps the graph of the representation."""
+    for keeps in (False, True):
+        model = any_model(name)
+        model.backward(losses_of(model, 0), retain_graph=keeps)
+        assert model.rep is not None
+        with nullcontext() if keeps else pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(model.rep.sum(), list(model.backbone.parameters()))
+
+
+OPTIONS: dict[str, st.SearchStrategy[Any]] = {
+    "post_shape": st.lists(st.integers(1, 3), max_size=2).map(tuple),
+    "normalize_losses": st.booleans(),
+    "burn_in_period": st.integers(0, 50),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@given(
+    rotation_shape=st.integers(2, 5) | st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple),
+    options=st.fixed_dictionaries({}, optional=OPTIONS),
+)
+def test_options_are_attributes(name: str, rotation_shape: int | tuple[int, ...], options: dict[str, Any]) -> None:
+    """Those of the official package, with its defaults."""
+    model = MODELS[name](*network(), rotation_shape, **options)
+    shape = (rotation_shape,) if isinstance(rotation_shape, int) else rotation_shape
+    expected = {"rotation_shape": shape, "post_shape": (), "normalize_losses": False, "burn_in_period": 20, **options}
+    expected |= {"rotation_size": math.prod(shape), "num_tasks": K} | ({"alpha": 1.5} if name == "RotoGradNorm" else {})
+    assert {option: getattr(model, option) for option in expected} == expected
+    assert [tuple(matrix.shape) for matrix in model.rotation] == [(math.prod(shape),) * 2] * K
+
+
+def test_weights_of_gradnorm_are_positive_and_have_the_sum_of_the_tasks() -> None:
+    model = make("RotoGradNorm")
+    assert isinstance(model, RotoGradNorm)
+    train(model, optimizers(model), 0, 1, 2)
+    weights = torch.stack(list(model.weight))
+    assert weights.shape == (K,)
+    assert not weights.requires_grad
+    assert weights.std() > 0.01  # they have moved
+    torch.testing.assert_close(weights, K * model.weight_.detach().softmax(0).to(weights.dtype))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rotations_are_saved_once(name: str) -> None:
+    model = make(name)
+    train(model, optimizers(model), 0, 1)
+    saved = [leaf for leaf in tree_leaves(dict(model.state_dict())) if isinstance(leaf, Tensor)]
+    rotations = torch.stack(list(model.rotation))
+    assert [torch.equal(leaf, rotations) for leaf in saved if leaf.shape == rotations.shape].count(True) == 1
