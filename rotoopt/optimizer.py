@@ -288,6 +288,8 @@ class RotoGradOptimizer(OptimizerWrapper):
             core.untrained_heads.observe()
         elif not core.engine.capture.shapes:
             self._note_idle_step()
+            if core.engine.capture.fed.tasks:
+                core.engine.note_frozen()
         return result
 
     def _note_idle_step(self) -> None:

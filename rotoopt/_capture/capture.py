@@ -154,7 +154,7 @@ class Capture:
                 fed.append(self.feed(leaf, task, (part, path), training=training, own=True))
             else:
                 fed.append(leaf)
-        inputs: Inputs = tree_unflatten(fed, structure)
+        inputs: Inputs = _with_containers_of((args, kwargs), tree_unflatten(fed, structure))
         return inputs
 
     def feed(
@@ -239,6 +239,24 @@ class Capture:
 def is_floating(leaf: object) -> bool:
     """Whether ``leaf`` is a floating-point tensor."""
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _with_containers_of(given: Any, rebuilt: Any) -> Any:
+    """Return ``rebuilt`` with the very containers of ``given`` in which nothing changed: a head may write to them."""
+    if isinstance(given, dict):
+        items = {key: _with_containers_of(given[key], rebuilt[key]) for key in given}
+        if all(items[key] is given[key] for key in given):
+            return given
+        rebuilt.update(items)
+    elif isinstance(given, list | tuple):
+        parts = [_with_containers_of(*pair) for pair in zip(given, rebuilt, strict=True)]
+        if all(part is each for part, each in zip(parts, given, strict=True)):
+            return given
+        if isinstance(given, list):
+            rebuilt[:] = parts
+        else:
+            rebuilt = type(rebuilt)(*parts) if hasattr(rebuilt, "_fields") else tuple(parts)
+    return rebuilt
 
 
 def paths_and_leaves(inputs: Inputs) -> tuple[list[tuple[str, Any]], Any]:

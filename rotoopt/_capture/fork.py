@@ -123,6 +123,7 @@ class Fork:
         shape: The shape of z.
         version: How often z had been changed in place.
         made_by: The operation that made z, for those who ask why there are several.
+        is_leaf: Whether z is a parameter.
         taps: How often z enters the heads of each task.
         rotated: Whether z is rotated on its way into them.
         used: The tasks whose gradients came back in the latest backward pass in which they waited for each other.
@@ -132,6 +133,7 @@ class Fork:
         self.shape = rep.shape
         self.version = version(rep)
         self.made_by = "a leaf" if rep.grad_fn is None else rep.grad_fn.name().partition("Backward")[0]
+        self.is_leaf = rep.is_leaf
         self.taps: Counter[int] = Counter()
         self.rotated = False
         self.used: tuple[int, ...] = ()
@@ -139,6 +141,7 @@ class Fork:
         self._running = running
         self._waiting: Tensor | None = None  # G, shape (K, *shape)
         self._arrived: set[int] = set()
+        self._of: BackwardPass | None = None
         rep.register_hook(self._join)  # type: ignore[no-untyped-call]
 
     @property
@@ -159,6 +162,8 @@ class Fork:
         this = self._running()
         if not self._waits(this):
             return this.pass_on(task, grad)
+        if self._of is not this:  # a pass before has failed, and left something here
+            self._waiting, self._arrived, self._of = None, set(), this
         first = self._waiting is None
         if self._waiting is None:
             self._waiting = grad.new_empty((self._num_tasks, *self.shape))
@@ -174,7 +179,7 @@ class Fork:
         if self._waiting is None:
             return grad
         grads, tasks = self._waiting, tuple(sorted(self._arrived))
-        self._waiting, self._arrived = None, set()
+        self._waiting, self._arrived, self._of = None, set(), None
         this = self._running()
         if not this.lagged:  # else no gradient needs the others
             if self.used not in ((), tasks):

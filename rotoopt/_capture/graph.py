@@ -106,32 +106,26 @@ def is_handed_on(tensor: Tensor) -> bool:
     return tensor.grad_fn is not None and operation(tensor.grad_fn) in HANDED_ON
 
 
-def terms(root: Node | None) -> set[Node]:
-    """Return the losses that ``root`` is a sum of, as nodes.
+def terms(root: Node | None, num_tasks: int) -> set[Node]:
+    """Return the losses that ``root`` was computed from, as nodes.
 
-    So of ``sum(losses)``, or of ``(w * torch.stack(losses)).mean()``. What a loss itself is a sum of is not taken
-    apart: only what is one number is, or a few that were put together.
+    So of ``sum(losses)``, or of ``(w * torch.stack(losses)).sum()``. A loss is a number that was made of more than
+    ``num_tasks`` numbers.
     """
     found: set[Node] = set()
+    seen: set[Node] = set()
     stack = [root]
     while stack:
         node = stack.pop()
-        if node is None or node in found:
+        if node is None or node in seen:
             continue
+        seen.add(node)
         parts = [part for part in inputs(node) if part is not None]
-        if is_sum(node) and parts and all(map(_is_of_numbers, parts)):
-            stack.extend(parts)
+        if parts and not is_tap(node) and all((output_numel(part) or num_tasks + 1) <= num_tasks for part in parts):
+            stack.extend(part for part in parts if not is_leaf(part))
         else:
             found.add(node)
     return found
-
-
-def _is_of_numbers(node: Node) -> bool:
-    """Whether ``node`` makes one number, or puts some together."""
-    if output_numel(node) == 1:
-        return True
-    parts = [part for part in inputs(node) if part is not None]
-    return is_sum(node) and bool(parts) and all(map(_is_of_numbers, parts))
 
 
 def made_by(loss: Tensor) -> Node:
@@ -154,18 +148,12 @@ def _entry(node: Node, output: int) -> Node:
 
 def _stacked(node: Node, index: int) -> Node | None:
     """Return what made entry ``index`` of a vector, if it was stacked."""
-    parts = [part for part in inputs(node) if part is not None]
     if operation(node) == "Stack":
         return inputs(node)[index]
-    if operation(node) in {"Mul", "Div", "Add", "Neg"} and len(parts) == 1:
-        return _stacked(parts[0], index)
-    return None
-
-
-def without_taps(loss: Node) -> set[Node]:
-    """Return the nodes in front of the taps that no tap is behind: what goes around the heads."""
-    near = reached([loss], stop_at_taps=True)
-    return near - reaching(near, filter(is_tap, near))
+    if operation(node) not in {"Mul", "Div", "Add", "Sub", "Neg"}:
+        return None
+    found = (_stacked(part, index) for part in inputs(node) if part is not None)
+    return next((entry for entry in found if entry is not None), None)
 
 
 def reaching(nodes: Iterable[Node], targets: Iterable[Node]) -> set[Node]:

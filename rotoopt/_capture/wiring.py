@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -17,16 +18,18 @@ from rotoopt._capture.graph import (
     is_tap,
     leaves,
     made_by,
+    operation,
     reached,
     reaching,
     source,
     taps_of,
     terms,
-    without_taps,
 )
-from rotoopt._torch.modules import name_of
-from rotoopt._torch.private import output_numel, running_roots
+from rotoopt._torch.modules import is_trained, name_of
+from rotoopt._torch.private import running_roots
 from rotoopt.weighting import Weighting
+
+LOOK_EVERY = 16
 
 
 class Wiring:
@@ -41,16 +44,28 @@ class Wiring:
         self._names = names
         self._heads = heads
         self._one_tensor: dict[frozenset[int], bool] = {}
+        self._made_by: dict[frozenset[int], list[str]] = {}  # the latest operations of the losses
+        self._num_known: Counter[frozenset[int]] = Counter()
 
     def check(self, losses: Mapping[int, Tensor], fed: Fed, backbone_loss: Tensor | None) -> bool:
         """Return whether ``losses`` reach one tensor through their heads, and no other; raise if wired wrongly."""
-        known = self._known(frozenset(losses), fed)
-        if known is not None:
+        tasks = frozenset(losses)
+        made_by_now = [operation(loss.grad_fn) for loss in losses.values() if loss.grad_fn is not None]
+        known = self._known(tasks, fed)
+        if known is not None and self._made_by.get(tasks) == made_by_now:
             return known
+        self._made_by[tasks] = made_by_now
         made = {task: made_by(loss) for task, loss in losses.items()}
         backbone = None if backbone_loss is None else made_by(backbone_loss)
         check_losses(made, self._names, self._own_parameters(), backbone)
-        return self._remember(frozenset(losses), made.values())
+        return self._remember(tasks, made.values())
+
+    def check_frozen(self, losses: Mapping[int, Tensor]) -> None:
+        """Raise if ``losses`` share parameters, although nothing that entered their heads requires grad."""
+        if self._num_known[frozenset()] % LOOK_EVERY == 0:
+            made = [(self._names[task], made_by(loss)) for task, loss in losses.items()]
+            check_shared(made, self._own_parameters())
+        self._num_known[frozenset()] += 1
 
     def check_running(self, fed: Fed) -> bool:
         """The same for a backward pass that the user calls, as far as a sum of losses tells."""
@@ -58,7 +73,11 @@ class Wiring:
         known = self._known(tasks, fed)
         if known is not None:
             return known
-        losses = {loss for root in running_roots() for loss in terms(source(root.grad_fn, root.output_nr)[0])}
+        losses = {
+            loss
+            for root in running_roots()
+            for loss in terms(source(root.grad_fn, root.output_nr)[0], len(self._names))
+        }
         taps = {loss: taps_of([loss]) for loss in losses}
         if not any(taps.values()):  # where torch does not tell what the pass began from
             return fed.only_fork() is not None
@@ -73,7 +92,13 @@ class Wiring:
         return self._remember(tasks, losses)
 
     def _known(self, tasks: frozenset[int], fed: Fed) -> bool | None:
-        """Return whether ``tasks`` share one tensor, if that can be told without looking at graphs."""
+        """Return whether ``tasks`` share one tensor, if that can be told without looking at graphs.
+
+        These are looked at now and then nevertheless: a loss may change on its way, as terms come in one by one.
+        """
+        self._num_known[tasks] += 1
+        if self._num_known[tasks] % LOOK_EVERY == 0:
+            return None
         if tasks not in self._one_tensor or not fed.trained() >= tasks:
             return None
         only = fed.only_fork()
@@ -155,7 +180,8 @@ def check_heads_apart(taps: set[Node], names: Sequence[str]) -> None:
 def check_shared(losses: Sequence[tuple[str, Node]], own: Mapping[int, int]) -> None:
     """Raise if a parameter outside of the heads is shared, and a loss reaches it without passing a head.
 
-    There, nothing weighs its gradient. A parameter that only weighs a loss, as log-variances do, is none of these.
+    There, nothing weighs its gradient. Parameters that only weigh losses, as log-variances do, are none of these: there
+    is at most one number for each.
 
     Args:
         losses: Losses with names, as nodes.
@@ -170,7 +196,9 @@ def check_shared(losses: Sequence[tuple[str, Node]], own: Mapping[int, int]) -> 
         return
     shared = {id(leaf.variable) for leaf in filter(is_leaf, behind(taps_of(loss for _, loss in losses)))}
     for key, (param, found) in past.items():
-        if key in shared or (len(found) > 1 and own):  # functional heads may share what is theirs
+        # Functional heads may share what is theirs.
+        is_theirs = key not in shared and (len(found) == 1 or not own or param.numel() <= len(losses))
+        if not is_theirs and is_trained(param):
             several = len(set(found)) > 1
             who = f"the {'losses' if several else 'loss'} of {' and '.join(sorted(set(found)))}"
             raise RuntimeError(
@@ -228,15 +256,8 @@ def _mixed(first: str, second: str) -> str:
 
 
 def _past_heads(loss: Node) -> list[Tensor]:
-    """Return the parameters that ``loss`` reaches around its heads, but for those that make a single number."""
-    around = without_taps(loss)
-    found = {
-        id(leaf.variable): leaf.variable
-        for node in around
-        if output_numel(node) != 1
-        for leaf in inputs(node)
-        if leaf is not None and is_leaf(leaf)
-    }
+    """Return the parameters that ``loss`` reaches without passing a head."""
+    found = {id(leaf): leaf for leaf in leaves(reached([loss], stop_at_taps=True))}
     return list(found.values())
 
 

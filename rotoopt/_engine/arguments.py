@@ -150,8 +150,9 @@ def warn_of_frozen() -> None:
     """Warn that no representation requires grad."""
     warn_user(
         "The representation should require grad, got one that does not. Either (a) the backbone is frozen: the "
-        "heads are trained by a plain backward; rotations and weights rest, or (b) `heads` holds the whole "
-        "model, whose input is rotated then: give the modules that consume the representation."
+        "heads are trained by a plain backward; rotations and weights rest, (b) `heads` holds the whole "
+        "model, whose input is rotated then: give the modules that consume the representation, or (c) a head gets what "
+        "it reads in an object of a class of its own, or has it stored: hand it over as an input."
     )
 
 

@@ -90,9 +90,9 @@ class Engine:
         present = check_losses(losses, self.names)
         check_backbone_loss(backbone_loss)
         frozen = self.capture.fed.is_frozen(present)
-        if frozen and not self._warned_of_frozen:
-            self._warned_of_frozen = True
-            warn_of_frozen()
+        if frozen:
+            self._wiring.check_frozen(present)
+            self.note_frozen()
         one_tensor = frozen or self._wiring.check(present, self.capture.fed, backbone_loss)
         check_rep(rep, self.capture.fed, self.names)
         self.close()
@@ -109,6 +109,12 @@ class Engine:
         finally:
             self._running = None
             self.capture.fed = Fed()
+
+    def note_frozen(self) -> None:
+        """Warn once that nothing that entered the heads requires grad."""
+        if not self._warned_of_frozen:
+            self._warned_of_frozen = True
+            warn_of_frozen()
 
     def _values(self, present: Mapping[int, Tensor]) -> Tensor:
         """Return the losses of the joined batch, NaN for an absent task. Shape ``(K,)``."""

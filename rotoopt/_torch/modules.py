@@ -31,6 +31,15 @@ def living_optimizers() -> Iterator[Optimizer]:
     return (each for each in gc.get_objects() if issubclass(type(each), Optimizer))
 
 
+def is_trained(leaf: Tensor) -> bool:
+    """Whether ``leaf`` is a parameter, and no input that requires grad; slow for an input."""
+    if isinstance(leaf, nn.Parameter):
+        return True
+    return any(
+        leaf is param for each in living_optimizers() for group in each.param_groups for param in group["params"]
+    )
+
+
 def name_of(param: Tensor) -> str:
     """Return the longest name that a module has for ``param``, and its shape; slow, for errors."""
     names = [

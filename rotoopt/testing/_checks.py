@@ -89,8 +89,9 @@ def check_losses_repeat(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
 
 
 def _forks(losses: Iterable[Tensor]) -> set[Fork]:
-    """Return the points where tensors go to the heads."""
-    return {node.fork for node in reached(loss.grad_fn for loss in losses) if is_tap(node)}
+    """Return the points where tensors go to the heads, but for parameters, which are the same at every call."""
+    taps = filter(is_tap, reached(loss.grad_fn for loss in losses))
+    return {tap.fork for tap in taps if not tap.fork.is_leaf}
 
 
 def check_rotations(optimizer: RotoGradOptimizer) -> None:
