@@ -143,6 +143,8 @@ class Capture:
                 f"dicts, got {found or 'no input'}. Objects of other classes are not looked into: for such inputs give "
                 "num_tasks=K instead of `heads`, and feed the heads the tensors of optimizer.rotate(z)."
             )
+        if not (training and torch.is_grad_enabled()):
+            pairs = self.places.as_in_training(pairs, task, part)
         fed: list[Any] = []
         for i, (path, leaf) in enumerate(pairs):
             # mha(z, z, z) gets one tensor three times, too: its gradient is one.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -64,6 +64,26 @@ class Places:
         if self._rotations.size is None or rep.device != self._rotations.device:
             self._settle(self._dims.size(rep.shape), rep.device)
         return self._rotations[task]
+
+    def as_in_training(self, pairs: list[tuple[str, Any]], task: int, part: int) -> list[tuple[str, Any]]:
+        """Return inputs of a module by path, with the path of z of training where z comes in another way now.
+
+        So it does where evaluation passes a mask that training did not, or passes z by keyword.
+        """
+        noted = {path: fits for (number, path), fits in self.noted[task].items() if number == part}
+        rotated = [path for path, fits in noted.items() if fits]
+        if not rotated or any(path in noted for path, _ in pairs):
+            return pairs
+        tensors = [each for each in pairs if isinstance(each[1], Tensor) and each[1].is_floating_point()]
+        fitting = [path for path, leaf in tensors if self._dims.exist_in(leaf.shape) and self._fits(leaf, (part, path))]
+        if not fitting:
+            return pairs
+        if len(fitting) > 1 or len(rotated) > 1:
+            raise ValueError(
+                "A head must get its inputs in evaluation as in training, got tensors in other places: by position "
+                "there and by keyword here, or more of them. It cannot be told which is rotated."
+            )
+        return [(rotated[0] if path == fitting[0] else path, leaf) for path, leaf in pairs]
 
     def note_same(self, place: Place, as_: Place, task: int) -> None:
         """Note that what enters at ``place`` is what enters at ``as_``."""

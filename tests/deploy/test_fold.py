@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -140,6 +140,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@settings(max_examples=10)  # to search every module of many heads takes time
 @given(tasks=st.lists(st.lists(st.sampled_from(list(LAYERS)), min_size=1, max_size=3), min_size=2, max_size=3))
 def test_every_module_of_a_head_for_itself(tasks: list[list[str]]) -> None:
     """Each is folded, or keeps its rotation and is named, or never had one."""
