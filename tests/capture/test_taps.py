@@ -159,7 +159,7 @@ def test_nothing_waits_and_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     bench = Bench((4, 6), 3, torch.float64, weighting=EqualWeighting(), turn_every=NEVER)
     sampler = Sampler(0)
     bench.step(list(sampler.normal(3, 4, 6)))
-    monkeypatch.setattr(bench.optimizer._core.engine, "_combine", None)
+    monkeypatch.setattr(bench.optimizer._core.engine._weighing, "combine", None)
     bench.backward(list(sampler.normal(3, 4, 6)))
     assert bench.optimizer._core.engine._passes[0].met == []
 
