@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.testing import assert_close
 
-from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer, RotoGradWeighting
+from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer
 from rotoopt.weighting import Measurements
 from tests.asserts import eps
 from tests.samplers import DTYPES, LAYOUTS, NUM_TASKS, SEEDS, Bench, Lagged, Layout, Sampler, batches, network

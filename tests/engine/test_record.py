@@ -114,3 +114,36 @@ def test_record_of_an_earlier_step_stays_as_it_was() -> None:
     bench.step(list(torch.randn(2, 3, 4)))
     for now, then in zip([record.cosines, record.angles, record.total_angles, record.grad_norms], kept, strict=True):
         assert torch.equal(now, then)
+
+
+@given(K=NUM_TASKS, seed=SEEDS, data=st.data())
+def test_passes_of_a_step_leave_the_latest_of_each_task(K: int, seed: int, data: st.DataObject) -> None:
+    """And those of the step before are no part of it."""
+    sampler = Sampler(seed)
+    bench = Bench((3, 4), K, torch.float64, rotate=False)
+    present = st.sets(st.sampled_from(range(K)), min_size=1)
+    for _ in range(2):
+        norms, losses, weights = torch.zeros(K).double(), torch.full((K,), math.nan).double(), torch.zeros(K).double()
+        for tasks in data.draw(st.lists(present, min_size=1, max_size=3)):
+            grads, values, now = sampler.normal(K, 3, 4), sampler.uniform(K), sorted(tasks)
+            bench.backward([grad if task in tasks else None for task, grad in enumerate(grads)], values.tolist())
+            norms[now], losses[now] = grads.flatten(1).norm(dim=1)[now], values[now]
+            weights[now] = bench.record.weights[now]
+            assert_close(bench.record.grad_norms, norms, rtol=1e-13, atol=0)
+            assert torch.equal(bench.record.weights, weights)
+            assert bench.record.losses is not None
+            assert_close(bench.record.losses, losses, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(bench.record.present, ~losses.isnan())
+        bench.optimizer.step()
+
+
+@given(K=NUM_TASKS, seed=SEEDS)
+def test_cosines_are_nan_before_gradients_met(K: int, seed: int) -> None:
+    """After loading, as long as the rotations rest."""
+    sampler = Sampler(seed, torch.float32)
+    trained, resumed = (Bench((3, 4), K, torch.float32, weighting=EqualWeighting(), turn_every=3) for _ in range(2))
+    trained.step(list(sampler.normal(K, 3, 4)))
+    resumed.optimizer.load_state_dict(trained.optimizer.state_dict())
+    resumed.step(list(sampler.normal(K, 3, 4)))
+    assert resumed.record.cosines.shape == (K, K)
+    assert resumed.record.cosines.isnan().all()
