@@ -13,6 +13,7 @@ from torch.optim import SGD
 from torch.testing import assert_close
 
 from rotoopt import EqualWeighting
+from rotoopt._engine.record import alignment, conflict_rate
 from rotoopt._rotation.cayley import orthogonality_error
 from tests.samplers import NUM_TASKS, SEEDS, SIZES, Bench, Sampler
 
@@ -147,3 +148,23 @@ def test_cosines_are_nan_before_gradients_met(K: int, seed: int) -> None:
     resumed.step(list(sampler.normal(K, 3, 4)))
     assert resumed.record.cosines.shape == (K, K)
     assert resumed.record.cosines.isnan().all()
+
+
+@given(K=NUM_TASKS, seed=SEEDS, T=st.integers(1, 5))
+def test_measures_of_many_steps_at_once_are_those_of_each(K: int, seed: int, T: int) -> None:
+    sampler = Sampler(seed)
+    grads, finite = sampler.normal(T, K, 3), sampler.uniform(T) < 0.7
+    present = sampler.uniform(T, K) < 0.7
+    units = grads / grads.norm(dim=-1, keepdim=True) * present[..., None]
+    cosines = units @ units.mT
+    for several, each in (
+        (alignment(cosines, finite), map(alignment, cosines, finite)),
+        (conflict_rate(cosines, present, finite), map(conflict_rate, cosines, present, finite)),
+    ):
+        # Sums of K cosines, of numbers up to one, in any order; divided by the length of their mean.
+        assert_close(several, torch.stack(list(each)), rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+def test_gradients_that_cancel_each_other_have_no_target() -> None:
+    cosines = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    assert torch.equal(alignment(cosines, torch.tensor(True)), torch.zeros(2))
