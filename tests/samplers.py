@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from rotoopt import Rotations, RotoGradOptimizer, StepRecord
+from rotoopt import Rotations, RotoGradOptimizer, RotoGradWeighting, StepRecord
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._rotation.cayley import DenseSkew, SampleSkew, Skew
 from rotoopt._rotation.step import RotationGradient
@@ -44,6 +44,12 @@ def unusable(gradient: RotationGradient) -> RotationGradient:
     """Return what a backward pass measures in which something was not finite."""
     zeros = torch.zeros_like(gradient.directions), torch.zeros_like(gradient.target)
     return RotationGradient(*zeros, torch.tensor(False))
+
+
+class Lagged(RotoGradWeighting):
+    """The paper's weights, of the step before."""
+
+    lagged = True
 
 
 class Turn:

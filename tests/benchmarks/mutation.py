@@ -21,13 +21,23 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Those that compute: the rest draws, logs, helps to test, or is the way to these.
-PACKAGES = ("_rotation", "weighting", "_capture", "_engine", "_deploy", "rotograd", "regularization")
 # Each answers to the folder of tests that has its name, and to what is asked of every package: is bad input an error,
 # does a loaded run go on as if nothing had happened, does the state follow the representation to its device?
 OF_ALL = ("bad_input", "contract/test_checkpoint.py", "test_devices.py")
-# What mutmut puts around every function breaks the graphs of torch.compile, and of a strict export.
-COMPILES = "graph_breaks or one_piece or compiled_model or (export and True)"
+# Those that compute, with the tests that they answer to besides: the rest draws, logs, helps to test, or is the way to
+# these. What every training loop passes through answers to those of training loops.
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "_rotation": (),
+    "weighting": (),
+    "_capture": ("engine", "contract", "testing/test_miswired_models.py"),
+    "_engine": ("capture", *(f"contract/test_{name}.py" for name in ("accumulation", "amp", "calls", "copies"))),
+    "_deploy": (),
+    "rotograd": (),
+    "regularization": (),
+}
+# What mutmut puts around every function breaks the graphs of torch.compile, and of a strict export; mypy takes long, and
+# runs no function.
+LEFT_OUT = "graph_breaks or one_piece or compiled_model or test_compile or test_types or (export and True)"
 # Those that mutmut knows how to keep, and one that has no function to call.
 KEPT = ("staticmethod", "classmethod", "overload", "abstractmethod")
 
@@ -40,11 +50,15 @@ def copy_repository(folder: Path, package: str) -> None:
     shutil.copy(ROOT / "pyproject.toml", folder)
     for path in (folder / "rotoopt" / package).glob("*.py"):
         path.write_text(undecorated(path.read_text(encoding="utf-8")), encoding="utf-8")
+    # A warning blames the first line outside of the package, which is not to be the one that mutmut puts around.
+    warn = folder / "rotoopt" / "_torch" / "warn.py"
+    warn.write_text(warn.read_text(encoding="utf-8").replace('"torch")', '"torch", "mutmut")'), encoding="utf-8")
+    tests = dict.fromkeys((package.strip("_"), *OF_ALL, *PACKAGES[package]))
     settings = {
         "source_paths": ["rotoopt"],
         "only_mutate": [f"rotoopt/{package}/*"],
-        "pytest_add_cli_args": ["-p", "no:xdist", "-p", "no:cacheprovider", "-k", f"not ({COMPILES})"],
-        "pytest_add_cli_args_test_selection": [f"tests/{name}" for name in (package.strip("_"), *OF_ALL)],
+        "pytest_add_cli_args": ["-p", "no:xdist", "-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})"],
+        "pytest_add_cli_args_test_selection": [f"tests/{name}" for name in tests],
     }
     with (folder / "pyproject.toml").open("a", encoding="utf-8") as file:
         file.write("\n[tool.mutmut]\n" + "".join(f"{name} = {value!r}\n" for name, value in settings.items()))

@@ -13,20 +13,14 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.testing import assert_close
 
-from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer, RotoGradWeighting
+from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer
 from rotoopt.weighting import Measurements
 from tests.asserts import eps
-from tests.samplers import DTYPES, LAYOUTS, NUM_TASKS, SEEDS, Bench, Layout, Sampler, batches, network
+from tests.samplers import DTYPES, LAYOUTS, NUM_TASKS, SEEDS, Bench, Lagged, Layout, Sampler, batches, network
 
 LAYOUT = st.sampled_from(LAYOUTS)
 NEVER = 10**9  # but in the first step
 STEPS = 4
-
-
-class Lagged(RotoGradWeighting):
-    """The paper's weights, of the step before."""
-
-    lagged = True
 
 
 MAKE: Any = st.sampled_from([EqualWeighting, Lagged, lambda: GradNorm(common_norm="mean_of_norms", lr=0.1)])

@@ -13,6 +13,7 @@ from torch.optim import SGD
 from torch.testing import assert_close
 
 from rotoopt import EqualWeighting
+from rotoopt._engine.record import alignment, conflict_rate
 from rotoopt._rotation.cayley import orthogonality_error
 from tests.samplers import NUM_TASKS, SEEDS, SIZES, Bench, Sampler
 
@@ -114,3 +115,56 @@ def test_record_of_an_earlier_step_stays_as_it_was() -> None:
     bench.step(list(torch.randn(2, 3, 4)))
     for now, then in zip([record.cosines, record.angles, record.total_angles, record.grad_norms], kept, strict=True):
         assert torch.equal(now, then)
+
+
+@given(K=NUM_TASKS, seed=SEEDS, data=st.data())
+def test_passes_of_a_step_leave_the_latest_of_each_task(K: int, seed: int, data: st.DataObject) -> None:
+    """And those of the step before are no part of it."""
+    sampler = Sampler(seed)
+    bench = Bench((3, 4), K, torch.float64, rotate=False)
+    present = st.sets(st.sampled_from(range(K)), min_size=1)
+    for _ in range(2):
+        norms, losses, weights = torch.zeros(K).double(), torch.full((K,), math.nan).double(), torch.zeros(K).double()
+        for tasks in data.draw(st.lists(present, min_size=1, max_size=3)):
+            grads, values, now = sampler.normal(K, 3, 4), sampler.uniform(K), sorted(tasks)
+            bench.backward([grad if task in tasks else None for task, grad in enumerate(grads)], values.tolist())
+            norms[now], losses[now] = grads.flatten(1).norm(dim=1)[now], values[now]
+            weights[now] = bench.record.weights[now]
+            assert_close(bench.record.grad_norms, norms, rtol=1e-13, atol=0)
+            assert torch.equal(bench.record.weights, weights)
+            assert bench.record.losses is not None
+            assert_close(bench.record.losses, losses, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(bench.record.present, ~losses.isnan())
+        bench.optimizer.step()
+
+
+@given(K=NUM_TASKS, seed=SEEDS)
+def test_cosines_are_nan_before_gradients_met(K: int, seed: int) -> None:
+    """After loading, as long as the rotations rest."""
+    sampler = Sampler(seed, torch.float32)
+    trained, resumed = (Bench((3, 4), K, torch.float32, weighting=EqualWeighting(), turn_every=3) for _ in range(2))
+    trained.step(list(sampler.normal(K, 3, 4)))
+    resumed.optimizer.load_state_dict(trained.optimizer.state_dict())
+    resumed.step(list(sampler.normal(K, 3, 4)))
+    assert resumed.record.cosines.shape == (K, K)
+    assert resumed.record.cosines.isnan().all()
+
+
+@given(K=NUM_TASKS, seed=SEEDS, T=st.integers(1, 5))
+def test_measures_of_many_steps_at_once_are_those_of_each(K: int, seed: int, T: int) -> None:
+    sampler = Sampler(seed)
+    grads, finite = sampler.normal(T, K, 3), sampler.uniform(T) < 0.7
+    present = sampler.uniform(T, K) < 0.7
+    units = grads / grads.norm(dim=-1, keepdim=True) * present[..., None]
+    cosines = units @ units.mT
+    for several, each in (
+        (alignment(cosines, finite), map(alignment, cosines, finite)),
+        (conflict_rate(cosines, present, finite), map(conflict_rate, cosines, present, finite)),
+    ):
+        # Sums of K cosines, of numbers up to one, in any order; divided by the length of their mean.
+        assert_close(several, torch.stack(list(each)), rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+def test_gradients_that_cancel_each_other_have_no_target() -> None:
+    cosines = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    assert torch.equal(alignment(cosines, torch.tensor(True)), torch.zeros(2))

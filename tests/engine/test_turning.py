@@ -1,0 +1,58 @@
+"""What the rotations turn by, and what is known of the angles between gradients that met in parts."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.optim import SGD
+from torch.testing import assert_close
+
+from rotoopt import RotoGradWeighting
+from rotoopt._capture.fork import Met
+from rotoopt._engine.turning import partial_cosines
+from rotoopt.weighting._gradients import TaskGradients, task_mask
+from tests.samplers import NUM_TASKS, SEEDS, Bench, Lagged, Sampler
+
+
+@given(K=NUM_TASKS, seed=SEEDS, passes=st.integers(1, 4), data=st.data())
+def test_rotations_turn_alike_whether_or_not_gradients_wait_for_their_weights(
+    K: int, seed: int, passes: int, data: st.DataObject
+) -> None:
+    """And with weights that are known, whether the batch comes whole or in parts."""
+    absent = data.draw(st.sets(st.sampled_from(range(K)), max_size=K - 2))
+    results = []
+    for weighting, parts in ((RotoGradWeighting(), 1), (Lagged(), passes)):
+        sampler = Sampler(seed)
+        options: dict[str, Any] = {"weighting": weighting, "rotation_optimizer": partial(SGD, lr=0.1)}
+        bench = Bench((12, 6), K, torch.float64, **options)
+        for _ in range(2):
+            for part in sampler.normal(K, 12, 6).view(K, parts, -1, 6).unbind(1):
+                bench.shape = tuple(part.shape[1:])
+                bench.backward([None if task in absent else grad for task, grad in enumerate(part)])
+            bench.optimizer.step()
+        assert (bench.record.angles > 0).sum() == K - len(absent)
+        results.append(bench.matrices)
+    assert_close(results[1], results[0], rtol=0, atol=1e-12)  # sums of 12 samples in another order
+
+
+@given(K=NUM_TASKS, seed=SEEDS, readers=st.lists(st.sets(st.integers(0, 9), min_size=1), min_size=1, max_size=4))
+def test_cosines_over_several_tensors_are_those_of_all_that_a_task_reads(
+    K: int, seed: int, readers: list[set[int]]
+) -> None:
+    """What reads a tensor alone meets nobody there."""
+    sampler, read = Sampler(seed), [{task % K for task in tasks} for tasks in readers]
+    mask = torch.stack([task_mask(tasks, torch.ones(K)) for tasks in read], dim=1)
+    grads = sampler.normal(K, len(read), 5) * mask[:, :, None] * sampler.log_scales(K, -2, 2)[:, None, None]
+    met = [
+        Met(TaskGradients.of(at.clone(), tuple(sorted(tasks)), task_mask(tasks, torch.ones(K))), torch.Size([5]), False)
+        for tasks, at in zip(read, grads.unbind(1), strict=True)
+        if len(tasks) > 1
+    ]
+    whole = grads.flatten(1)
+    norms = whole.norm(dim=1)
+    units = torch.where(norms > 0, 1 / norms, 0.0)[:, None] * whole
+    assert_close(partial_cosines(met, norms), units @ units.mT, rtol=0, atol=1e-14)  # entries are one at most
