@@ -35,8 +35,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "rotograd": (),
     "regularization": (),
 }
-# What mutmut puts around every function breaks the graphs of torch.compile, and of a strict export; mypy takes long, and
-# runs no function.
+# What mutmut puts around every function breaks the graphs of torch.compile and a strict export; mypy runs no function.
 LEFT_OUT = "graph_breaks or one_piece or compiled_model or test_compile or test_types or (export and True)"
 # Those that mutmut knows how to keep, and one that has no function to call.
 KEPT = ("staticmethod", "classmethod", "overload", "abstractmethod")

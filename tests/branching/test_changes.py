@@ -1,0 +1,176 @@
+"""What changes on the way, and what heads do with what they get: right, or named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD
+from torch.testing import assert_close
+
+from rotoopt import RotoGradOptimizer
+from rotoopt._capture.wiring import LOOK_EVERY
+from rotoopt.testing._branching.model import Call
+from tests.contract.models import TwoTasks, assert_same, back_propagate, sgd, wrap
+
+PAST = "A parameter that tasks share must be reached through their heads, got"
+Losses = Callable[[TwoTasks, nn.Module], list[Tensor]]
+
+
+def of_both(model: TwoTasks, shared: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    z = model.backbone(model.inputs(0))
+    outputs = [model.heads["left"](z).expand(-1, 6), model.heads["right"](z).repeat(1, 3)]
+    return [shared(output).square().mean() for output in outputs]
+
+
+def weight_of(model: TwoTasks) -> Tensor:
+    return next(model.backbone.parameters())
+
+
+BEHIND: dict[str, tuple[Callable[[], nn.Module], Losses]] = {
+    "normalization": (lambda: nn.LayerNorm(6), lambda model, layer: of_both(model, layer)),
+    "linear": (lambda: nn.Linear(6, 3), lambda model, layer: of_both(model, layer)),
+    "convolution": (lambda: nn.Conv1d(1, 3, 1), lambda model, layer: of_both(model, lambda out: layer(out[:, None]))),
+    "weights of the backbone": (
+        nn.Identity,
+        lambda model, _: of_both(model, lambda out: F.linear(out, weight_of(model)[:, :1].expand(-1, 6))),
+    ),
+    "norm of the backbone": (
+        nn.Identity,
+        lambda model, _: [loss + weight_of(model).norm() for loss in model.losses(0)[0]],
+    ),
+}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("name", BEHIND)
+def test_what_losses_share_behind_their_heads_is_named(name: str, own: bool) -> None:
+    make, losses_of = BEHIND[name]
+    model, layer = TwoTasks(), make()
+    params = [*model.parameters(), *layer.parameters()]
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), model.heads)
+    losses = losses_of(model, layer)
+    if own and name == "norm of the backbone":
+        back_propagate([torch.stack(losses).sum()])  # there, a penalty is a term like any other
+        return
+    with pytest.raises(RuntimeError, match=PAST):
+        back_propagate([torch.stack(losses).sum()]) if own else optimizer.step(losses)
+
+
+@pytest.mark.parametrize("way", ["step", "own"])
+@pytest.mark.parametrize("kind", ["exponential", "softmax", "dot", "log"])
+def test_weights_of_losses_are_nobodys_business(kind: str, way: str) -> None:
+    """Trained ones, as of uncertainty weighting, and others: each loss passes through its own head."""
+    model = TwoTasks()
+    s = nn.Parameter(torch.tensor([0.5, -0.5]))
+    optimizer = RotoGradOptimizer(SGD([*model.parameters(), s], lr=0.1), model.heads)
+    for batch in range(3):
+        optimizer.zero_grad()
+        losses = torch.stack(model.losses(batch)[0])
+        weighted = {
+            "exponential": torch.exp(-s) * losses + s,
+            "softmax": s.softmax(0) * losses,
+            "dot": losses * torch.tensor([0.3, 0.7]),
+            "log": losses.log() if way == "own" else losses,
+        }[kind]
+        if way == "step":
+            optimizer.step(weighted)
+        else:
+            back_propagate([torch.dot(losses, torch.tensor([0.3, 0.7])) if kind == "dot" else weighted.sum()])
+            optimizer.step()
+        assert optimizer.last_step is not None
+        assert optimizer.last_step.present.all()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_loss_that_becomes_one_of_two_outputs_is_refused_soon(own: bool) -> None:
+    model, optimizer = wrap()
+
+    def step(batch: int) -> None:
+        left, right = model(model.inputs(batch))
+        losses = [left.square().mean(), right.square().mean()]
+        if batch > 1:
+            losses[0] = losses[0] + (left - right).square().mean()
+        optimizer.zero_grad()
+        if own:
+            back_propagate([losses[0] + losses[1]])
+            optimizer.step()
+        else:
+            optimizer.step(losses)
+
+    def steps() -> None:
+        for batch in range(2 * LOOK_EVERY):
+            step(batch)
+
+    with pytest.raises(RuntimeError, match=r"The loss of left must be computed from the output of its own head"):
+        steps()
+
+
+def test_heads_may_write_to_containers_that_they_get() -> None:
+    model = TwoTasks()
+
+    def read(layers: nn.ModuleDict, z: Tensor, log: dict[str, Any], extra: list[Tensor]) -> Tensor:
+        out: Tensor = layers["out"](z)
+        log["seen"] = len(z)
+        extra.append(out.mean())
+        return out
+
+    heads = {name: Call(read, out=nn.Linear(6, 2)) for name in ("left", "right")}
+    optimizer = RotoGradOptimizer(sgd([*model.backbone.parameters(), *nn.ModuleDict(heads).parameters()]), heads)
+    log: dict[str, dict[str, Any]] = {name: {} for name in heads}
+    z, losses = model.backbone(model.inputs(0)), []
+    for name, head in heads.items():
+        extra: list[Tensor] = []
+        losses.append(head(z, log[name], extra).square().mean() + extra[0])
+    optimizer.step(losses)
+    assert log == {"left": {"seen": len(z)}, "right": {"seen": len(z)}}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["mask in evaluation", "keywords in evaluation"])
+def test_evaluation_may_call_a_head_in_another_way(masked: bool) -> None:
+    """With a mask that training did not pass, or by keyword."""
+
+    def read(layers: nn.ModuleDict, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        out: Tensor = layers["out"](z)
+        return out if mask is None else out * mask
+
+    torch.manual_seed(0)
+    backbone = nn.Linear(3, 6)
+    heads = nn.ModuleList(Call(read, out=nn.Linear(6, 2)) for _ in range(2))
+    bare = SGD([*backbone.parameters(), *heads.parameters()], lr=0.1)
+    optimizer, x, mask = RotoGradOptimizer(bare, heads, init="haar"), torch.randn(4, 3), torch.ones(4, 1)
+    optimizer.step([head(backbone(x), *([mask] if masked else [])).square().mean() for head in heads])
+    heads.eval()
+    with torch.no_grad():
+        z = backbone(x)
+        expected = [head(z, mask) if masked else head(z) for head in heads]
+        found = [head(mask=mask, z=z) if masked else head(z, mask) for head in heads]
+    assert_same(found, expected)
+    rotated = z @ optimizer.rotations[0].mT
+    assert_close(found[0], F.linear(rotated, *heads[0].layers["out"].parameters()))  # type: ignore[union-attr, index]
+
+
+def test_a_failed_backward_pass_leaves_nothing_behind() -> None:
+    """Where z is a parameter, the next pass comes to the same tensor."""
+    z, heads = nn.Parameter(torch.randn(4, 6)), nn.ModuleList(nn.Linear(6, 2) for _ in range(2))
+    optimizer = RotoGradOptimizer(SGD([z, *heads.parameters()], lr=0.1), heads)
+
+    def losses(scale: Tensor) -> list[Tensor]:
+        return [(head(z) * scale).square().mean() for head in heads]
+
+    def fail(grad: Tensor) -> None:
+        raise MemoryError("as by a batch that is too large")
+
+    failing = torch.ones((), requires_grad=True)
+    first, second = losses(torch.ones(())), losses(failing * 1)
+    second[1].register_hook(fail)  # type: ignore[no-untyped-call]
+    with pytest.raises(MemoryError):
+        optimizer.backward([first[0], second[1]])
+    optimizer.zero_grad()
+    optimizer.step(losses(torch.ones(())))
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.present.all()
