@@ -193,6 +193,8 @@ class Capture:
         """
         if is_transformed():
             return self._rotate(rep, task, place, own)
+        if (task, place) in self.places.own:
+            return rep
         matrix = self.places.matrix_for(rep, task, place, note=rep.requires_grad)
         if not self._paused:
             self.fed.note(rep, task)
@@ -204,7 +206,7 @@ class Capture:
         fork.taps[task] += 1
         fork.rotated = fork.rotated or matrix is not None
         self.shapes[task, place] = rep.shape
-        out = Rotate.apply(rep, matrix, self.dims, fork, task)  # type: ignore[no-untyped-call]
+        out = Rotate.apply(rep, matrix, self.dims, fork, (task, place))  # type: ignore[no-untyped-call]
         return self._own_copy(out, (task, place)) if own and matrix is None else out
 
     def _own_copy(self, out: Tensor, key: tuple[int, Place]) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rotoopt._capture.places import Place
 from rotoopt._capture.representation import RotatedDims, rotated
 from rotoopt._torch.private import version
 from rotoopt.weighting import Measurements
@@ -240,10 +241,12 @@ class Rotate(torch.autograd.Function):
     """R_k z forward; backward, the gradient R_k^T g_k goes to the fork, in float32 or float64."""
 
     @staticmethod
-    def forward(ctx: Any, rep: Tensor, matrix: Tensor | None, dims: RotatedDims, fork: Fork, task: int) -> Tensor:
+    def forward(
+        ctx: Any, rep: Tensor, matrix: Tensor | None, dims: RotatedDims, fork: Fork, key: tuple[int, Place]
+    ) -> Tensor:
         """Return R_k z; z itself for a task that is not rotated."""
         ctx.save_for_backward(matrix)
-        ctx.dims, ctx.fork, ctx.task = dims, fork, task
+        ctx.dims, ctx.fork, (ctx.task, ctx.place) = dims, fork, key
         # Detached, so that autograd takes it for no view, and a head may begin with an in-place ReLU.
         return rep.view_as(rep) if matrix is None else rotated(rep, matrix, dims).detach()
 

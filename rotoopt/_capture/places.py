@@ -31,11 +31,13 @@ class Places:
 
     Attributes:
         noted: By task, the places that were noted, and whether they are rotated.
+        own: Tasks and places where a tensor enters that was made of parameters of the task alone, as an embedding.
     """
 
     def __init__(self, rotations: Rotations, dims: RotatedDims) -> None:
         self._rotations = rotations
         self._dims = dims
+        self.own: set[tuple[int, Place]] = set()
         self._proposed: int | None = None
         self.noted: list[dict[Place, bool]] = [{} for _ in range(len(rotations))]
 
@@ -135,10 +137,11 @@ class Places:
             if self._rotations.size is None:
                 self._rotations.create(size)
 
-    def state_dict(self) -> list[dict[Place, bool]]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what was noted."""
-        return [dict(noted) for noted in self.noted]
+        return {"noted": [dict(noted) for noted in self.noted], "own": sorted(self.own)}
 
-    def load_state_dict(self, noted: list[dict[Place, bool]]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
-        self.noted = [dict(each) for each in noted]
+        self.noted = [dict(each) for each in state_dict["noted"]]
+        self.own = set(state_dict["own"])

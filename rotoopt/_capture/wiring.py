@@ -25,6 +25,7 @@ from rotoopt._capture.graph import (
     taps_of,
     terms,
 )
+from rotoopt._capture.places import Places
 from rotoopt._torch.modules import is_trained, name_of
 from rotoopt._torch.private import running_roots
 from rotoopt.weighting import Weighting
@@ -38,11 +39,15 @@ class Wiring:
     Args:
         names: How to call the K tasks.
         heads: What belongs to each task alone, if it is known.
+        places: Where tensors enter the heads.
     """
 
-    def __init__(self, names: Sequence[str], heads: Sequence[Sequence[nn.Module | nn.Parameter]]) -> None:
+    def __init__(
+        self, names: Sequence[str], heads: Sequence[Sequence[nn.Module | nn.Parameter]], places: Places
+    ) -> None:
         self._names = names
         self._heads = heads
+        self._places = places
         self._one_tensor: dict[frozenset[int], bool] = {}
         self._made_by: dict[frozenset[int], list[str]] = {}  # the latest operations of the losses
         self._num_known: Counter[frozenset[int]] = Counter()
@@ -106,7 +111,12 @@ class Wiring:
         return one_tensor if one_tensor == self._one_tensor[tasks] else None
 
     def _remember(self, tasks: frozenset[int], losses: Iterable[Node]) -> bool:
-        self._one_tensor[tasks] = len({tap.fork for tap in taps_of(losses)}) == 1
+        taps, own = taps_of(losses), self._own_parameters()
+        for tap in taps:
+            made_of = leaves(behind([tap]))
+            if made_of and all(own.get(id(param)) == tap.task for param in made_of):
+                self._places.own.add((tap.task, tap.place))  # nothing to weigh there
+        self._one_tensor[tasks] = len({tap.fork for tap in taps}) == 1
         return self._one_tensor[tasks]
 
     def _own_parameters(self) -> dict[int, int]:
@@ -167,7 +177,8 @@ def check_heads_apart(taps: set[Node], names: Sequence[str]) -> None:
             if other.task == tap.task:
                 raise RuntimeError(
                     f"The modules of {names[tap.task]} must be the first ones that belong to it alone, got one that "
-                    "reads what another one has made. List the first one only."
+                    "reads what another one, or an earlier call of it, has made. List the first one only; a loop that "
+                    "calls a head on its own output belongs inside of the head."
                 )
             raise RuntimeError(
                 f"Heads must read the backbone, got {names[tap.task]}, which reads what the head of "

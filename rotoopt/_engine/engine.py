@@ -68,7 +68,7 @@ class Engine:
         self._weighing = Weighing(
             weighting, self.memory, rotations, processes, burn_in_period=burn_in_period, turn_every=turn_every
         )
-        self._wiring = Wiring(self.names, heads)
+        self._wiring = Wiring(self.names, heads, self.capture.places)
         self._silent_heads = SilentHeads(self.names)
         self._record: StepRecord | None = None
         self._running: BackwardPass | None = None

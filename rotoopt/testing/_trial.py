@@ -58,7 +58,9 @@ class Trial:
         """
         engine = self.engine
         try:
-            one_tensor = Wiring(self.names, self.core.heads).check(losses, engine.capture.fed, None)
+            one_tensor = Wiring(self.names, self.core.heads, engine.capture.places).check(
+                losses, engine.capture.fed, None
+            )
             check_weighting(engine.weighting, engine.capture.fed, self.names, one_tensor=one_tensor)
         except RuntimeError as error:
             raise AssertionError(str(error)) from None

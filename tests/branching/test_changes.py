@@ -110,6 +110,40 @@ def test_a_loss_that_becomes_one_of_two_outputs_is_refused_soon(own: bool) -> No
         steps()
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_parameters_of_a_head_that_are_handed_to_it_get_its_own_gradient(own: bool) -> None:
+    """An embedding of the labels, a query: nothing is shared there. Also in a run that is resumed."""
+    torch.manual_seed(0)
+    backbone, embedding = nn.Linear(5, 6), nn.Embedding(3, 6)
+
+    def read(layers: nn.ModuleDict, z: Tensor, extra: Tensor) -> Tensor:
+        out: Tensor = layers["out"](z * extra)
+        return out
+
+    heads = nn.ModuleDict({"a": Call(read, out=nn.Linear(6, 2), embedding=embedding), "b": nn.Linear(6, 2)})
+    params = [*backbone.parameters(), *heads.parameters()]
+    optimizer = RotoGradOptimizer(SGD(params, lr=1e-3), heads)
+    for step in range(6):
+        if step == 3:
+            state = optimizer.state_dict()
+            optimizer.remove()
+            optimizer = RotoGradOptimizer(SGD(params, lr=1e-3), heads)
+            optimizer.load_state_dict(state)
+        z = backbone(torch.randn(4, 5))
+        losses = [100 * heads["a"](z, embedding(torch.arange(4) % 3)).square().mean(), heads["b"](z).square().mean()]
+        (expected,) = torch.autograd.grad(
+            100
+            * F.linear(z.detach() * embedding(torch.arange(4) % 3), *heads["a"].layers["out"].parameters())  # type: ignore[union-attr, index]
+            .square()
+            .mean(),
+            embedding.weight,
+        )
+        optimizer.zero_grad()
+        back_propagate(losses) if own else optimizer.backward(losses)
+        assert_close(embedding.weight.grad, expected)
+        optimizer.step()
+
+
 def test_heads_may_write_to_containers_that_they_get() -> None:
     model = TwoTasks()
 
