@@ -360,7 +360,7 @@ class RotoGradOptimizer(OptimizerWrapper):
         before you fold.
 
         Raises:
-            RuntimeError: If heads are functional (``num_tasks=K``), no head ran in training mode since this optimizer
+            RuntimeError: If heads are functional (``num_tasks=K``), a head did not run in training mode since this optimizer
                 was built, or ``fold`` or :meth:`remove` was called before. Nothing has changed then.
 
         Example:
@@ -368,7 +368,7 @@ class RotoGradOptimizer(OptimizerWrapper):
             >>> params = [*backbone.parameters(), *head_a.parameters(), *head_b.parameters()]
             >>> optimizer = RotoGradOptimizer(torch.optim.SGD(params, lr=0.1), heads=[head_a, head_b], init="haar")
             >>> z = backbone(torch.randn(5, 3))
-            >>> rotated = head_a(z)
+            >>> rotated, _ = head_a(z), head_b(z)
             >>> optimizer.fold()
             >>> torch.allclose(head_a(z), rotated, atol=1e-6), len(head_a._forward_pre_hooks)
             (True, 0)
