@@ -360,8 +360,8 @@ class RotoGradOptimizer(OptimizerWrapper):
         before you fold.
 
         Raises:
-            RuntimeError: If heads are functional (``num_tasks=K``), a head did not run in training mode since this optimizer
-                was built, or ``fold`` or :meth:`remove` was called before. Nothing has changed then.
+            RuntimeError: If heads are functional (``num_tasks=K``), a head did not run in training mode since this
+                optimizer was built, or ``fold`` or :meth:`remove` was called before. Nothing has changed then.
 
         Example:
             >>> backbone, head_a, head_b = nn.Linear(3, 8), nn.Linear(8, 1), nn.Linear(8, 2)
