@@ -163,7 +163,7 @@ class RotoGradOptimizer(OptimizerWrapper):
             init=init,
         )
         dims, used_weighting = RotatedDims(dim), as_weighting(weighting)
-        hooks = previous_hooks([modules_of(each) for each in parts])
+        hooks = previous_hooks([modules_of(each) for each in parts], names)
         if len(names) == 1 and init == "identity" and not turned(hooks):
             flags = (False,)  # a single task agrees with itself: R = I for ever, so do not even multiply by it
         if turn_every is None:
@@ -286,10 +286,10 @@ class RotoGradOptimizer(OptimizerWrapper):
             core.rotograd_loaded = False
             core.engine.finish_step(core.rotation_step.step, self.rotation_optimizer.param_groups[0]["lr"])
             core.untrained_heads.observe()
+        elif core.engine.capture.fed.tasks:
+            core.engine.note_frozen()
         elif not core.engine.capture.shapes:
             self._note_idle_step()
-            if core.engine.capture.fed.tasks:
-                core.engine.note_frozen()
         return result
 
     def _note_idle_step(self) -> None:

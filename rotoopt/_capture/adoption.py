@@ -8,18 +8,29 @@ from torch import nn
 
 from rotoopt._capture.capture import Capture
 from rotoopt._capture.hooks import HeadHook, hooks_in
+from rotoopt._torch.modules import unwrapped
 
 Hooks = list[tuple[int, int, HeadHook]]
 
 
-def previous_hooks(heads: Sequence[Sequence[nn.Module]]) -> Hooks:
-    """Return the hooks that an optimizer before has put on ``heads``, with task and number of the module."""
-    return [
-        (task, number, hook)
-        for task, modules in enumerate(heads)
-        for number, module in enumerate(modules)
-        for _, hook in hooks_in(module)
-    ]
+def previous_hooks(heads: Sequence[Sequence[nn.Module]], names: Sequence[str]) -> Hooks:
+    """Return the hooks that an optimizer before has put on ``heads``, with task and number of the module.
+
+    Raises:
+        ValueError: If there is a rotation that differs from I inside of a head, and not in front of it.
+    """
+    found: Hooks = []
+    for task, modules in enumerate(heads):
+        for number, module in enumerate(modules):
+            for inner, hook in hooks_in(module):
+                if inner is not module and inner is not unwrapped(module) and turned([(task, number, hook)]):
+                    raise ValueError(
+                        "`heads` must be the modules that an optimizer before had, or modules without a rotation in "
+                        f"them, got {names[task]}, which has one in front of its {type(inner).__name__}. Call fold() "
+                        "on that optimizer first: it makes the rotations part of the heads."
+                    )
+                found.append((task, number, hook))
+    return found
 
 
 def turned(hooks: Hooks) -> Hooks:
@@ -34,7 +45,7 @@ def adopt(hooks: Hooks, capture: Capture, names: Sequence[str]) -> None:
         ValueError: If they do not fit. Nothing is removed then.
     """
     for task, number, hook in turned(hooks):
-        error = capture.load_saved(task, number, hook.capture.saved(hook.task, hook.part))
+        error = capture.whereabouts.load(task, number, hook.capture.whereabouts.saved(hook.task, hook.part))
         if error is not None:
             raise ValueError(
                 "`heads` must fit the rotations that they have from an optimizer before, got "

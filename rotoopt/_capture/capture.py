@@ -12,21 +12,17 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rotoopt._capture.fork import BackwardPass, Fed, Fork, Rotate
+from rotoopt._capture.inputs import Inputs, is_floating, paths_and_leaves, rebuilt
 from rotoopt._capture.places import Place, Places, Z
 from rotoopt._capture.representation import RotatedDims, rotated
-from rotoopt._capture.whereabouts import changes_of
+from rotoopt._capture.whereabouts import Whereabouts
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._torch.private import (
     backward_pass_id,
     is_transformed,
-    keystr,
     not_compiled,
-    tree_flatten_with_path,
-    tree_unflatten,
     version,
 )
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Capture:
@@ -41,6 +37,7 @@ class Capture:
         handles: The handles of the hooks that feed the heads.
         fed: What the heads were fed since the latest backward pass; a new one, and the next forward pass begins.
         places: Which of the tensors that enter the heads are rotated.
+        whereabouts: Whether the rotations are those of the weights behind them.
         shapes: Shapes of what entered latest in training, by task and place.
     """
 
@@ -50,9 +47,9 @@ class Capture:
         self.handles: list[RemovableHandle] = []
         self.fed = Fed()
         self.places = Places(rotations, dims)
+        self.whereabouts = Whereabouts(rotations, self.places)
         self.shapes: dict[tuple[int, Place], torch.Size] = {}
         self._paused = False
-        self._loaded: int | None = None
         self._running = running
         self._forks = WeakTensorKeyDictionary()
         self._changes_input: dict[tuple[int, Place], bool] = {}  # whether a head changes what it gets there in place
@@ -71,37 +68,6 @@ class Capture:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-
-    def saved(self, task: int, part: int) -> dict[str, Any]:
-        """Return what belongs to the weights of a module of a head: its rotation, None for I, and where it rotates."""
-        matrix = self.rotations[task].clone() if self.rotations.is_turned(task) else None
-        return {
-            "rotation": matrix,
-            "places": {path: fits for (n, path), fits in self.places.noted[task].items() if n == part},
-        }
-
-    def load_saved(self, task: int, part: int, saved: dict[str, Any]) -> str | None:
-        """Load what :meth:`saved` returned; return why not, where it does not fit."""
-        matrix, rotations = saved["rotation"], self.rotations
-        if matrix is not None and not rotations.rotate[task]:
-            return "the weights need a rotation, and the task has rotate=False."
-        if matrix is not None and rotations.size not in (None, len(matrix)):
-            return f"the weights need a rotation of {len(matrix)} features, and those here have {rotations.size}."
-        if matrix is None and rotations.size is not None:
-            matrix = torch.eye(rotations.size)
-        if matrix is not None:
-            rotations.load_matrix(task, matrix)
-        self.places.noted[task].update({(part, path): fits for path, fits in saved["places"].items()})
-        return None
-
-    def mark_as_loaded(self) -> None:
-        """Note that the rotations are those of weights that were, or will be, loaded beside them."""
-        self._loaded = changes_of(self.rotations)
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the rotations have been loaded, and not turned since."""
-        return self._loaded == changes_of(self.rotations)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -127,15 +93,10 @@ class Capture:
         if len(args) == 1 and not kwargs and is_floating(args[0]):
             return (self.feed(args[0], task, (part, Z), training=training, own=True),), kwargs
         captures = training and torch.is_grad_enabled()
-        return (self._capture_each if captures else self._feed_each)(args, kwargs, task, part, training)
+        return (self._capture_each if captures else self._feed_each)((args, kwargs), task, part, captures)
 
-    @not_compiled
-    def _capture_each(self, args: tuple[Any, ...], kwargs: dict[str, Any], task: int, part: int, _: bool) -> Inputs:
-        """The same as :meth:`_feed_each`, with one graph break for all."""
-        return self._feed_each(args, kwargs, task, part, training=True)
-
-    def _feed_each(self, args: tuple[Any, ...], kwargs: dict[str, Any], task: int, part: int, training: bool) -> Inputs:
-        pairs, structure = paths_and_leaves((args, kwargs))
+    def _feed_each(self, inputs: Inputs, task: int, part: int, captures: bool) -> Inputs:
+        pairs, structure = paths_and_leaves(inputs)
         if not any(is_floating(leaf) for _, leaf in pairs):
             found = ", ".join(str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for _, x in pairs)
             raise TypeError(
@@ -143,7 +104,7 @@ class Capture:
                 f"dicts, got {found or 'no input'}. Objects of other classes are not looked into: for such inputs give "
                 "num_tasks=K instead of `heads`, and feed the heads the tensors of optimizer.rotate(z)."
             )
-        if not (training and torch.is_grad_enabled()):
+        if not captures:
             pairs = self.places.as_in_training(pairs, task, part)
         fed: list[Any] = []
         for i, (path, leaf) in enumerate(pairs):
@@ -153,11 +114,12 @@ class Capture:
                 self.places.note_same((part, path), (part, pairs[same][0]), task)
                 fed.append(fed[same])
             elif is_floating(leaf):
-                fed.append(self.feed(leaf, task, (part, path), training=training, own=True))
+                fed.append(self.feed(leaf, task, (part, path), training=captures, own=True))
             else:
                 fed.append(leaf)
-        inputs: Inputs = _with_containers_of((args, kwargs), tree_unflatten(fed, structure))
-        return inputs
+        return rebuilt(inputs, fed, structure)
+
+    _capture_each = not_compiled(_feed_each)  # one graph break for all
 
     def feed(
         self, rep: Tensor, task: int, place: Place = (0, Z), *, training: bool = True, own: bool = False
@@ -193,12 +155,11 @@ class Capture:
         """
         if is_transformed():
             return self._rotate(rep, task, place, own)
-        if (task, place) in self.places.own:
-            return rep
         matrix = self.places.matrix_for(rep, task, place, note=rep.requires_grad)
-        if not self._paused:
+        let_pass = self._paused or (task, place) in self.places.own  # with the true gradient, whatever it is
+        if not let_pass:
             self.fed.note(rep, task)
-        if self._paused or not rep.requires_grad:
+        if let_pass or not rep.requires_grad:
             out = rep if matrix is None else rotated(rep, matrix, self.dims)
             own = own and matrix is None and self._may_be_z(task, place)
             return self._own_copy(out, (task, place)) if own else out
@@ -238,33 +199,3 @@ class Capture:
             fork.taps.clear()
             self.fed.forks.add(fork)
         return fork
-
-
-def is_floating(leaf: object) -> bool:
-    """Whether ``leaf`` is a floating-point tensor."""
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
-def _with_containers_of(given: Any, rebuilt: Any) -> Any:
-    """Return ``rebuilt`` with the very containers of ``given`` in which nothing changed: a head may write to them."""
-    if isinstance(given, dict):
-        items = {key: _with_containers_of(given[key], rebuilt[key]) for key in given}
-        if all(items[key] is given[key] for key in given):
-            return given
-        rebuilt.update(items)
-    elif isinstance(given, list | tuple):
-        parts = [_with_containers_of(*pair) for pair in zip(given, rebuilt, strict=True)]
-        if all(part is each for part, each in zip(parts, given, strict=True)):
-            return given
-        if isinstance(given, list):
-            rebuilt[:] = parts
-        else:
-            rebuilt = type(rebuilt)(*parts) if hasattr(rebuilt, "_fields") else tuple(parts)
-    return rebuilt
-
-
-def paths_and_leaves(inputs: Inputs) -> tuple[list[tuple[str, Any]], Any]:
-    """Return everything among ``inputs`` with its path, and their structure. An only floating-point tensor is z."""
-    pairs, structure = tree_flatten_with_path(inputs)
-    alone = sum(is_floating(leaf) for _, leaf in pairs) == 1
-    return [(Z if alone and is_floating(leaf) else keystr(path), leaf) for path, leaf in pairs], structure

@@ -15,10 +15,10 @@ Node = Any  # torch.autograd.graph.Node, whose attributes depend on the operatio
 
 # What adds losses up, or multiplies them: behind these, a sum of losses is still a sum of losses.
 SUMS = {"Add", "Sub", "Rsub", "Neg", "Mul", "Div", "Sum", "Mean", "Stack", "Cat", "Unbind", "Select"}
+SUMS |= {"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Clone", "ToCopy", "Expand"}
 # What DistributedDataParallel lets all outputs pass, and FSDP all inputs, each by itself.
 HANDED_ON = {"_DDPSink", "RegisterPostBackwardFunction"}
 BUNDLES = {"Unbind", "Split", "SplitWithSizes"}
-SUMS |= {"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Clone", "ToCopy", "Expand"}
 
 
 def reached(roots: Iterable[Node | None], *, stop_at_taps: bool = False) -> set[Node]:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from rotoopt._capture.capture import Capture, Inputs
+from rotoopt._capture.capture import Capture
+from rotoopt._capture.inputs import Inputs
 from rotoopt._capture.whereabouts import ENTRY, LOST, STALE, Origin, checksum
 from rotoopt._torch.modules import unwrapped
 from rotoopt._torch.private import forward_pre_hooks, not_compiled
@@ -48,7 +49,7 @@ class HeadHook:
 
     @not_compiled
     def _warn(self, head: nn.Module) -> None:
-        if self.lost and not self.capture.is_loaded:
+        if self.lost and self.capture.whereabouts.are_lost(self.task):
             warn_user(LOST)
         self.lost = False
         if self.origin is None:
@@ -65,7 +66,7 @@ class HeadHook:
         """Add the rotation to what a state dict has beside its keys: ``state_dict._metadata``."""
         number = checksum(state_dict, prefix)
         if number is not None:  # else on every process another one, and rotations must be the same on all
-            metadata[ENTRY] = {**self.capture.saved(self.task, self.part), "checksum": number}
+            metadata[ENTRY] = {**self.capture.whereabouts.saved(self.task, self.part), "checksum": number}
 
     def load(
         self,
@@ -83,9 +84,9 @@ class HeadHook:
             return
         saved, number = metadata.get(ENTRY), checksum(state_dict, prefix)
         if saved is None or number is None or not torch.equal(saved["checksum"], number):
-            self.lost = self.capture.rotations.is_turned(self.task) and not self.capture.is_loaded
+            self.lost = self.capture.whereabouts.are_lost(self.task)
             return
-        error = self.capture.load_saved(self.task, self.part, saved)
+        error = self.capture.whereabouts.load(self.task, self.part, saved)
         if error is not None:
             errors.append(f"{prefix}: {error}")
         self.lost = False

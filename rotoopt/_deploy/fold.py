@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotoopt._capture.capture import Capture, Inputs, paths_and_leaves
+from rotoopt._capture.capture import Capture
+from rotoopt._capture.inputs import Inputs, paths_and_leaves, rebuilt
 from rotoopt._capture.places import Z
 from rotoopt._capture.representation import RotatedDims, rotated
 from rotoopt._deploy.first_layers import FirstLayer, UnfoldableError, find_first_layers, wide
 from rotoopt._torch.modules import unwrapped
-from rotoopt._torch.private import tree_unflatten
 from rotoopt._torch.warn import warn_user
 
 
@@ -38,8 +38,7 @@ class RotationHook:
         matrix = head.get_buffer("rotation")
         pairs, structure = paths_and_leaves((args, kwargs))
         leaves = [rotated(leaf, matrix, self.dims) if path in self.paths else leaf for path, leaf in pairs]
-        inputs: Inputs = tree_unflatten(leaves, structure)
-        return inputs
+        return rebuilt((args, kwargs), leaves, structure)
 
 
 @dataclass(frozen=True)

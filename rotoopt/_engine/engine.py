@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from rotoopt._capture.capture import Capture
+from rotoopt._capture.faults import check_weighting
 from rotoopt._capture.fork import BackwardPass, Fed
 from rotoopt._capture.representation import RotatedDims
-from rotoopt._capture.wiring import Wiring, check_weighting
+from rotoopt._capture.wiring import Wiring
 from rotoopt._engine.arguments import Losses, Parts, check_backbone_loss, check_losses, check_rep, warn_of_frozen
 from rotoopt._engine.memory import Memory
 from rotoopt._engine.record import StepRecord
@@ -273,7 +274,7 @@ class Engine:
         self.clear()
         self.memory.load_state_dict(state_dict)
         self.capture.places.load_state_dict(state_dict["places"])
-        self.capture.mark_as_loaded()
+        self.capture.whereabouts.mark_as_loaded()
 
     def clear(self) -> None:
         """Forget the backward passes since the latest step."""

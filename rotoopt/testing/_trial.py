@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from rotoopt._capture.faults import check_weighting
 from rotoopt._capture.fork import Fed
-from rotoopt._capture.wiring import Wiring, check_weighting
+from rotoopt._capture.wiring import Wiring
 from rotoopt._engine.arguments import Losses, check_losses
 from rotoopt.optimizer import RotoGradOptimizer
 

@@ -103,6 +103,18 @@ def test_heads_that_never_run(mistake: Callable[[TwoTasks], TwoTasks], scheduled
     step(2)
 
 
+def test_backbone_that_is_frozen_from_the_start_in_backward_passes_of_ones_own() -> None:
+    model, optimizer = wrap()
+    model.backbone.requires_grad_(False)
+
+    def step(batch: int) -> None:
+        optimizer.zero_grad()
+        back_propagate(model.losses(batch)[0])
+        optimizer.step()
+
+    assert_warns_once([partial(step, batch) for batch in range(3)], FROZEN)
+
+
 @pytest.mark.parametrize("normalize_losses", [False, True])
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_frozen_backbone(scheduled: bool, normalize_losses: bool) -> None:

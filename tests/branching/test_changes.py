@@ -61,8 +61,17 @@ def test_what_losses_share_behind_their_heads_is_named(name: str, own: bool) -> 
         back_propagate([torch.stack(losses).sum()]) if own else optimizer.step(losses)
 
 
-@pytest.mark.parametrize("way", ["step", "own"])
-@pytest.mark.parametrize("kind", ["exponential", "softmax", "dot", "log"])
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("exponential", "step"),
+        ("exponential", "own"),
+        ("softmax", "step"),
+        ("softmax", "own"),
+        ("dot", "own"),
+        ("log", "own"),
+    ],
+)
 def test_weights_of_losses_are_nobodys_business(kind: str, way: str) -> None:
     """Trained ones, as of uncertainty weighting, and others: each loss passes through its own head."""
     model = TwoTasks()
@@ -74,16 +83,29 @@ def test_weights_of_losses_are_nobodys_business(kind: str, way: str) -> None:
         weighted = {
             "exponential": torch.exp(-s) * losses + s,
             "softmax": s.softmax(0) * losses,
-            "dot": losses * torch.tensor([0.3, 0.7]),
-            "log": losses.log() if way == "own" else losses,
+            "dot": torch.dot(losses, torch.tensor([0.3, 0.7])),
+            "log": losses.log(),
         }[kind]
         if way == "step":
             optimizer.step(weighted)
         else:
-            back_propagate([torch.dot(losses, torch.tensor([0.3, 0.7])) if kind == "dot" else weighted.sum()])
+            back_propagate([weighted.sum()])
             optimizer.step()
         assert optimizer.last_step is not None
         assert optimizer.last_step.present.all()
+
+
+def test_time_steps_of_one_task_may_share_a_parameter_that_is_not_listed() -> None:
+    """Of the sum of their losses, each looks like that of a task."""
+    model = TwoTasks()
+    log_std = nn.Parameter(torch.zeros(6))
+    optimizer = RotoGradOptimizer(SGD([*model.parameters(), log_std], lr=0.1), model.heads)
+    z = model.backbone(model.inputs(0))
+    expected = (1 - 2 * model.heads["left"](z).detach().square().mean()) / 2
+    steps = [((model.heads["left"](z).expand(-1, 6) / log_std.exp()).square() + log_std).mean() for _ in range(3)]
+    back_propagate([sum(steps) + model.heads["right"](z).square().mean()])
+    optimizer.step()
+    assert_close(log_std.grad, expected.expand(6))
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -112,7 +134,7 @@ def test_a_loss_that_becomes_one_of_two_outputs_is_refused_soon(own: bool) -> No
 
 @pytest.mark.parametrize("own", [False, True])
 def test_parameters_of_a_head_that_are_handed_to_it_get_its_own_gradient(own: bool) -> None:
-    """An embedding of the labels, a query: nothing is shared there. Also in a run that is resumed."""
+    """An embedding of the labels, a query: nothing is shared there. Also in a run that is resumed, and evaluated."""
     torch.manual_seed(0)
     backbone, embedding = nn.Linear(5, 6), nn.Embedding(3, 6)
 
@@ -122,22 +144,26 @@ def test_parameters_of_a_head_that_are_handed_to_it_get_its_own_gradient(own: bo
 
     heads = nn.ModuleDict({"a": Call(read, out=nn.Linear(6, 2), embedding=embedding), "b": nn.Linear(6, 2)})
     params = [*backbone.parameters(), *heads.parameters()]
-    optimizer = RotoGradOptimizer(SGD(params, lr=1e-3), heads)
+    optimizer = RotoGradOptimizer(SGD(params, lr=1e-3), heads, init="haar")
     for step in range(6):
         if step == 3:
             state = optimizer.state_dict()
             optimizer.remove()
-            optimizer = RotoGradOptimizer(SGD(params, lr=1e-3), heads)
+            optimizer = RotoGradOptimizer(SGD(params, lr=1e-3), heads, init="haar")
             optimizer.load_state_dict(state)
         z = backbone(torch.randn(4, 5))
-        losses = [100 * heads["a"](z, embedding(torch.arange(4) % 3)).square().mean(), heads["b"](z).square().mean()]
-        (expected,) = torch.autograd.grad(
-            100
-            * F.linear(z.detach() * embedding(torch.arange(4) % 3), *heads["a"].layers["out"].parameters())  # type: ignore[union-attr, index]
-            .square()
-            .mean(),
-            embedding.weight,
-        )
+        labels = torch.arange(4) % 3
+        losses = [100 * heads["a"](z, embedding(labels)).square().mean(), heads["b"](z).square().mean()]
+        R = optimizer.rotations[0] if len(optimizer.rotations.matrices) else torch.eye(6)
+        out = heads["a"].layers["out"]  # type: ignore[index]
+        assert isinstance(out, nn.Linear)
+        same = 100 * out((z.detach() @ R.mT) * (embedding(labels) @ R.mT)).square().mean()
+        (expected,) = torch.autograd.grad(same, embedding.weight)
+        assert_close(losses[0], same)
+        with torch.no_grad():
+            heads["a"].eval()
+            assert_close(100 * heads["a"](z, embedding(labels)).square().mean(), losses[0])
+            heads["a"].train()
         optimizer.zero_grad()
         back_propagate(losses) if own else optimizer.backward(losses)
         assert_close(embedding.weight.grad, expected)

@@ -105,6 +105,17 @@ def test_evaluation_before_and_between_training_steps(make: Make) -> None:
         check_step(twins, x, twins.losses(x, 0), TOLERANCE[torch.float64])
 
 
+@pytest.mark.parametrize("name", ["nested_inputs", "list_of_levels", "keyword_attention_heads", "other_sizes"])
+def test_evaluation_is_one_graph(name: str) -> None:
+    twins = Twins.of(BRANCHING[NAMES.index(name)], 0, torch.float32, init="haar")
+    x = twins.batch(0)
+    twins.wrapped.losses(x)  # makes the rotations
+    twins.wrapped.modules().eval()
+    with torch.no_grad():
+        compiled = torch.compile(twins.wrapped.losses, backend="eager", fullgraph=True)
+        assert_same(compiled(x), twins.wrapped.losses(x))
+
+
 @MODELS
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("init", ["identity", "haar"])

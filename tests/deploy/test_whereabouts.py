@@ -195,6 +195,16 @@ def test_a_new_optimizer_takes_over_the_rotations(heads: list[str], copied: bool
     second.step({name: losses[name] for name in heads})
 
 
+def test_a_rotation_inside_of_a_new_head_is_an_error_until_it_is_folded() -> None:
+    model, optimizer = wrap(**OPTIONS)
+    train(model, optimizer, 0, 1)
+    outer = {name: nn.Sequential(nn.Tanh(), head) for name, head in model.heads.items()}
+    with pytest.raises(ValueError, match=r"left, which has one in front of its \w+. Call fold\(\) on that optimizer"):
+        RotoGradOptimizer(sgd(model.parameters()), outer)
+    optimizer.fold()
+    RotoGradOptimizer(sgd(model.parameters()), outer)
+
+
 def test_state_dicts_are_those_of_the_bare_model_after_remove() -> None:
     model, optimizer = wrap(**OPTIONS)
     train(model, optimizer, 0)
