@@ -29,8 +29,19 @@ OF_ALL = ("bad_input", "contract/test_checkpoint.py", "test_devices.py")
 PACKAGES: dict[str, tuple[str, ...]] = {
     "_rotation": (),
     "weighting": (),
-    "_capture": ("engine", "contract", "testing/test_miswired_models.py"),
-    "_engine": ("capture", *(f"contract/test_{name}.py" for name in ("accumulation", "amp", "calls", "copies"))),
+    "_capture": (
+        "engine",
+        "contract",
+        "branching/test_batches.py",
+        "branching/test_changes.py",
+        "testing/test_miswired_models.py",
+    ),
+    "_engine": (
+        "capture",
+        "branching/test_batches.py",
+        "branching/test_changes.py",
+        *(f"contract/test_{name}.py" for name in ("accumulation", "amp", "calls", "copies")),
+    ),
     "_deploy": (),
     "rotograd": (),
     "regularization": (),
