@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from rotoopt._capture.adoption import adopt, previous_hooks, turned
+from rotoopt._capture.averages import warn_of_averages
 from rotoopt._capture.hooks import attach
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._deploy.fold import fold
@@ -188,6 +189,7 @@ class RotoGradOptimizer(OptimizerWrapper):
             processes=processes,
         )
         adopt(hooks, engine.capture, names)
+        warn_of_averages([modules_of(each) for each in parts])
         untrained = UntrainedHeads(optimizer, parts, names)
         self._wrap(_Core(optimizer, parts, engine, rotation_step, untrained, rotation_optimizer is None))
         for task, head in enumerate(parts):

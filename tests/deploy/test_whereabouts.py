@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -193,6 +194,19 @@ def test_a_new_optimizer_takes_over_the_rotations(heads: list[str], copied: bool
     second.zero_grad()
     losses = dict(zip(model.heads, model.losses(2)[0], strict=True))
     second.step({name: losses[name] for name in heads})
+
+
+@pytest.mark.parametrize("of", ["the model", "another model", "nothing"])
+def test_an_average_from_before_the_optimizer_is_reported(of: str) -> None:
+    model = TwoTasks()
+    averaged = {"the model": AveragedModel(model), "another model": AveragedModel(nn.Linear(2, 2)), "nothing": None}[of]
+    message = "An average of the model must be made after the optimizer, got an AveragedModel from before"
+    with pytest.warns(UserWarning, match=message) if of == "the model" else nullcontext():
+        RotoGradOptimizer(sgd(model.parameters()), model.heads)
+    del averaged
+    with_hooks = AveragedModel(model)
+    RotoGradOptimizer(sgd(model.parameters()), model.heads)
+    del with_hooks
 
 
 def test_a_rotation_inside_of_a_new_head_is_an_error_until_it_is_folded() -> None:
