@@ -132,10 +132,12 @@ def _ones(getter: IntermediateLayerGetter, inputs: Any, channel_dim: int) -> dic
     """Return masks that change nothing. Shapes ``(C,)``."""
     maps, _ = getter(inputs)
     for name, output in maps.items():
-        if not isinstance(output, Tensor) or not -output.ndim <= channel_dim < output.ndim:
+        # The first dimension is that of the samples.
+        if not isinstance(output, Tensor) or not (abs(channel_dim) < output.ndim and channel_dim):
             found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise ValueError(
-                f"Layers must return tensors that have channel_dim={channel_dim}, got {found} from {name}."
+                "Layers must return tensors with samples along the first dimension and channels along another, "
+                f"channel_dim={channel_dim}, got {found} from {name}."
             )
     return {name: at_least_float32(output.new_ones(output.shape[channel_dim])) for name, output in maps.items()}
 

@@ -99,7 +99,7 @@ class Relationship(nn.Module):
         with in_eval_mode(classifier):
             if cache is not None and cached:
                 matrix = _load(cache)
-                _check_fit(matrix, next(iter(data_loader)), classifier, device, num_classes, cache)
+                _check_fit(matrix, data_loader, classifier, device, num_classes, cache)
             else:
                 matrix = _mean_predictions(data_loader, classifier, device, num_classes, processes)
         self.register_buffer("relationship", matrix.to(device, torch.float32))
@@ -157,6 +157,7 @@ def _grown(totals: Tensor, rows: int, columns: int) -> Tensor:
 def _load(cache: str | os.PathLike[str]) -> Tensor:
     try:
         matrix = torch.load(cache, map_location="cpu", weights_only=True)["relationship"]
+        matrix = matrix.to(torch.float32)
     except Exception as error:
         raise ValueError(
             f"`cache` must be a file that a Relationship saved, got {os.fspath(cache)!r} ({type(error).__name__}). "
@@ -167,14 +168,17 @@ def _load(cache: str | os.PathLike[str]) -> Tensor:
 
 def _check_fit(
     matrix: Tensor,
-    batch: tuple[Tensor, Tensor],
+    data_loader: Iterable[tuple[Tensor, Tensor]],
     classifier: nn.Module,
     device: torch.device | str,
     num_classes: int | None,
     cache: str | os.PathLike[str],
 ) -> None:
     """Raise unless ``matrix``, loaded from ``cache``, has the classes of the first batch."""
-    x, labels = batch
+    x, labels = next(iter(data_loader), (None, None))
+    if x is None or labels is None:
+        raise ValueError("`data_loader` must have a batch, to compare with what is in `cache`, got an empty one.")
+    check_labels(labels, len(x), num_classes)
     num_source = source_logits(classifier, x.to(device)).shape[1]
     num_target = len(matrix) if num_classes is None else num_classes
     if matrix.shape != (num_target, num_source) or int(labels.max()) >= len(matrix):

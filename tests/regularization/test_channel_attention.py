@@ -367,8 +367,13 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     ),
     "channel_dim": (
         ValueError,
-        r"Layers must return tensors that have channel_dim=2, got shape \(4, 3\) from head",
+        r"and channels along another, channel_dim=2, got shape \(4, 3\) from head",
         lambda: channel_attention(network(), ["head"], F.cross_entropy, draw_batches(), channel_dim=2),
+    ),
+    "channels along the samples": (
+        ValueError,
+        r"and channels along another, channel_dim=0, got shape \(4, 3\) from head",
+        lambda: channel_attention(network(), ["head"], F.cross_entropy, draw_batches(), channel_dim=0),
     ),
     "no tensor": (
         ValueError,

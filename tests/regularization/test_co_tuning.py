@@ -305,6 +305,24 @@ def test_cache_of_another_kind_is_an_error(content: bytes, reason: str, tmp_path
         Relationship([data()], source_model(), "cpu", tmp_path / "cache.npy")
 
 
+def test_cache_without_a_matrix_is_an_error(tmp_path: Path) -> None:
+    torch.save({"relationship": [[0.5, 0.5]]}, tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"`cache` must be a file that .* \(AttributeError\)"):
+        Relationship([data()], source_model(), "cpu", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [([], "`data_loader` must have a batch"), ([(X, torch.tensor([0, -1, 1]))], "`labels` must not be negative")],
+)
+def test_data_that_is_not_looked_at_because_of_a_cache_is_checked(
+    batches: Batches, message: str, tmp_path: Path
+) -> None:
+    Relationship([data()], source_model(), "cpu", tmp_path / "cache")
+    with pytest.raises(ValueError, match=message):
+        Relationship(batches, source_model(), "cpu", tmp_path / "cache")
+
+
 def test_cache_runs_no_code(tmp_path: Path) -> None:
     matrix = Relationship([data()], source_model(), "cpu").relationship
     torch.save({"relationship": matrix, "more": source_model()}, tmp_path / "cache")
