@@ -12,13 +12,14 @@
 from rotoopt._engine.record import StepRecord
 from rotoopt._rotation.rotations import Rotations
 from rotoopt.optimizer import RotoGradOptimizer
-from rotoopt.weighting import EqualWeighting, GradNorm, RotoGradWeighting, Weighting
+from rotoopt.weighting import EqualWeighting, GradNorm, ProgressWeighting, RotoGradWeighting, Weighting
 
 __all__ = [
     "RotoGradOptimizer",
     "Rotations",
     "StepRecord",
     "Weighting",
+    "ProgressWeighting",
     "RotoGradWeighting",
     "GradNorm",
     "EqualWeighting",

@@ -160,8 +160,9 @@ class Engine:
     def _lags(self, one_tensor: bool) -> bool:
         """Return whether the weights of a backward pass are those that the step before has made."""
         check_weighting(self.weighting, self.capture.fed, self.names, one_tensor=one_tensor)
-        if self.weighting.lagged or self.processes.count == 1:
-            return self.weighting.lagged or not one_tensor
+        lagged = self.weighting.lagged and (not self._passes or self._passes[-1].lagged)  # all of a step are alike
+        if lagged or self.processes.count == 1:
+            return lagged or not one_tensor
         if self._one_tensor_on_all is None:  # in the first pass: later ones exchange norms where all expect it
             self._one_tensor_on_all = self.processes.all(one_tensor, self.memory.weights.device)
         if self._one_tensor_on_all and not one_tensor:

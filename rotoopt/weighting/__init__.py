@@ -7,11 +7,13 @@ or pass any callable that maps the ``(K, n)`` gradients to ``(n,)``, such as a T
 
 from rotoopt.weighting._gradnorm import GradNorm
 from rotoopt.weighting._measurements import Measurements
+from rotoopt.weighting._progress import ProgressWeighting
 from rotoopt.weighting._weighting import EqualWeighting, RotoGradWeighting, Weighting, gradient_shares
 
 __all__ = [
     "Weighting",
     "Measurements",
+    "ProgressWeighting",
     "RotoGradWeighting",
     "EqualWeighting",
     "GradNorm",

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from rotoopt.weighting._gradients import TaskGradients
 from rotoopt.weighting._measurements import Measurements
-from rotoopt.weighting._weighting import RotoGradWeighting, Weighting
+from rotoopt.weighting._progress import ProgressWeighting
+from rotoopt.weighting._weighting import Weighting
 
 Aggregator = Callable[[Tensor], Tensor]
 
@@ -48,14 +49,14 @@ class CallableWeighting(Weighting):
 
 
 def as_weighting(weighting: Weighting | Aggregator | None) -> Weighting:
-    """Return ``weighting`` as a :class:`Weighting`; ``None`` is the paper's."""
+    """Return ``weighting`` as a :class:`Weighting`; ``None`` is the default."""
     if weighting is None:
-        return RotoGradWeighting()
+        return ProgressWeighting()
     if isinstance(weighting, Weighting):
         return weighting
     if isinstance(weighting, type) or not callable(weighting):
         raise TypeError(
-            "`weighting` must be a Weighting or a callable (K, n) -> (n,), such as RotoGradWeighting(), "
+            "`weighting` must be a Weighting or a callable (K, n) -> (n,), such as ProgressWeighting(), "
             f"GradNorm(alpha=1.5), EqualWeighting() or a TorchJD aggregator, got {weighting!r}."
         )
     return CallableWeighting(weighting)

@@ -1,0 +1,104 @@
+"""The default weighting: norms that are equal on average, times how far every task still has to go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotoopt.weighting._measurements import Measurements
+from rotoopt.weighting._weighting import Weighting
+
+BURST = 3.0  # how many times larger than on average a gradient may be before its own norm counts
+VANISHED = 1e-3  # of the largest average norm: below, a weight grows no more
+RATES = 1e-4, 1e4  # between which r is told apart
+
+
+class ProgressWeighting(Weighting):
+    r"""Give all task gradients the same norm on average, and more of it to tasks that have come less far.
+
+    .. math:: w_k = \frac{\pi_k}{\nu_k} \sum_j \nu_j, \qquad \pi_k = \frac{r_k^\alpha}{\sum_j r_j^\alpha}, \qquad
+        \nu_k^2 = \overline{\lVert G_k \rVert^2}, \qquad r_k = \overline{L_k} / |L_k(t_0)|
+
+    Bars are running means. The weighted norms add up to what the norms add up to in the plain sum, so its learning
+    rates fit, and task k has the share :math:`\pi_k` of it. Of a loss that is quadratic around zero, :math:`\nu_k` is
+    in proportion to :math:`\sqrt{r_k}`: with :math:`\alpha = 1/2` its weight does not grow while it converges.
+
+    The weights are made by the steps before, and so known before a backward pass: each gradient goes on at once. In the
+    first step, gradients wait for each other if all heads read one tensor; otherwise its weights are ones.
+
+    What is not known is left out: all r are one where the losses are not seen (your own ``sum(losses).backward()``),
+    and that of a task whose loss has been negative, of which a ratio tells nothing. A task without a gradient so far
+    has weight one. Absent tasks count with what is remembered of them, so that a batch per task is weighted as one of
+    all.
+
+    Weights are bounded: a gradient that is more than three times as large as on average counts with a third of its own
+    norm, one that vanishes with a thousandth of the largest :math:`\nu_k` so far, and r between 1e-4 and 1e4.
+
+    Args:
+        alpha: :math:`\alpha`, how strongly slow tasks are favored, as in GradNorm; 0 gives equal norms.
+        decay: How much of a running mean a step keeps, from 0 to 1.
+
+    Source: the shares are the targets of Chen et al., GradNorm, ICML 2018, eq. 2, reached without trained weights; one
+    norm for all tasks is that of RotoGrad, ICLR 2022, eq. 1, which takes the latest gradients instead of running means.
+    """
+
+    def __init__(self, alpha: float = 0.5, *, decay: float = 0.95) -> None:
+        if not alpha >= 0:
+            raise ValueError(f"`alpha` must be a non-negative number, got {alpha!r}.")
+        if not 0 <= decay < 1:
+            raise ValueError(f"`decay` must be at least 0 and below 1, got {decay!r}.")
+        self.alpha = alpha
+        self.decay = decay
+
+    def __call__(self, measured: Measurements) -> Tensor:
+        """Remember what was measured, and return w."""
+        seen = measured.present & measured.finite & (measured.norms > 0)
+        norms, rates = self._norms(measured.norms, seen), self._rates(measured, seen)
+        self.lagged = True
+        known = norms > 0
+        shares = torch.where(known, rates**self.alpha, 0.0)
+        largest = norms.amax()  # the sum is taken at this scale: huge norms overflow
+        total = largest * (norms / largest).sum()
+        weights = (shares / shares.sum() * (total / norms)).clamp(max=torch.finfo(norms.dtype).max)
+        return torch.where(known, weights, 1.0)
+
+    def _norms(self, latest: Tensor, seen: Tensor) -> Tensor:
+        r"""Return :math:`\nu`, bounded; zero where it is not known. Shape ``(K,)``."""
+        before, gain = self._remembered("norms", latest), self._gain("num_norms", seen, latest)
+        norms = torch.hypot((1 - gain).sqrt() * before, gain.sqrt() * torch.where(seen, latest, 0.0))
+        norms = torch.where(seen, norms, before)
+        peaks = torch.maximum(self._remembered("peaks", latest), norms)
+        self.state["norms"], self.state["peaks"] = norms, peaks
+        burst = torch.where(seen, latest / BURST, 0.0)
+        return torch.maximum(torch.maximum(norms, burst), VANISHED * peaks)
+
+    def _rates(self, measured: Measurements, seen: Tensor) -> Tensor:
+        """Return r. Shape ``(K,)``."""
+        losses, ones = measured.losses, torch.ones_like(measured.norms)
+        if losses is None:
+            return ones
+        before, gain = self._remembered("losses", losses), self._gain("num_losses", seen, losses)
+        means = torch.where(seen, before + gain * (losses - before), before)
+        signed = (self._remembered("signed", losses) > 0) | (seen & (losses < 0))
+        self.state["losses"], self.state["signed"] = means, signed.to(means)
+        rates = (means / measured.loss_references).clamp(*RATES)
+        return torch.where(signed | rates.isnan(), ones, rates)
+
+    def _gain(self, name: str, seen: Tensor, like: Tensor) -> Tensor:
+        """Return the share of the latest value in a running mean, at first in a plain one. Shape ``(K,)``."""
+        count = self._remembered(name, like) + seen
+        self.state[name] = count
+        return (1 / count).clamp(min=1 - self.decay, max=1.0)
+
+    def _remembered(self, name: str, like: Tensor) -> Tensor:
+        return self.state[name] if name in self.state else torch.zeros_like(like)
+
+    def load_state_dict(self, state_dict: dict[str, Any], like: Tensor) -> None:
+        """Load what :meth:`state_dict` returned."""
+        super().load_state_dict(state_dict, like)
+        self.lagged = bool(state_dict)
+
+    def __repr__(self) -> str:
+        return f"ProgressWeighting(alpha={self.alpha})"
