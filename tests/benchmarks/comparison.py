@@ -30,7 +30,18 @@ from tests.benchmarks.official_rotograd import make_environment
 from tests.benchmarks.problems import PROBLEMS, Problem
 from tests.benchmarks.quality_results import write
 
-NAMES = ("digits d=64", "regression d=64 cos=-0.5", "maps C=16", "tokens d=32", "toy")
+NAMES = (
+    "digits d=64",
+    "regression d=64 cos=-0.5",
+    "maps C=16",
+    "tokens d=32",
+    "toy",
+    "kinds",
+    "rates",
+    "label noise",
+    "capacity",
+    "direction",
+)
 SEARCH_SEEDS = (1000, 1001, 1002)
 
 Results = dict[Job, list[float]]

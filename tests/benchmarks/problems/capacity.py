@@ -1,0 +1,73 @@
+"""Many tasks through few features: regressions that do not fit into the representation together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from tests.benchmarks.problems.base import Metric, Outputs, Problem, Trial
+
+NUM_TASKS, WIDTH = 12, 6
+NUM_INPUTS, NUM_TEACHER, NUM_HIDDEN = 12, 4, 64
+NUM_TRAINING, NUM_TEST, BATCH = 2048, 2048, 64
+NOISE = 0.5  # standard deviation, of targets with standard deviation 1
+
+
+class CapacityTrial(Trial):
+    """Every target is a teacher network of its own, and all are of the same scale.
+
+    One task fits into the features; the twelve have to share them. Heads begin with tanh: of six features
+    behind a ReLU, some would die, more or fewer by the seed.
+    """
+
+    d = WIDTH
+    num_steps = 400
+    lr = 3e-3
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        shape = (NUM_TASKS, NUM_INPUTS, NUM_TEACHER)
+        self.features = torch.randn(shape, generator=self.generator) / math.sqrt(NUM_INPUTS)
+        self.readouts = torch.randn(NUM_TASKS, NUM_TEACHER, 1, generator=self.generator)
+        self.train = self._draw(NUM_TRAINING)
+        self.held_out = self._draw(NUM_TEST)
+
+        torch.manual_seed(seed)
+        self.backbone = nn.Sequential(nn.Linear(NUM_INPUTS, NUM_HIDDEN), nn.ReLU(), nn.Linear(NUM_HIDDEN, WIDTH))
+        self.heads = nn.ModuleList(nn.Sequential(nn.Tanh(), nn.Linear(WIDTH, 1)) for _ in range(NUM_TASKS))
+
+    def _draw(self, count: int) -> tuple[Tensor, Tensor]:
+        inputs = torch.randn(count, NUM_INPUTS, generator=self.generator)
+        targets = (torch.tanh(2 * inputs @ self.features) @ self.readouts).squeeze(2).mT
+        targets = (targets - targets.mean(0)) / targets.std(0)
+        return inputs, targets + NOISE * torch.randn(targets.shape, generator=self.generator)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Draw batches with replacement from the training data."""
+        inputs, targets = self.train
+        for _ in range(self.num_steps):
+            rows = torch.randint(NUM_TRAINING, (BATCH,), generator=self.generator)
+            yield inputs[rows], targets[rows]
+
+    def losses(self, outputs: list[Tensor], targets: Tensor) -> list[Tensor]:
+        """Return the mean squared errors."""
+        pairs = zip(outputs, targets.mT, strict=True)
+        return [(output.squeeze(1) - target).square().mean() for output, target in pairs]
+
+    @torch.no_grad()
+    def test(self, outputs: Outputs) -> list[float]:
+        """Return the mean squared errors, those of the noise included: what single tasks leave is little without."""
+        inputs, targets = self.held_out
+        return [loss.item() for loss in self.losses(outputs(inputs), targets)]
+
+
+CAPACITY = Problem(
+    "capacity",
+    tuple(Metric(f"MSE {task}", False) for task in range(NUM_TASKS)),
+    CapacityTrial,
+    methods="few",
+    middle_lr=2.0,
+)
