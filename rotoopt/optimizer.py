@@ -83,8 +83,9 @@ class RotoGradOptimizer(OptimizerWrapper):
         rotation_size: Rotate only the first m features along ``dim``. The rotations then exist from construction;
             otherwise they are made in the first training forward.
         rotate: ``False``, or one flag per task: that task keeps R_k = I (frozen, pretrained heads).
-        weighting: How K gradients become one: ``RotoGradWeighting()`` (default), ``GradNorm(alpha=...)``,
-            ``EqualWeighting()``, or any callable ``(K, n) -> (n,)``, such as a TorchJD aggregator.
+        weighting: How K gradients become one: ``ProgressWeighting()`` (default), ``RotoGradWeighting()`` (the paper's),
+            ``GradNorm(alpha=...)``, ``EqualWeighting()``, or any callable ``(K, n) -> (n,)``, such as a TorchJD
+            aggregator.
         normalize_losses: Back-propagate ``L_k / |L_k(t0)|`` instead of L_k. Needs ``step(losses)`` or
             ``backward(losses)``: in your own ``sum(losses).backward()`` the losses are what you make them.
         burn_in_period: Step at which L_k(t0) and the norms ||G_k(t0)|| are taken anew.
@@ -121,8 +122,8 @@ class RotoGradOptimizer(OptimizerWrapper):
         (torch.Size([2]), torch.Size([2, 8, 8]))
 
     Source: Javaloy and Valera, RotoGrad: Gradient Homogenization in Multitask Learning, ICLR 2022, algorithm 1. Departs
-    from the official code (rotograd 0.1.6): wraps the optimizer instead of the model; starts at R_k = I; the rotation
-    objective uses unit gradients; rotations turn in every 16th step, by a step that decays and that is multiplied by
+    from the official code (rotograd 0.1.6): wraps the optimizer instead of the model; gradients have one norm on
+    average and times progress, instead of in every step; starts at R_k = I; the rotation objective uses unit gradients; rotations turn in every 16th step, by a step that decays and that is multiplied by
     how well successive gradients agree; references are never taken from absent, zero or non-finite gradients; an absent
     task contributes nothing instead of its previous gradient.
     """

@@ -62,6 +62,34 @@ def gradnorm_gradient(J: Tensor, logits: Tensor, loss_ratios: Tensor, present: l
     return weights * (slopes - weights @ slopes / len(logits))
 
 
+class Progress:
+    """Equal norms on average, times progress: w_k = share_k / norm_k * (sum of norms), from the steps before."""
+
+    def __init__(self, n_tasks: int, alpha: float, decay: float = 0.95) -> None:
+        self.alpha, self.slowest = alpha, 1 - decay
+        self.squares, self.losses, self.peaks, self.counts = torch.zeros(4, n_tasks).double()
+        self.weights = torch.ones(n_tasks).double()
+        self.signed = [False] * n_tasks
+
+    def update(self, norms: Tensor, losses: Tensor, references: Tensor) -> None:
+        """``norms`` and ``losses`` are NaN for absent tasks."""
+        common, rates = self.peaks.clone(), torch.ones_like(self.weights)
+        for k, (norm, loss) in enumerate(zip(norms.tolist(), losses.tolist(), strict=True)):
+            if norm > 0:
+                self.counts[k] += 1
+                gain = max(self.slowest, 1 / self.counts[k].item())
+                self.squares[k] += gain * (norm**2 - self.squares[k])
+                self.losses[k] += gain * (loss - self.losses[k])
+                self.signed[k] = self.signed[k] or loss < 0
+            self.peaks[k] = max(self.peaks[k].item(), self.squares[k].item() ** 0.5)
+            common[k] = max(self.squares[k].item() ** 0.5, norm / 3 if norm > 0 else 0.0, self.peaks[k].item() / 1000)
+            if not self.signed[k] and not references[k].isnan():
+                rates[k] = (self.losses[k] / references[k]).clamp(1e-4, 1e4)
+        known = common > 0
+        shares = torch.where(known, rates**self.alpha, 0.0)
+        self.weights = torch.where(known, shares / shares.sum() * common.sum() / common, 1.0)
+
+
 def rotation_gradient(U: Tensor, V: Tensor) -> Tensor:
     """Eq. 3, unit gradients: the skew S along which R cay(S) raises <U, V> fastest."""
     N = U.mT @ V  # U, V: (samples, m)
@@ -116,7 +144,7 @@ class References:
 class Oracle:
     """Trains a float64 backbone and heads, whose parameters are in ``optimizer``.
 
-    The arguments are those of ``RotoGradOptimizer``, those of ``GradNorm`` (``alpha``,
+    The arguments are those of ``RotoGradOptimizer``, those of the weighting (``alpha``,
     ``weight_lr``), and ``matrices``, the first rotations. ``losses``, ``norms`` and ``weights``
     are the last step's, NaN for absent tasks; a callable ``weighting`` has no weights.
     """
@@ -128,7 +156,7 @@ class Oracle:
     dim: int | tuple[int, ...] = -1
     rotation_size: int | None = None
     rotate: bool | Sequence[bool] = True
-    weighting: Literal["rotograd", "equal", "gradnorm"] | Callable[[Tensor], Tensor] = "rotograd"
+    weighting: Literal["rotograd", "equal", "gradnorm", "progress"] | Callable[[Tensor], Tensor] = "rotograd"
     alpha: float = 1.5
     weight_lr: float = 1e-3
     normalize_losses: bool = False
@@ -145,6 +173,7 @@ class Oracle:
         self.known_norms = torch.full((K,), math.nan).double()
         self.squares, self.logits = torch.zeros(K).double(), torch.zeros(K).double()
         self.logit_optimizer = Adam([self.logits], lr=self.weight_lr)
+        self.progress = Progress(K, self.alpha)
 
     def step(self, x: Tensor, loss_fns: Sequence[LossFn | None], backbone_loss: LossFn | None = None) -> Tensor:
         """Take one step on one batch and return its losses, NaN where a task is absent.
@@ -188,6 +217,8 @@ class Oracle:
             self.known_norms = torch.where(self.norms > 0, self.norms, self.known_norms)
             if self.weighting == "gradnorm":
                 self._step_logits(J, present)
+            if self.t > 0:
+                self.progress.update(self.norms, self.losses, self.loss_references.values)
             if len(present) > 1:
                 self._step_rotations(J, present, index)
         self.t += 1
@@ -216,6 +247,10 @@ class Oracle:
             weights = weights[present]
         elif self.weighting == "gradnorm":
             weights = (len(self.heads) * self.logits.softmax(0))[present]
+        elif self.weighting == "progress":
+            if self.t == 0:
+                self.progress.update(self.norms, self.losses, self.loss_references.values)
+            weights = self.progress.weights[present]
         else:
             weights = torch.ones(len(present)).double()
         self.weights[present] = weights

@@ -104,13 +104,15 @@ class Bench:
 
     There is no model: the representation is a fresh leaf, so ``backward`` returns what a backbone
     would receive. The wrapped optimizer holds one parameter, which never has a gradient. Rotations turn in every step,
-    unless ``options`` say something else.
+    and the weighting is the paper's, unless ``options`` say something else.
     """
 
     def __init__(self, shape: Sequence[int], K: int, dtype: torch.dtype, **options: Any) -> None:
         self.shape, self.K, self.dtype = tuple(shape), K, dtype
         bare = SGD([nn.Parameter(torch.zeros(1, dtype=dtype))], lr=0.1)
-        self.optimizer = RotoGradOptimizer(bare, num_tasks=K, **{"turn_every": 1, **options})
+        self.optimizer = RotoGradOptimizer(
+            bare, num_tasks=K, **{"turn_every": 1, "weighting": RotoGradWeighting(), **options}
+        )
 
     def backward(self, grads: Sequence[Tensor | None], values: Sequence[float] | None = None) -> Tensor:
         """Back-propagate losses ``values`` (ones) whose gradients at r_k are ``grads``."""

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
-from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer, RotoGradWeighting
+from rotoopt import EqualWeighting, GradNorm, ProgressWeighting, RotoGradOptimizer, RotoGradWeighting
 from rotoopt._rotation.cayley import DenseSkew, SampleSkew
 from tests.asserts import relative_error
 from tests.oracle import LossFn, Oracle
@@ -37,6 +37,7 @@ WEIGHTINGS: dict[str, Callable[[], Any]] = {
     "rotograd": RotoGradWeighting,
     "equal": EqualWeighting,
     "gradnorm": lambda: GradNorm(ALPHA, lr=WEIGHT_LR),
+    "progress": lambda: ProgressWeighting(ALPHA),
     "callable": lambda: mean_of_units,
 }
 ROTATION_OPTIMIZERS: dict[str | None, Any] = {
@@ -91,17 +92,22 @@ CASES = {
     "scales, plain sum": Case(K=4, scales=(-2.0, 3.0), weighting="equal"),
     "scales, GradNorm": Case(K=4, scales=(-2.0, 3.0), weighting="gradnorm"),
     "scales, callable": Case(K=4, scales=(3.0, -2.0), weighting="callable"),
+    "scales, progress": Case(K=4, scales=(-2.0, 3.0), weighting="progress"),
+    "normalized losses, progress": Case(K=4, scales=(3.0, -2.0), normalize_losses=True, weighting="progress"),
     "normalized losses": Case(K=4, scales=(-2.0, 3.0), normalize_losses=True),
     "normalized losses, GradNorm": Case(K=4, scales=(3.0, -2.0), normalize_losses=True, weighting="gradnorm"),
     "absent tasks": Case(K=4, absent=True),
     "absent tasks, low rank": Case(LAYOUTS[5], K=4, absent=True),
     "absent tasks, GradNorm": Case(K=4, absent=True, weighting="gradnorm"),
+    "absent tasks, progress": Case(K=4, absent=True, weighting="progress"),
     "absent tasks, callable": Case(K=4, absent=True, weighting="callable"),
     "absent tasks, Adam on the rotations": Case(K=4, absent=True, rotation_optimizer="Adam"),
+    "negative losses, progress": Case(K=4, negative=True, weighting="progress"),
     "negative losses": Case(K=4, negative=True, normalize_losses=True),
     "no gradient at first": Case(K=4, silent=True),
     "no gradient at first, normalized losses": Case(K=4, silent=True, normalize_losses=True),
     "no gradient at first, GradNorm": Case(K=4, silent=True, weighting="gradnorm"),
+    "no gradient at first, progress": Case(K=4, silent=True, weighting="progress"),
     "backbone loss": Case(backbone_loss=True),
     "one task not rotated": Case(frozen=True),
     "Haar": Case(haar=True),

@@ -161,7 +161,7 @@ def check_weighting(weighting: Weighting, fed: Fed, names: Sequence[str], *, one
             f"The weighting {weighting!r} must see the gradients of all tasks at one tensor, got several tensors that "
             f"enter the heads. {fed.described(names)}. Either (a) do what stands between them and one z inside of the "
             "heads, or once before all of them, or (b) take a weighting that adds the gradients up: "
-            "RotoGradWeighting(), GradNorm() or EqualWeighting()."
+            "ProgressWeighting(), RotoGradWeighting(), GradNorm() or EqualWeighting()."
         )
 
 

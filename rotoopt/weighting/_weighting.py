@@ -18,12 +18,12 @@ class Weighting(ABC):
 
     By default, the weights of a backward pass are made in it: K gradients wait at the representation until all have
     arrived, their norms are measured, and their weighted sum goes on to the backbone. Where the heads do not all read
-    one tensor, they cannot wait for each other: then all weightings are lagged.
+    one tensor, they cannot wait for each other: then all weightings are lagged, and the first weights are ones.
 
     Attributes:
         lagged: Whether the weights are used from the next step on instead, and so are known before its backward pass.
             Then each gradient goes on at once, times its weight, and none is kept. The weights of the first step are
-            ones.
+            ones; to make these in its backward pass as well, set it at the first call.
         needs_losses: Whether the losses must be seen. Then ``sum(losses).backward()`` is an error that asks for
             ``optimizer.step(losses)`` or ``optimizer.backward(losses)``.
         needs_cosines: Whether the K gradients must meet in every step, for their cosines.

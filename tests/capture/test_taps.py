@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.testing import assert_close
 
-from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer
+from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer, RotoGradWeighting
 from rotoopt.weighting import Measurements
 from tests.asserts import eps
 from tests.samplers import DTYPES, LAYOUTS, NUM_TASKS, SEEDS, Bench, Lagged, Layout, Sampler, batches, network
@@ -72,7 +72,9 @@ def test_backbone_gets_the_sum_of_the_gradients_times_the_weights_that_are_recor
 @given(K=NUM_TASKS, seed=SEEDS)
 def test_weights_are_those_that_the_step_before_measured(K: int, seed: int) -> None:
     sampler = Sampler(seed)
-    lagged, exact = (Bench((4, 6), K, torch.float64, weighting=w, rotate=False) for w in (Lagged(), None))
+    lagged, exact = (
+        Bench((4, 6), K, torch.float64, weighting=w, rotate=False) for w in (Lagged(), RotoGradWeighting())
+    )
     weights = torch.ones(K).double()
     for _ in range(STEPS):
         grads = list(grads_of(sampler, K, (4, 6)))

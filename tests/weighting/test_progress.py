@@ -1,0 +1,250 @@
+"""The default weighting: norms that are equal on average, times progress; bounded, and blind to the scale of a loss."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from rotoopt import ProgressWeighting
+from rotoopt.weighting import Measurements
+from tests.asserts import eps
+from tests.contract.models import train, wrap
+from tests.samplers import DTYPES, NUM_TASKS, SEEDS, Bench, Sampler
+
+STEPS = 6
+ALPHAS = st.sampled_from([0.0, 0.5, 1.0, 1.5])
+SHAPE = (4, 6)
+
+
+def bench(K: int, dtype: torch.dtype = torch.float64, alpha: float = 0.5, **options: Any) -> Bench:
+    return Bench(
+        SHAPE, K, dtype, **{"weighting": ProgressWeighting(alpha), "rotate": False, "burn_in_period": 3} | options
+    )
+
+
+def measured(norms: Tensor, losses: Tensor | None = None, references: Tensor | None = None) -> Measurements:
+    """Return what a step measures of tasks that are all there."""
+    everywhere, unknown = torch.ones(len(norms), dtype=torch.bool), torch.full_like(norms, torch.nan)
+    known = unknown if references is None else references
+    return Measurements(norms, everywhere, torch.tensor(True), losses, None, unknown, known)
+
+
+def shares(found: Bench) -> Tensor:
+    """Return what part each task has of the sum of the weighted norms."""
+    weighted = found.record.weights * found.record.grad_norms
+    return weighted / weighted.sum()
+
+
+@given(K=NUM_TASKS, seed=SEEDS, power=st.integers(-30, 30), alpha=ALPHAS, dtype=DTYPES)
+def test_scale_of_a_loss_does_not_change_the_shares(
+    K: int, seed: int, power: int, alpha: float, dtype: torch.dtype
+) -> None:
+    """At any time: in the first step, before the end of the burn-in and after it."""
+    sampler, scaled = Sampler(seed, dtype), Sampler(seed).integer(K)
+    one, other = (bench(K, dtype, alpha) for _ in range(2))
+    for _ in range(STEPS):
+        grads, values = sampler.normal(K, *SHAPE), sampler.uniform(K)
+        one.step(list(grads), values.tolist())
+        grads[scaled], values[scaled] = grads[scaled] * 2.0**power, values[scaled] * 2.0**power
+        other.step(list(grads), values.tolist())
+        assert_close(shares(other), shares(one), rtol=50 * eps(dtype), atol=0)
+
+
+@given(K=NUM_TASKS, seed=SEEDS, power=st.integers(-30, 30), alpha=ALPHAS, dtype=DTYPES)
+def test_scale_of_all_gradients_does_not_change_the_weights(
+    K: int, seed: int, power: int, alpha: float, dtype: torch.dtype
+) -> None:
+    sampler, (one, other) = Sampler(seed, dtype), (bench(K, dtype, alpha) for _ in range(2))
+    for _ in range(STEPS):
+        grads, values = sampler.normal(K, *SHAPE), sampler.uniform(K).tolist()
+        one.step(list(grads), values)
+        other.step(list(grads * 2.0**power), [value * 2.0**power for value in values])
+        assert torch.equal(other.record.weights, one.record.weights)
+
+
+@given(K=NUM_TASKS, seed=SEEDS, alpha=ALPHAS)
+def test_weighted_norms_add_up_to_those_of_the_plain_sum(K: int, seed: int, alpha: float) -> None:
+    sampler, weighting = Sampler(seed), ProgressWeighting(alpha)
+    norms, losses = sampler.log_scales(K, -3, 3), 1 + sampler.uniform(K)
+    for _ in range(STEPS):  # constant, so that averages are known
+        weights = weighting(measured(norms, losses, sampler.uniform(K) + 0.1))
+        assert_close((weights * norms).sum(), norms.sum(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("K", [2, 5])
+def test_norms_are_equal_on_average(K: int) -> None:
+    """Of gradients whose size jumps around a mean of its own for each task. Roots of mean squares."""
+    sampler, weighting = Sampler(0), ProgressWeighting(decay=0.999)
+    means, squares = sampler.log_scales(K, -3, 3), torch.zeros(K).double()
+    for step in range(1200):
+        norms = means * (0.5 + sampler.uniform(K))
+        weights = weighting(measured(norms))
+        squares += (weights * norms / means.mean()).square() if step >= 200 else 0
+    roots = squares.sqrt()
+    assert_close(roots, roots.mean().expand(K), rtol=0.1, atol=0)  # six standard deviations of 1000 draws
+
+
+@pytest.mark.parametrize("K", [2, 5])
+@pytest.mark.parametrize("converges", [True, False], ids=["it converges", "all others converge"])
+def test_share_of_a_task_that_converges_falls_and_of_one_that_does_not_rises(K: int, converges: bool) -> None:
+    weighting, norms = ProgressWeighting(), 1 + Sampler(0).uniform(K)
+    shares = []
+    for step in range(100):
+        losses = torch.full((K,), 1.0 if converges else 0.9**step).double()
+        losses[0] = 0.9**step if converges else 1.0
+        weighted = weighting(measured(norms, losses, torch.ones(K).double())) * norms
+        shares.append(float(weighted[0] / weighted.sum()))
+    assert shares == sorted(shares, reverse=converges)
+    assert shares[0] == pytest.approx(1 / K)
+    assert shares[-1] < 0.25 / K if converges else shares[-1] > 1.5 / K
+
+
+def test_weight_of_a_quadratic_loss_does_not_grow_while_it_converges() -> None:
+    """Where a weight is made of norms alone, it grows without end, and so does the curvature of the weighted loss."""
+    weights = {}
+    for alpha in (0.0, 0.5):
+        weighting = ProgressWeighting(alpha, decay=0.0)
+        for distance in (1.0, 0.3, 0.1, 0.03):
+            norms, losses = torch.tensor([2 * distance, 1.0]), torch.tensor([distance**2, 1.0])
+            found = weighting(measured(norms, losses, torch.ones(2)))
+        weights[alpha] = float(found[0] / found[1])
+    assert weights[0.5] == pytest.approx(0.5)
+    assert weights[0.0] == pytest.approx(0.5 / 0.03)
+
+
+@given(K=NUM_TASKS, seed=SEEDS, data=st.data())
+def test_order_of_the_tasks_does_not_matter(K: int, seed: int, data: st.DataObject) -> None:
+    sampler, order = Sampler(seed), data.draw(st.permutations(range(K)))
+    one, other = bench(K), bench(K)
+    for _ in range(STEPS):
+        grads, values = sampler.normal(K, *SHAPE), sampler.uniform(K)
+        one.step(list(grads), values.tolist())
+        other.step([grads[k] for k in order], values[order].tolist())
+        assert_close(other.record.weights, one.record.weights[order], rtol=1e-12, atol=0)
+
+
+@given(K=NUM_TASKS, seed=SEEDS)
+def test_a_batch_per_task_is_weighted_as_one_of_all(K: int, seed: int) -> None:
+    """Once every task was seen: the first gradient of a task that no step has seen has weight one."""
+    sampler, (together, apart) = Sampler(seed), (bench(K) for _ in range(2))
+    grads = sampler.normal(K, *SHAPE) * sampler.log_scales(K, -2, 2)[:, None, None]
+    values = sampler.uniform(K).tolist()
+    for _ in range(5):
+        together.step(list(grads), values)
+        latest = torch.ones(K, dtype=torch.float64)
+        for task in range(K):
+            apart.step([grad if k == task else None for k, grad in enumerate(grads)], values)
+            latest[task] = apart.record.weights[task]
+    assert_close(latest, together.record.weights, rtol=1e-10, atol=0)
+
+
+@given(K=NUM_TASKS, seed=SEEDS, dtype=DTYPES, exponent=st.sampled_from([-300, -44, -30, 30, 37, 300]))
+def test_weights_are_finite_whatever_the_size_of_a_gradient(
+    K: int, seed: int, dtype: torch.dtype, exponent: int
+) -> None:
+    """Zero, subnormal, huge; in all tasks or in one."""
+    sampler, weighting = Sampler(seed, dtype), ProgressWeighting()
+    for extreme in (sampler.uniform(K) < 0.5, torch.ones(K, dtype=torch.bool)):
+        size = torch.tensor(10.0, dtype=torch.float64).pow(exponent).to(dtype)
+        norms = torch.where(extreme, size.clamp(max=torch.finfo(dtype).max), 1 + sampler.uniform(K))
+        for _ in range(2):
+            weights = weighting(measured(norms, norms, 1 + sampler.uniform(K)))
+            assert weights.isfinite().all()
+            assert (weights >= 0).all()
+    assert weighting(measured(torch.zeros(K, dtype=dtype))).isfinite().all()
+
+
+@given(K=NUM_TASKS, seed=SEEDS, factor=st.floats(1, 1e6))
+def test_a_gradient_that_explodes_is_held_down(K: int, seed: int, factor: float) -> None:
+    sampler, weighting = Sampler(seed), ProgressWeighting()
+    norms = 1 + sampler.uniform(K)
+    for _ in range(10):
+        weights = weighting(measured(norms))
+    norms[0] *= factor
+    again = weighting(measured(norms))
+    assert again[0] <= weights[0] * (1 + 1e-12)
+    assert (again * norms)[0] <= 3 * (1 + 1e-12) * (again * norms)[1]
+
+
+@pytest.mark.parametrize("K", [2, 5])
+def test_a_gradient_that_vanishes_is_not_blown_up_without_end(K: int) -> None:
+    weighting, norms = ProgressWeighting(), 1 + Sampler(0).uniform(K)
+    largest = float(norms[0])
+    for _ in range(600):
+        weights = weighting(measured(norms))
+        norms[0] = max(float(norms[0]) / 2, 1e-300)
+    others = norms[1:].sum()
+    assert weights[0] == pytest.approx(float(others / K) / (largest / 1000), rel=0.01)
+
+
+@given(K=NUM_TASKS, seed=SEEDS, bad=st.sampled_from([math.inf, math.nan]))
+def test_what_is_not_finite_is_not_remembered(K: int, seed: int, bad: float) -> None:
+    sampler, (one, other) = Sampler(seed), (bench(K, burn_in_period=0) for _ in range(2))
+    for step in range(STEPS):
+        grads, values = sampler.normal(K, *SHAPE), sampler.uniform(K).tolist()
+        if step % 2:
+            spoiled = grads.clone()
+            spoiled[0, 0, 0] = bad
+            other.step(list(spoiled), values)
+        one.step(list(grads), values)
+        other.step(list(grads), values)
+        if step:  # the first step has weights of its own
+            assert_close(other.record.weights, one.record.weights, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("seen", ["negative", "none"])
+def test_progress_is_left_out_where_the_loss_does_not_tell_it(seen: str) -> None:
+    """A negative loss, as a likelihood: from then on, whatever its sign."""
+    weighting, norms = ProgressWeighting(), torch.tensor([1.0, 1.0])
+    losses = [[1.0, 1.0], [0.5, -1.0], [0.5, 3.0]]
+    for values in losses:
+        found = torch.tensor(values) if seen == "negative" else None
+        weights = weighting(measured(norms, found, torch.ones(2)))
+    mean = sum(first for first, _ in losses) / 3
+    ratio = math.sqrt(mean) if seen == "negative" else 1.0
+    assert float(weights[0] / weights[1]) == pytest.approx(ratio)
+
+
+def test_a_task_that_was_never_seen_has_weight_one() -> None:
+    found = bench(3)
+    grads = [torch.ones(SHAPE).double(), 2 * torch.ones(SHAPE).double(), None]
+    found.step(grads, [1.0, 1.0, 1.0])
+    assert found.optimizer.task_weights is not None
+    found.step([None, None, torch.ones(SHAPE).double()], [1.0, 1.0, 1.0])
+    assert found.record.weights[2] == 1
+
+
+def test_weights_are_those_of_the_steps_before_but_for_the_first() -> None:
+    _, optimizer = wrap()
+    lagged = []
+    for step in range(3):
+        train(*(_, optimizer), step)
+        assert optimizer.last_step is not None
+        lagged.append(optimizer.last_step.lagged)
+    assert lagged == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": -0.5}, "`alpha` must be a non-negative number, got -0.5."),
+        ({"alpha": math.nan}, "`alpha` must be a non-negative number, got nan."),
+        ({"decay": 1.0}, "`decay` must be at least 0 and below 1, got 1.0."),
+        ({"decay": -0.1}, "`decay` must be at least 0 and below 1, got -0.1."),
+    ],
+)
+def test_wrong_argument(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ProgressWeighting(**options)
+
+
+def test_is_shown_with_its_argument() -> None:
+    assert repr(ProgressWeighting(1.0)) == "ProgressWeighting(alpha=1.0)"
