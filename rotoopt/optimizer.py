@@ -122,10 +122,11 @@ class RotoGradOptimizer(OptimizerWrapper):
         (torch.Size([2]), torch.Size([2, 8, 8]))
 
     Source: Javaloy and Valera, RotoGrad: Gradient Homogenization in Multitask Learning, ICLR 2022, algorithm 1. Departs
-    from the official code (rotograd 0.1.6): wraps the optimizer instead of the model; gradients have one norm on
-    average and times progress, instead of in every step; starts at R_k = I; the rotation objective uses unit gradients; rotations turn in every 16th step, by a step that decays and that is multiplied by
-    how well successive gradients agree; references are never taken from absent, zero or non-finite gradients; an absent
-    task contributes nothing instead of its previous gradient.
+    from the official code (rotograd 0.1.6): wraps the optimizer instead of the model; by default, gradients have one
+    norm on average and times progress, instead of in every step; starts at R_k = I; the rotation objective uses unit
+    gradients; rotations turn in every 16th step, by a step that decays and that is multiplied by how well successive
+    gradients agree; references are never taken from absent, zero or non-finite gradients; an absent task contributes
+    nothing instead of its previous gradient.
     """
 
     _core: _Core

@@ -1,8 +1,9 @@
 """Weightings: how the K task gradients at the representation become the one that the backbone receives.
 
 :class:`ProgressWeighting` is the default, :class:`RotoGradWeighting` the paper's, :class:`GradNorm` trains its weights,
-and :class:`EqualWeighting` is the plain sum. For one of your own, subclass :class:`Weighting`, which sees :class:`Measurements` and returns one weight per task,
-or pass any callable that maps the ``(K, n)`` gradients to ``(n,)``, such as a TorchJD aggregator.
+and :class:`EqualWeighting` is the plain sum. For one of your own, subclass :class:`Weighting`, which sees
+:class:`Measurements` and returns one weight per task, or pass any callable that maps the ``(K, n)`` gradients to
+``(n,)``, such as a TorchJD aggregator.
 """
 
 from rotoopt.weighting._gradnorm import GradNorm

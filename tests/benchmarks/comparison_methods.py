@@ -5,19 +5,44 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-from rotoopt import GradNorm
+import torch
+from torch import Tensor
+
+from rotoopt import GradNorm, ProgressWeighting, RotoGradWeighting, Weighting
+from rotoopt.weighting import Measurements
 from tests.benchmarks.problems import Problem, Trial
-from tests.benchmarks.trainings import Training, WithModule, WithOptimizer, plain_sum, single_task
+from tests.benchmarks.trainings import (
+    Training,
+    WithModule,
+    WithOptimizer,
+    fixed_weights,
+    plain_sum,
+    single_task,
+    sum_of_logs,
+)
 
 ALPHA = 0.5  # of GradNorm: between equal norms and equal rates of training
-AGGREGATORS = ("UPGrad", "MGDA", "PCGrad", "AlignedMTL", "IMTLG")
+# With what they need to be told, as their papers set it; NashMTL is told the number of tasks.
+AGGREGATORS: dict[str, dict[str, float]] = {
+    "UPGrad": {},
+    "MGDA": {},
+    "PCGrad": {},
+    "AlignedMTL": {},
+    "IMTLG": {},
+    "NashMTL": {},
+    "FairGrad": {"alpha": 1.0},
+    "ExcessMTL": {},
+    "DualProj": {},
+}
 
 # Six settings for every method: the rate of the network alone, or with that of the rotations or weights. As multiples
 # of the middle.
 FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)
 FEWER_FACTORS = (1 / 2, 1.0, 2.0)
 WEIGHT_LRS = (0.0025, 0.025)
+WEIGHT_DRAWS = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -35,7 +60,8 @@ class Method:
     Attributes:
         name: What the tables say.
         make: Returns a training for a trial, the network's learning rate and that of the method, if it has one.
-        own: What the learning rate of the method is for.
+        own: What the second number of a setting is for: the learning rate of ``"rotations"`` or ``"weights"``, or which
+            ``"draw"`` of random weights.
         official: Whether it runs in the environment of the official package.
     """
 
@@ -48,7 +74,7 @@ class Method:
         """Return the six settings to choose from."""
         if self.own is None:
             return [Setting(problem.middle_lr * factor) for factor in FACTORS]
-        lrs = problem.rotation_lrs if self.own == "rotations" else WEIGHT_LRS
+        lrs = {"rotations": problem.rotation_lrs, "weights": WEIGHT_LRS, "draw": WEIGHT_DRAWS}[self.own]
         return [Setting(problem.middle_lr * factor, lr) for factor in FEWER_FACTORS for lr in lrs]
 
     def training(self, trial: Trial, setting: Setting) -> Training:
@@ -57,37 +83,65 @@ class Method:
         return self.make(trial, lr) if setting.own_lr is None else self.make(trial, lr, setting.own_lr)
 
 
+class FirstNorms(Weighting):
+    """Divide every gradient by the norm that it had at first."""
+
+    lagged = True
+
+    def __call__(self, measured: Measurements) -> Tensor:
+        """Return one over the references."""
+        return torch.where(measured.norm_references > 0, 1 / measured.norm_references, 1.0)
+
+
 def _rotograd(init: str) -> Callable[..., Training]:
-    return lambda trial, lr, own_lr: WithOptimizer(trial, lr, init=init, rotation_lr=own_lr)
+    return lambda trial, lr, own_lr: WithOptimizer(
+        trial, lr, weighting=RotoGradWeighting(), init=init, rotation_lr=own_lr
+    )
+
+
+def _weighted(make: Callable[[], Weighting], **options: Any) -> Callable[..., Training]:
+    return lambda trial, lr: WithOptimizer(trial, lr, weighting=make(), **{"rotate": False, **options})
 
 
 def _gradnorm(trial: Trial, lr: float, own_lr: float) -> Training:
     return WithOptimizer(trial, lr, weighting=GradNorm(ALPHA, lr=own_lr), rotate=False)
 
 
-def _aggregated(name: str) -> Callable[..., Training]:
+def _aggregated(name: str, told: dict[str, Any]) -> Callable[..., Training]:
     def make(trial: Trial, lr: float) -> Training:
         from torchjd import aggregation  # not in the environment of the official package
 
-        return WithOptimizer(trial, lr, weighting=getattr(aggregation, name)(), rotate=False)
+        options = {"n_tasks": len(trial.heads)} if name == "NashMTL" else told
+        return WithOptimizer(trial, lr, weighting=getattr(aggregation, name)(**options), rotate=False)
 
     return make
 
 
 SINGLE_TASK = "one network per task"
+DEFAULT = "default"
+
+_ours = partial(WithModule, package="rotoopt.rotograd")
 
 METHODS = {
     method.name: method
     for method in (
         Method(SINGLE_TASK, single_task),
         Method("plain sum", plain_sum),
-        Method("scale only", partial(WithOptimizer, rotate=False)),
+        Method("fixed weights", fixed_weights, "draw"),
+        Method("sum of log losses", sum_of_logs),
+        Method("first norms", _weighted(FirstNorms)),
+        Method(DEFAULT, WithOptimizer),
+        Method("default, rotate=False", partial(WithOptimizer, rotate=False)),
+        Method("default, haar", _weighted(ProgressWeighting, rotate=True, init="haar")),
+        Method("default without progress", _weighted(lambda: ProgressWeighting(alpha=0.0))),
+        Method("default without memory", _weighted(lambda: ProgressWeighting(decay=0.0))),
+        Method("scale only", _weighted(RotoGradWeighting)),
         Method("RotoGrad, identity", _rotograd("identity"), "rotations"),
         Method("RotoGrad, haar", _rotograd("haar"), "rotations"),
-        Method("RotateOnly", partial(WithModule, package="rotoopt", name="RotateOnly"), "rotations"),
+        Method("RotateOnly", partial(_ours, name="RotateOnly"), "rotations"),
         Method("GradNorm", _gradnorm, "weights"),
-        Method("RotoGradNorm", partial(WithModule, package="rotoopt", name="RotoGradNorm", alpha=ALPHA), "rotations"),
+        Method("RotoGradNorm", partial(_ours, name="RotoGradNorm", alpha=ALPHA), "rotations"),
         Method("rotograd 0.1.6", partial(WithModule, package="rotograd", name="RotoGrad"), "rotations", official=True),
-        *(Method(f"TorchJD {name}", _aggregated(name)) for name in AGGREGATORS),
+        *(Method(f"TorchJD {name}", _aggregated(name, told)) for name, told in AGGREGATORS.items()),
     )
 }

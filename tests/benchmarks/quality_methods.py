@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torchjd import aggregation
 
-from rotoopt import EqualWeighting
+from rotoopt import EqualWeighting, RotoGradWeighting
 from tests.benchmarks.problems import Trial
 from tests.benchmarks.trainings import WithOptimizer
 
@@ -23,7 +23,8 @@ class Method:
 
     Attributes:
         name: What the tables say.
-        options: Makes the keyword arguments, anew for every run: weightings may have state.
+        options: Makes the keyword arguments, anew for every run: weightings may have state. The paper's weighting if
+            they name none.
     """
 
     name: str
@@ -31,7 +32,7 @@ class Method:
 
     def training(self, trial: Trial) -> WithOptimizer:
         """Return the training of ``trial``."""
-        return WithOptimizer(trial, trial.lr, **self.options())
+        return WithOptimizer(trial, trial.lr, **{"weighting": RotoGradWeighting(), **self.options()})
 
 
 def rotograd(init: str, lr: float) -> Method:

@@ -6,6 +6,7 @@ import copy
 import importlib
 import statistics
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,10 +80,18 @@ class WithOptimizer(Training):
 
 
 class SumOfLosses(Training):
-    """A network trained on the plain sum of its losses, without this package."""
+    """A network trained on the plain sum of its losses, or of what becomes of them, without this package."""
 
-    def __init__(self, trial: Trial, network: nn.Module, outputs: Outputs, lr: float) -> None:
+    def __init__(
+        self,
+        trial: Trial,
+        network: nn.Module,
+        outputs: Outputs,
+        lr: float,
+        changed: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    ) -> None:
         self._outputs = outputs
+        self._changed = changed
         self.optimizer = trial.optimizer(network.parameters(), lr)
         super().__init__(trial, self.optimizer)
 
@@ -93,19 +102,31 @@ class SumOfLosses(Training):
     def step(self, inputs: Tensor, targets: Any) -> None:
         """Train on one batch."""
         losses = self.trial.losses(self.outputs(inputs), targets)
+        losses = losses if self._changed is None else self._changed(losses)
         self.optimizer.zero_grad()
         torch.autograd.backward(losses)
         self.optimizer.step()
 
 
-def plain_sum(trial: Trial, lr: float) -> SumOfLosses:
+def plain_sum(trial: Trial, lr: float, changed: Callable[[list[Tensor]], list[Tensor]] | None = None) -> SumOfLosses:
     """Return the training of one network for all tasks."""
 
     def outputs(inputs: Tensor) -> list[Tensor]:
         rep = trial.backbone(inputs)
         return [head(rep) for head in trial.heads]
 
-    return SumOfLosses(trial, nn.ModuleList([trial.backbone, trial.heads]), outputs, lr)
+    return SumOfLosses(trial, nn.ModuleList([trial.backbone, trial.heads]), outputs, lr, changed)
+
+
+def fixed_weights(trial: Trial, lr: float, draw: float) -> SumOfLosses:
+    """Return a training with weights for the losses that are drawn at random, around one by a factor of e."""
+    weights = torch.randn(len(trial.heads), generator=torch.Generator().manual_seed(int(draw))).exp()
+    return plain_sum(trial, lr, lambda losses: [w * loss for w, loss in zip(weights, losses, strict=True)])
+
+
+def sum_of_logs(trial: Trial, lr: float) -> SumOfLosses:
+    """Return a training on the sum of the logarithms of the losses."""
+    return plain_sum(trial, lr, lambda losses: [loss.log() for loss in losses])
 
 
 def single_task(trial: Trial, lr: float) -> SumOfLosses:
@@ -124,7 +145,7 @@ class WithModule(Training):
         trial: The problem.
         lr: Learning rate of the network.
         rotation_lr: That of Adam on the rotations.
-        package: ``"rotoopt"`` or ``"rotograd"``.
+        package: ``"rotoopt.rotograd"`` or ``"rotograd"``.
         name: Of the module.
         **options: Of the module.
     """
