@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
-from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer, RotoGradWeighting
+from rotoopt import EqualWeighting, GradNorm, ProgressWeighting, RotoGradOptimizer, RotoGradWeighting
 from tests.asserts import assert_same_bits, eps, relative_error
 from tests.samplers import DTYPES, LAYOUTS, SEEDS, Layout, Network, Sampler, batches, network
 
@@ -22,7 +22,13 @@ BARE: dict[str, Callable[..., Optimizer]] = {
     "Adam": partial(Adam, lr=0.01),
     "RMSprop": partial(RMSprop, lr=0.01, centered=True),
 }
-WEIGHTINGS: list[Callable[[], Any]] = [RotoGradWeighting, EqualWeighting, GradNorm, lambda: lambda J: J.sum(dim=0)]
+WEIGHTINGS: list[Callable[[], Any]] = [
+    ProgressWeighting,
+    RotoGradWeighting,
+    EqualWeighting,
+    GradNorm,
+    lambda: lambda J: J.sum(dim=0),
+]
 
 
 def train(

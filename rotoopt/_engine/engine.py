@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rotoopt._capture.capture import Capture
 from rotoopt._capture.faults import check_weighting
-from rotoopt._capture.fork import BackwardPass, Fed
+from rotoopt._capture.fork import SPENT, BackwardPass, Fed
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._capture.wiring import Wiring
 from rotoopt._engine.arguments import Losses, Parts, check_backbone_loss, check_losses, check_rep, warn_of_frozen
@@ -105,7 +105,7 @@ class Engine:
                 divisors = this.loss_reference.known_or_one()
                 roots = [loss / divisors[task] for task, loss in present.items()]
             roots = roots if backbone_loss is None else [*roots, backbone_loss]
-            torch.autograd.backward(roots if scale is None else [root * scale for root in roots], **options)
+            _back_propagate(roots if scale is None else [root * scale for root in roots], **options)
             self.close()
         finally:
             self._running = None
@@ -160,7 +160,7 @@ class Engine:
     def _lags(self, one_tensor: bool) -> bool:
         """Return whether the weights of a backward pass are those that the step before has made."""
         check_weighting(self.weighting, self.capture.fed, self.names, one_tensor=one_tensor)
-        lagged = self.weighting.lagged and (not self._passes or self._passes[-1].lagged)  # all of a step are alike
+        lagged = self.weighting.lagged and not (self.weighting.waits_at_first and self.memory.num_steps == 0)
         if lagged or self.processes.count == 1:
             return lagged or not one_tensor
         if self._one_tensor_on_all is None:  # in the first pass: later ones exchange norms where all expect it
@@ -285,3 +285,12 @@ class Engine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.clear()  # torch does not copy the gradients of parameters, so a copy has none to step on
+
+
+def _back_propagate(roots: list[Tensor], **options: Any) -> None:
+    try:
+        torch.autograd.backward(roots, **options)
+    except RuntimeError as error:
+        if "backward through the graph a second time" in str(error):
+            raise RuntimeError(SPENT) from error
+        raise

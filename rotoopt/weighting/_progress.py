@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -44,6 +42,9 @@ class ProgressWeighting(Weighting):
     norm for all tasks is that of RotoGrad, ICLR 2022, eq. 1, which takes the latest gradients instead of running means.
     """
 
+    lagged = True
+    waits_at_first = True
+
     def __init__(self, alpha: float = 0.5, *, decay: float = 0.95) -> None:
         if not alpha >= 0:
             raise ValueError(f"`alpha` must be a non-negative number, got {alpha!r}.")
@@ -56,7 +57,6 @@ class ProgressWeighting(Weighting):
         """Remember what was measured, and return w."""
         seen = measured.present & measured.finite & (measured.norms > 0)
         norms, rates = self._norms(measured.norms, seen), self._rates(measured, seen)
-        self.lagged = True
         known = norms > 0
         shares = torch.where(known, rates**self.alpha, 0.0)
         largest = norms.amax()  # the sum is taken at this scale: huge norms overflow
@@ -94,11 +94,6 @@ class ProgressWeighting(Weighting):
 
     def _remembered(self, name: str, like: Tensor) -> Tensor:
         return self.state[name] if name in self.state else torch.zeros_like(like)
-
-    def load_state_dict(self, state_dict: dict[str, Any], like: Tensor) -> None:
-        """Load what :meth:`state_dict` returned."""
-        super().load_state_dict(state_dict, like)
-        self.lagged = bool(state_dict)
 
     def __repr__(self) -> str:
         return f"ProgressWeighting(alpha={self.alpha})"

@@ -23,7 +23,8 @@ class Weighting(ABC):
     Attributes:
         lagged: Whether the weights are used from the next step on instead, and so are known before its backward pass.
             Then each gradient goes on at once, times its weight, and none is kept. The weights of the first step are
-            ones; to make these in its backward pass as well, set it at the first call.
+            ones.
+        waits_at_first: Whether those of the first step are made in it nevertheless, where all heads read one tensor.
         needs_losses: Whether the losses must be seen. Then ``sum(losses).backward()`` is an error that asks for
             ``optimizer.step(losses)`` or ``optimizer.backward(losses)``.
         needs_cosines: Whether the K gradients must meet in every step, for their cosines.
@@ -33,6 +34,7 @@ class Weighting(ABC):
     """
 
     lagged: bool = False
+    waits_at_first: bool = False
     needs_losses: bool = False
     needs_cosines: bool = False
     needs_one_tensor: bool = False

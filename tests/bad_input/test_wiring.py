@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rotoopt import RotoGradOptimizer
+from rotoopt import RotoGradOptimizer, RotoGradWeighting
 from rotoopt._capture.hooks import attach
 from tests.bad_input.cases import Case, check, left, losses_of, parametrize, representation, right
 from tests.contract.models import TwoTasks, back_propagate
@@ -199,9 +199,12 @@ CASES = {
     "two batches for a callable": Case(RuntimeError, ONE_TENSOR, steps_on(two_batches), {"weighting": lambda: mean}),
     "after a plain backward": Case(RuntimeError, rf"{SPENT}.*your own sum\(losses\).backward", after_plain_backward),
     "same losses again": Case(RuntimeError, SPENT, after_step),
-    "one after the other": Case(RuntimeError, rf"{SPENT}.*every task has a backward", one_after_the_other),
+    # Weights that are known before a backward pass serve several of them.
+    "one after the other": Case(
+        RuntimeError, rf"{SPENT}.*every task has a backward", one_after_the_other, {"weighting": RotoGradWeighting}
+    ),
     "one after the other, plain backward": Case(
-        RuntimeError, f"{SPENT}.*last_step", plain_backward_of_each, inside=True
+        RuntimeError, f"{SPENT}.*last_step", plain_backward_of_each, {"weighting": RotoGradWeighting}, inside=True
     ),
 }
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 
-from rotoopt import EqualWeighting, GradNorm, RotoGradWeighting
+from rotoopt import EqualWeighting, GradNorm, ProgressWeighting, RotoGradWeighting
 from rotoopt.testing._branching import BRANCHING
 from rotoopt.testing._branching.model import Sizes
 from rotoopt.testing.strategies import model_sizes
@@ -135,7 +135,7 @@ def test_page_lists_the_models() -> None:
 
 
 @MODELS
-@pytest.mark.parametrize("weighting", [EqualWeighting, GradNorm, RotoGradWeighting])
+@pytest.mark.parametrize("weighting", [EqualWeighting, GradNorm, ProgressWeighting, RotoGradWeighting])
 def test_any_weighting_that_adds_up(make: Make, weighting: type) -> None:
     twins = Twins.of(make, 0, weighting=weighting(), turn_every=1)
     for step in range(3):

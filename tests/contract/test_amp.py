@@ -14,7 +14,7 @@ from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adam
 
-from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer
+from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer, RotoGradWeighting
 from tests.asserts import assert_rotations
 from tests.contract.models import (
     Make,
@@ -98,10 +98,11 @@ def test_growing_scale_changes_nothing(options: str, make: Make, clip: float | N
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_own_backward_of_the_scaled_sum_is_the_same(options: str) -> None:
+    """For weights that remember no norms: there, nobody says by what they are magnified."""
     results = []
     for own in (False, True):
         scaler = growing()
-        model, optimizer = wrap(adam, burn_in_period=2, **OPTIONS[options]())
+        model, optimizer = wrap(adam, burn_in_period=2, **{"weighting": RotoGradWeighting(), **OPTIONS[options]()})
         for batch in range(5):
             step(model, optimizer, scaler, batch, own=own)
         parts = snapshot(model, optimizer)

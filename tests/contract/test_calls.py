@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotoopt import RotoGradOptimizer
+from rotoopt import ProgressWeighting, RotoGradOptimizer, RotoGradWeighting
 from rotoopt._engine.arguments import Heads
 from tests.contract.models import (
     TwoTasks,
@@ -65,7 +65,8 @@ CALLS: dict[str, Call] = {
 
 
 def run(call: Call, turn_every: int | None) -> tuple[list[Tensor], Tensor, Tensor]:
-    model, optimizer = wrap(turn_every=turn_every)
+    # Without progress: in an own backward pass, losses are not seen.
+    model, optimizer = wrap(turn_every=turn_every, weighting=ProgressWeighting(alpha=0.0))
     before = snapshot(*wrap(rotation_size=6))
     for batch in range(3):
         optimizer.zero_grad()
@@ -192,7 +193,8 @@ def test_representation_may_be_a_parameter(own_backward: bool, passes: int) -> N
     for represent in (lambda z: z, torch.clone):
         torch.manual_seed(0)
         z, heads = nn.Parameter(torch.randn(5, 4)), nn.ModuleList(nn.Linear(4, 2) for _ in range(2))
-        optimizer = RotoGradOptimizer(torch.optim.SGD([z, *heads.parameters()], lr=0.1), heads=heads)
+        bare = torch.optim.SGD([z, *heads.parameters()], lr=0.1)
+        optimizer = RotoGradOptimizer(bare, heads=heads, weighting=RotoGradWeighting())
         for _ in range(4):
             optimizer.zero_grad()
             for _ in range(passes):

@@ -142,12 +142,12 @@ MISFITS: dict[str, tuple[Builder, Builder, str]] = {
     "weighting": (
         wrap,
         lambda: wrap(weighting=GradNorm(alpha=0.5)),
-        "must be of weighting GradNorm(alpha=0.5), got that of RotoGradWeighting. Build the optimizer with",
+        "must be of weighting GradNorm(alpha=0.5), got that of ProgressWeighting. Build the optimizer with",
     ),
     "trained weighting": (
         lambda: wrap(weighting=GradNorm()),
         wrap,
-        "must be of weighting RotoGradWeighting(), got that of GradNorm.",
+        "must be of weighting ProgressWeighting(alpha=0.5), got that of GradNorm.",
     ),
     "rotation optimizer": (
         wrap,

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.optim import SGD, Adam
 from torch.testing import assert_close
 
-from rotoopt import EqualWeighting, GradNorm, RotoGradWeighting
+from rotoopt import EqualWeighting, GradNorm, ProgressWeighting, RotoGradWeighting
 from tests.asserts import assert_rotations, eps, relative_error
 from tests.samplers import LAYOUTS, NUM_TASKS, SEEDS, Bench, Layout, Sampler
 
 LAYOUT = st.sampled_from(LAYOUTS)
-WEIGHTINGS = st.sampled_from([RotoGradWeighting, EqualWeighting, GradNorm])
+WEIGHTINGS = st.sampled_from([ProgressWeighting, RotoGradWeighting, EqualWeighting, GradNorm])
 
 
 @st.composite

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.testing import assert_close
 
-from rotoopt import EqualWeighting, GradNorm, RotoGradWeighting
+from rotoopt import EqualWeighting, GradNorm, ProgressWeighting, RotoGradWeighting
 from rotoopt._torch.processes import Processes
 from tests.samplers import NUM_TASKS, SEEDS, Bench, Lagged, Sampler
 
@@ -44,7 +44,7 @@ def same_data_on_all() -> Iterator[None]:
 @given(
     K=NUM_TASKS,
     seed=SEEDS,
-    make=st.sampled_from([RotoGradWeighting, EqualWeighting, GradNorm, Lagged]),
+    make=st.sampled_from([ProgressWeighting, RotoGradWeighting, EqualWeighting, GradNorm, Lagged]),
     turn_every=st.sampled_from([1, 2]),
     data=st.data(),
 )

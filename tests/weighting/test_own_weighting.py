@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from rotoopt import EqualWeighting, GradNorm, RotoGradWeighting, Weighting
+from rotoopt import EqualWeighting, GradNorm, ProgressWeighting, RotoGradWeighting, Weighting
 from rotoopt.weighting import Measurements
 from tests.contract.models import assert_same, back_propagate, snapshot, train, wrap
 from tests.samplers import NUM_TASKS, SEEDS, Bench, Sampler
@@ -134,7 +134,9 @@ def test_own_backward_is_an_error_where_losses_are_needed_and_else_is_not() -> N
     assert optimizer.last_step.losses is None
 
 
-@pytest.mark.parametrize("make", [RunningNorms, InverseLosses, RotoGradWeighting, EqualWeighting, GradNorm])
+@pytest.mark.parametrize(
+    "make", [RunningNorms, InverseLosses, ProgressWeighting, RotoGradWeighting, EqualWeighting, GradNorm]
+)
 def test_a_weighting_belongs_to_one_optimizer(make: type[Weighting]) -> None:
     weighting = make()
     wrap(weighting=weighting)
