@@ -118,6 +118,7 @@ def _aggregated(name: str, told: dict[str, Any]) -> Callable[..., Training]:
 
 
 SINGLE_TASK = "one network per task"
+PLAIN_SUM = "plain sum"
 DEFAULT = "default"
 
 _ours = partial(WithModule, package="rotoopt.rotograd")
@@ -126,7 +127,7 @@ METHODS = {
     method.name: method
     for method in (
         Method(SINGLE_TASK, single_task),
-        Method("plain sum", plain_sum),
+        Method(PLAIN_SUM, plain_sum),
         Method("fixed weights", fixed_weights, "draw"),
         Method("sum of log losses", sum_of_logs),
         Method("first norms", _weighted(FirstNorms)),

@@ -2,51 +2,59 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from rotoopt.diagnostics import mean_rank, mean_relative_change
-from tests.benchmarks.comparison import Results, choose, final_jobs
-from tests.benchmarks.comparison_methods import METHODS, SINGLE_TASK, Method
+from rotoopt.diagnostics import mean_rank
+from tests.benchmarks.comparison import SEARCH_SEEDS, Results, choose, final_jobs
+from tests.benchmarks.comparison_methods import METHODS, PLAIN_SUM, SINGLE_TASK, Method
+from tests.benchmarks.comparison_run import Job
 from tests.benchmarks.problems import Problem
 from tests.benchmarks.quality_tables import plus_minus
 
+LIMIT = 100.0  # percent, to which the change of a metric is clipped in ranks
+
 
 def markdown(problems: Sequence[Problem], results: Results, seeds: int) -> str:
-    """Return one table per problem, then one of the mean relative change on all of them.
+    """Return a table of the mean relative change on all problems, one of runs that are not tuned, and one per problem.
 
     Cells are means over seeds and their standard errors. The mean relative change (Delta-m) is that against one network
     per task, paired by seed; ranks are those of the means over seeds.
     """
-    tables, summary = [], {}
+    tables, changes = [], {}
     for problem in problems:
-        metrics = {
-            name: torch.tensor([results[job] for job in jobs], dtype=torch.float64)
-            for name, method in METHODS.items()
-            if (jobs := [job for job in final_jobs(problem, method, results, seeds) if job in results])
-        }
+        metrics = tested(problem, results, seeds)
         if SINGLE_TASK in metrics:
-            summary[problem.name] = _changes(problem, metrics)
-            tables.append(_table(problem, metrics, summary[problem.name], results))
-    return "\n\n".join([*tables, _summary(summary)])
+            changes[problem.name] = relative_changes(problem, metrics)
+            tables.append(_table(problem, metrics, changes[problem.name], results))
+    return "\n\n".join([_summary(changes), _untuned(problems, results), *tables])
 
 
-def _changes(problem: Problem, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return Delta-m of every method, seed by seed."""
-    singles, signs = metrics[SINGLE_TASK], _signs(problem)
-    mean = singles.mean(dim=0)  # not each seed's own: a mean of ratios is biased by the noise of the denominator
+def tested(problem: Problem, results: Results, seeds: int) -> dict[str, Tensor]:
+    """Return the metrics of the methods that have run, with the learning rates they chose. Shape ``(seeds, n)``."""
     return {
-        name: torch.tensor(
-            [
-                mean_relative_change(mean + own - single, mean, signs)
-                for own, single in zip(values, singles, strict=False)
-            ],
-            dtype=torch.float64,
-        )
-        for name, values in metrics.items()
+        name: torch.tensor([results[job] for job in jobs], dtype=torch.float64)
+        for name, method in METHODS.items()
+        if (jobs := [job for job in final_jobs(problem, method, results, seeds) if job in results])
     }
+
+
+def relative_changes(problem: Problem, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return how much better than one network per task every metric is, in percent. Shape ``(seeds, n)``."""
+    singles = metrics[SINGLE_TASK]
+    signs = torch.tensor([1.0 if higher else -1.0 for higher in _signs(problem)])
+    unit = singles.mean(dim=0).abs()  # not each seed's own: a mean of ratios is biased by the noise of the denominator
+    return {name: 100 * signs * (values - singles[: len(values)]) / unit for name, values in metrics.items()}
+
+
+def clipped(changes: dict[str, Tensor]) -> dict[str, float]:
+    """Return the mean change of every method, metrics clipped to :data:`LIMIT`; minus infinity if not finite."""
+    means = {name: of.clamp(-LIMIT, LIMIT).mean().item() for name, of in changes.items() if name != SINGLE_TASK}
+    return {name: mean if math.isfinite(mean) else -math.inf for name, mean in means.items()}
 
 
 def _signs(problem: Problem) -> list[bool]:
@@ -54,13 +62,15 @@ def _signs(problem: Problem) -> list[bool]:
 
 
 def _table(problem: Problem, metrics: dict[str, Tensor], changes: dict[str, Tensor], results: Results) -> str:
-    ranks = mean_rank({name: values.mean(dim=0) for name, values in metrics.items()}, _signs(problem))
+    finite = {name: values.mean(dim=0) for name, values in metrics.items() if values.isfinite().all()}
+    ranks = mean_rank(finite, _signs(problem))
     columns = [*(metric.name for metric in problem.metrics), "Delta-m, %", "mean rank", "learning rates", "ms"]
     lines = [f"### {problem.name}", "", _row("method", columns), "|---|" + "---:|" * len(columns)]
     for name, values in metrics.items():
         cells = [plus_minus(column) for column in values.T]
-        change = plus_minus(changes[name], sign="+") if name != SINGLE_TASK else ""
-        cells += [change, f"{ranks[name]:.1f}", _learning_rates(problem, METHODS[name], results)]
+        change = plus_minus(changes[name].mean(dim=1), sign="+") if name != SINGLE_TASK else ""
+        rank = f"{ranks[name]:.1f}" if name in ranks else ""
+        cells += [change, rank, _learning_rates(problem, METHODS[name], results)]
         lines.append(_row(name, [*cells, _time(problem, METHODS[name], results)]))
     return "\n".join(lines)
 
@@ -77,10 +87,49 @@ def _time(problem: Problem, method: Method, results: Results) -> str:
 
 
 def _summary(changes: dict[str, dict[str, Tensor]]) -> str:
-    lines = ["### Delta-m, %", "", _row("method", changes), "|---|" + "---:|" * len(changes)]
+    columns = [*changes, "mean rank", "behind the best, at worst"]
+    lines = ["### Delta-m, %", "", _row("method", columns), "|---|" + "---:|" * len(columns)]
+    scores = {problem: clipped(of) for problem, of in changes.items()}
+    everywhere = [name for name in METHODS if all(name in of for of in scores.values())]
+    ranks = {problem: _ranks({name: of[name] for name in everywhere}) for problem, of in scores.items()}
     for name in METHODS:
-        if name != SINGLE_TASK:
-            cells = [plus_minus(of[name], sign="+") if name in of else "" for of in changes.values()]
+        if not any(name in of for of in scores.values()):
+            continue
+        cells = [plus_minus(of[name].mean(dim=1), sign="+") if name in of else "" for of in changes.values()]
+        if name in everywhere:
+            mean = statistics.fmean(of[name] for of in ranks.values())
+            worst = max(max(of.values()) - of[name] for of in scores.values())
+            cells += [f"{mean:.1f}", f"{worst:.0f}"]
+        else:
+            cells += ["", ""]
+        lines.append(_row(name, cells))
+    return "\n".join(lines)
+
+
+def _ranks(scores: dict[str, float]) -> dict[str, float]:
+    """Return the ranks of the methods, 1 for the best."""
+    return {name: 1.0 + sum(other > score for other in scores.values()) for name, score in scores.items()}
+
+
+def _untuned(problems: Sequence[Problem], results: Results) -> str:
+    """Return how far methods are ahead of the plain sum at the learning rate that is best for that."""
+    lines = ["### Ahead of the plain sum, not tuned, %", "", _row("method", [problem.name for problem in problems])]
+    lines.append("|---|" + "---:|" * len(problems))
+    for name, method in METHODS.items():
+        if method.own is not None or name in (SINGLE_TASK, PLAIN_SUM):
+            continue
+        cells = []
+        for problem in problems:
+            setting, compared = choose(problem, METHODS[PLAIN_SUM], results), (SINGLE_TASK, PLAIN_SUM, name)
+            factor = math.nan if setting is None else setting.factor  # of which there are no results
+            jobs = {of: [Job(problem.name, of, factor, None, seed) for seed in SEARCH_SEEDS] for of in compared}
+            if any(job not in results for of in jobs.values() for job in of):
+                cells.append("")
+                continue
+            metrics = {of: torch.tensor([results[job] for job in jobs[of]], dtype=torch.float64) for of in compared}
+            changes = relative_changes(problem, metrics)
+            cells.append(plus_minus((changes[name] - changes[PLAIN_SUM]).mean(dim=1), sign="+"))
+        if any(cells):
             lines.append(_row(name, cells))
     return "\n".join(lines)
 
