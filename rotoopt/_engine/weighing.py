@@ -137,10 +137,10 @@ class Weighing:
             measured = joined_across(measured, self._processes)
         reference = memory.norm_reference.updated(measured.norms, measured.present, burnt_in=self.burnt_in)
         known = torch.where(measured.norms > 0, measured.norms, memory.known_norms)
-        memory.known_norms, memory.norm_reference = known, reference
+        memory.known_norms, memory.norm_reference = known.to(memory.known_norms), reference
         if self._weighting.lagged:
             seen = replace(measured, norms=torch.where(measured.present, measured.norms, known))
         else:  # a gradient that is zero now need not be so in the next step, where the weight is used
             seen = replace(measured, norms=known, present=measured.present & (known > 0))
-        memory.weights = self._weighting(replace(seen, norm_references=reference.values))
+        memory.weights = self._weighting(replace(seen, norm_references=reference.values)).to(memory.weights)
         return measured

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.testing import assert_close
 
-from rotoopt import RotoGradOptimizer
+from rotoopt import RotoGradOptimizer, RotoGradWeighting
 from rotoopt.testing._branching import BRANCHING
 from tests.branching.twins import NAMES, WAYS, Make, Twins
 from tests.contract.models import assert_same
@@ -48,7 +48,7 @@ def test_loaders_of_two_lengths(way: str, zipped: bool, seed: int, log_scale: fl
     torch.manual_seed(seed)
     backbone, heads = two_tasks()
     params = [param for module in (backbone, *heads.values()) for param in module.parameters()]
-    optimizer = RotoGradOptimizer(SGD(params, lr=0.0), heads)
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.0), heads, weighting=RotoGradWeighting())
     scales = {"often": 1.0, "seldom": 10.0**log_scale}
     loaders = {"often": torch.randn(6, 4, 5).double(), "seldom": torch.randn(2, 3, 5).double()}
     batches = itertools.chain(*itertools.zip_longest(*([(name, x) for x in loaders[name]] for name in loaders)))

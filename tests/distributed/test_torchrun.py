@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import rotoopt  # noqa: F401 # in the ranks, too, before names of torch are patched there
 from tests.distributed.ranks import COUNT, Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
