@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from rotoopt._capture.hooks import hook_of
 from rotoopt._torch.warn import warn_user
 
+NAMES = re.compile(r"Averag|EMA|Ema(?![a-z])")  # AveragedModel of torch, ModelEmaV3 of timm, EMA of ema-pytorch
+
 
 def warn_of_averages(heads: Sequence[Sequence[nn.Module]]) -> None:
-    """Warn if there is an ``AveragedModel`` of the model whose heads have no rotations.
+    """Warn if there is a running average of the model whose heads have no rotations.
 
     Nothing leads from a model to its averages, but every object refers to its class.
     """
-    modules = [module for each in heads for module in each]
-    for averaged in gc.get_referrers(AveragedModel):
-        if not isinstance(averaged, AveragedModel):
+    modules, kinds = [module for each in heads for module in each], list(_kinds_of_averages(nn.Module))
+    for averaged in gc.get_referrers(*kinds) if kinds else ():
+        if type(averaged) not in kinds:
             continue
         if any(_is_bare_copy(part, module) for part in averaged.modules() for module in modules):
             warn_user(
-                "An average of the model must be made after the optimizer, got an AveragedModel from before it: it has "
-                "no rotations in front of its heads, and once those of the model have turned, its predictions are "
-                "wrong. Call AveragedModel(model) again, and optimizer.refresh(averaged) before it is used."
+                f"An average of the model must be made after the optimizer, got a {type(averaged).__name__} from "
+                "before it: it has no rotations in front of its heads, and once those of the model have turned, its "
+                "predictions are wrong. Make it again, and call optimizer.refresh(averaged) before it is used."
             )
             return
+
+
+def _kinds_of_averages(kind: type[nn.Module]) -> Iterator[type[nn.Module]]:
+    for each in kind.__subclasses__():
+        if NAMES.search(each.__name__):
+            yield each
+        yield from _kinds_of_averages(each)
 
 
 def _is_bare_copy(part: nn.Module, head: nn.Module) -> bool:

@@ -196,11 +196,21 @@ def test_a_new_optimizer_takes_over_the_rotations(heads: list[str], copied: bool
     second.step({name: losses[name] for name in heads})
 
 
+class ModelEmaV3(nn.Module):
+    """As of timm: an average that is no ``AveragedModel``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(model).requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", [AveragedModel, ModelEmaV3])
 @pytest.mark.parametrize("of", ["the model", "another model", "nothing"])
-def test_an_average_from_before_the_optimizer_is_reported(of: str) -> None:
+def test_an_average_from_before_the_optimizer_is_reported(of: str, kind: Callable[[nn.Module], nn.Module]) -> None:
     model = TwoTasks()
-    averaged = {"the model": AveragedModel(model), "another model": AveragedModel(nn.Linear(2, 2)), "nothing": None}[of]
-    message = "An average of the model must be made after the optimizer, got an AveragedModel from before"
+    averaged = [kind(each) for each in {"the model": [model], "another model": [nn.Linear(2, 2)]}.get(of, [])]
+    name = getattr(kind, "__name__", "")
+    message = f"An average of the model must be made after the optimizer, got a {name} from before"
     with pytest.warns(UserWarning, match=message) if of == "the model" else nullcontext():
         RotoGradOptimizer(sgd(model.parameters()), model.heads)
     del averaged
