@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import gc
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from weakref import WeakSet
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from rotoopt._capture.hooks import hook_of
 from rotoopt._torch.warn import warn_user
 
 NAMES = re.compile(r"Averag|EMA|Ema(?![a-z])")  # AveragedModel of torch, ModelEmaV3 of timm, EMA of ema-pytorch
+averages: WeakSet[nn.Module] = WeakSet()
+
+
+def _note(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    if NAMES.search(type(module).__name__):
+        averages.add(module)
+
+
+# Nothing leads from a model to its averages: they are noted when they take their copy of it.
+register_module_module_registration_hook(_note)
 
 
 def warn_of_averages(heads: Sequence[Sequence[nn.Module]]) -> None:
-    """Warn if there is a running average of the model whose heads have no rotations.
-
-    Nothing leads from a model to its averages, but every object refers to its class.
-    """
-    modules, kinds = [module for each in heads for module in each], list(_kinds_of_averages(nn.Module))
-    for averaged in gc.get_referrers(*kinds) if kinds else ():
-        if type(averaged) not in kinds:
-            continue
+    """Warn if there is a running average of the model whose heads have no rotations."""
+    modules = [module for each in heads for module in each]
+    for averaged in averages:
         if any(_is_bare_copy(part, module) for part in averaged.modules() for module in modules):
             warn_user(
                 f"An average of the model must be made after the optimizer, got a {type(averaged).__name__} from "
@@ -31,13 +37,6 @@ def warn_of_averages(heads: Sequence[Sequence[nn.Module]]) -> None:
                 "predictions are wrong. Make it again, and call optimizer.refresh(averaged) before it is used."
             )
             return
-
-
-def _kinds_of_averages(kind: type[nn.Module]) -> Iterator[type[nn.Module]]:
-    for each in kind.__subclasses__():
-        if NAMES.search(each.__name__):
-            yield each
-        yield from _kinds_of_averages(each)
 
 
 def _is_bare_copy(part: nn.Module, head: nn.Module) -> bool:
