@@ -2,26 +2,24 @@
 
 The losses start at anything from 0.1 (share of active pixels) to 100 (sum of the digits). In a
 plain sum the largest takes the backbone for itself, and the digits are learned late and badly.
-RotoGrad brings the gradients at the representation to one magnitude and turns them towards one
-direction. The loops `train_plain` and `train_rotograd` below differ in the two lines with an arrow.
+RotoGrad gives the gradients at the representation shares that fit the tasks' progress instead of
+the scale of their losses. The loops `train_plain` and `train_rotograd` below differ in the two lines with an arrow.
 
 Run it with `python examples/digit_pairs.py`, or for a first look `--seeds 1 --epochs 5`. It prints
-a table and saves `digit_pairs.png`. On two cores of an Intel Xeon it takes under 3 minutes when
-they are idle (it keeps one of them busy) and should end with these numbers, mean and standard
-deviation of 3 seeds:
+a table and saves `digit_pairs.png`. It takes some 3 minutes on one core that is idle and should end
+with numbers like these, from an AMD EPYC, mean and standard deviation of 3 seeds:
 
     test metric                      one network each       plain sum        RotoGrad
-    left digit (% correct)                 96.8 ± 1.1     73.2 ± 13.8      93.9 ± 1.9
-    right digit (% correct)                96.0 ± 1.2      70.2 ± 7.8      92.7 ± 2.9
-    parity of product (% correct)          97.0 ± 0.9      81.7 ± 3.4      93.8 ± 1.9
-    sum of digits (MSE)                   3.38 ± 0.06     3.32 ± 0.16     4.02 ± 0.68
-    active pixels (MSE / 1e-4)            1.85 ± 0.12     5.65 ± 0.24     2.34 ± 0.30
-    Delta-m (%)                                           -54.4 ± 7.3     -11.0 ± 5.3
+    left digit (% correct)                 96.9 ± 1.0      75.8 ± 9.8      93.8 ± 3.3
+    right digit (% correct)                96.0 ± 1.3      70.7 ± 7.6      92.6 ± 4.1
+    parity of product (% correct)          97.0 ± 1.0      82.2 ± 3.4      94.7 ± 1.8
+    sum of digits (MSE)                   3.37 ± 0.05     3.33 ± 0.17     4.00 ± 0.68
+    active pixels (MSE / 1e-4)            1.84 ± 0.13     5.67 ± 0.28     2.49 ± 0.36
+    Delta-m (%)                                           -54.3 ± 7.6     -12.6 ± 7.7
 
-So four tasks gain and one pays: the sum of the digits no longer has the backbone to itself.
-The common magnitude does all of it: without the rotations (`rotate=False`) the last column is 94.3,
-92.8, 93.7, 4.01 and 2.29, no worse than with them. Delta-m is mostly the task of the active pixels,
-whose error is so small that a small difference is many percent.
+So four tasks gain and one pays: the sum of the digits no longer has the backbone to itself. Delta-m
+is mostly the task of the active pixels, whose error is so small that a small difference is many
+percent.
 """
 
 import argparse

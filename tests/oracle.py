@@ -217,7 +217,7 @@ class Oracle:
             self.known_norms = torch.where(self.norms > 0, self.norms, self.known_norms)
             if self.weighting == "gradnorm":
                 self._step_logits(J, present)
-            if self.t > 0:
+            if self.t > 1:
                 self.progress.update(self.norms, self.losses, self.loss_references.values)
             if len(present) > 1:
                 self._step_rotations(J, present, index)
@@ -248,7 +248,7 @@ class Oracle:
         elif self.weighting == "gradnorm":
             weights = (len(self.heads) * self.logits.softmax(0))[present]
         elif self.weighting == "progress":
-            if self.t == 0:
+            if self.t < 2:
                 self.progress.update(self.norms, self.losses, self.loss_references.values)
             weights = self.progress.weights[present]
         else:

@@ -160,7 +160,7 @@ class Engine:
     def _lags(self, one_tensor: bool) -> bool:
         """Return whether the weights of a backward pass are those that the step before has made."""
         check_weighting(self.weighting, self.capture.fed, self.names, one_tensor=one_tensor)
-        lagged = self.weighting.lagged and not (self.weighting.waits_at_first and self.memory.num_steps == 0)
+        lagged = self.weighting.lagged and self.memory.num_steps >= self.weighting.num_waiting
         if lagged or self.processes.count == 1:
             return lagged or not one_tensor
         if self._one_tensor_on_all is None:  # in the first pass: later ones exchange norms where all expect it

@@ -142,5 +142,6 @@ class Weighing:
             seen = replace(measured, norms=torch.where(measured.present, measured.norms, known))
         else:  # a gradient that is zero now need not be so in the next step, where the weight is used
             seen = replace(measured, norms=known, present=measured.present & (known > 0))
-        memory.weights = self._weighting(replace(seen, norm_references=reference.values)).to(memory.weights)
+        weights = self._weighting(replace(seen, norm_references=reference.values)).to(memory.weights)
+        memory.weights = weights if memory.num_steps + 1 >= self._weighting.num_waiting else torch.ones_like(weights)
         return measured

@@ -24,7 +24,8 @@ class ProgressWeighting(Weighting):
     in proportion to :math:`\sqrt{r_k}`: with :math:`\alpha = 1/2` its weight does not grow while it converges.
 
     The weights are made by the steps before, and so known before a backward pass: each gradient goes on at once. In the
-    first step, gradients wait for each other if all heads read one tensor; otherwise its weights are ones.
+    first two steps, gradients wait for each other if all heads read one tensor; otherwise these weights are ones. One
+    step is not enough: a loss that starts at its minimum, as in distillation, has a gradient that is only rounding.
 
     What is not known is left out: all r are one where the losses are not seen (your own ``sum(losses).backward()``),
     and that of a task whose loss has been negative, of which a ratio tells nothing. A task without a gradient so far
@@ -43,7 +44,7 @@ class ProgressWeighting(Weighting):
     """
 
     lagged = True
-    waits_at_first = True
+    num_waiting = 2
 
     def __init__(self, alpha: float = 0.5, *, decay: float = 0.95) -> None:
         if not alpha >= 0:

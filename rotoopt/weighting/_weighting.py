@@ -24,7 +24,8 @@ class Weighting(ABC):
         lagged: Whether the weights are used from the next step on instead, and so are known before its backward pass.
             Then each gradient goes on at once, times its weight, and none is kept. The weights of the first step are
             ones.
-        waits_at_first: Whether those of the first step are made in it nevertheless, where all heads read one tensor.
+        num_waiting: In how many steps at first the weights are made of the gradients of the step itself nevertheless;
+            where the heads do not all read one tensor, these are ones.
         needs_losses: Whether the losses must be seen. Then ``sum(losses).backward()`` is an error that asks for
             ``optimizer.step(losses)`` or ``optimizer.backward(losses)``.
         needs_cosines: Whether the K gradients must meet in every step, for their cosines.
@@ -34,7 +35,7 @@ class Weighting(ABC):
     """
 
     lagged: bool = False
-    waits_at_first: bool = False
+    num_waiting: int = 0
     needs_losses: bool = False
     needs_cosines: bool = False
     needs_one_tensor: bool = False
