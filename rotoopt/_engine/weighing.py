@@ -98,7 +98,11 @@ class Weighing:
         this.measured = self.measure(this, gradients.norms, gradients.present, gradients.finite, gradients.cosines)
         finite, known = this.measured.finite, this.measured.norms
         this.known_norms = torch.where(finite & (known > 0), known, this.known_norms)
+        remembered = dict(self._weighting.state)
         this.weights = self._weighting(this.measured)
+        if self._weighting.num_waiting:  # it learns once per step
+            self._weighting.state.clear()
+            self._weighting.state.update(remembered)
         return self._weighting.combine(gradients, this.weights.to(gradients.scaled))  # which another one made as wide
 
     def _check_processes(self) -> None:
@@ -126,13 +130,14 @@ class Weighing:
         memory, latest = self._memory, passes[-1]
         assert latest.measured is not None  # it is closed
         assert latest.weights is not None
-        if not any(this.lagged for this in passes):
+        waited = not any(this.lagged for this in passes)
+        if waited and not self._weighting.num_waiting:
             memory.known_norms = latest.known_norms
             if not self._weighting.needs_one_tensor:
                 memory.weights = torch.where(latest.measured.finite, latest.weights, memory.weights)
             return latest.measured
         measured = joined([this.measured for this in passes if this.measured is not None])
-        if self._processes.count > 1:
+        if self._processes.count > 1 and not waited:
             self._check_processes()
             measured = joined_across(measured, self._processes)
         reference = memory.norm_reference.updated(measured.norms, measured.present, burnt_in=self.burnt_in)

@@ -52,7 +52,7 @@ def test_weights_bring_all_gradients_to_one_norm(
     make: Make, seed: int, dtype: torch.dtype, log_scales: list[float], way: str
 ) -> None:
     """Those of the same step, or of the step before where ``last_step.lagged`` says so; at first they are one then."""
-    twins = Twins.of(make, seed, dtype, log_scales=log_scales)
+    twins = Twins.of(make, seed, dtype, log_scales=log_scales, weighting=RotoGradWeighting())
     norms: dict[str, float] = {}
     for step in range(3):
         x = twins.batch(seed + step)
