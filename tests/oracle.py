@@ -217,8 +217,7 @@ class Oracle:
             self.known_norms = torch.where(self.norms > 0, self.norms, self.known_norms)
             if self.weighting == "gradnorm":
                 self._step_logits(J, present)
-            if self.t > 1:
-                self.progress.update(self.norms, self.losses, self.loss_references.values)
+            self.progress.update(self.norms, self.losses, self.loss_references.values)
             if len(present) > 1:
                 self._step_rotations(J, present, index)
         self.t += 1
@@ -248,9 +247,10 @@ class Oracle:
         elif self.weighting == "gradnorm":
             weights = (len(self.heads) * self.logits.softmax(0))[present]
         elif self.weighting == "progress":
-            if self.t < 2:
-                self.progress.update(self.norms, self.losses, self.loss_references.values)
-            weights = self.progress.weights[present]
+            progress = self.progress if self.t >= 2 else Progress(len(self.heads), self.alpha)
+            if self.t < 2:  # of this step alone
+                progress.update(self.norms, self.losses, self.loss_references.values)
+            weights = progress.weights[present]
         else:
             weights = torch.ones(len(present)).double()
         self.weights[present] = weights

@@ -98,12 +98,21 @@ class Weighing:
         this.measured = self.measure(this, gradients.norms, gradients.present, gradients.finite, gradients.cosines)
         finite, known = this.measured.finite, this.measured.norms
         this.known_norms = torch.where(finite & (known > 0), known, this.known_norms)
-        remembered = dict(self._weighting.state)
-        this.weights = self._weighting(this.measured)
-        if self._weighting.num_waiting:  # it learns once per step
-            self._weighting.state.clear()
-            self._weighting.state.update(remembered)
+        this.weights = self._weights_of(this.measured)
         return self._weighting.combine(gradients, this.weights.to(gradients.scaled))  # which another one made as wide
+
+    def _weights_of(self, measured: Measurements) -> Tensor:
+        """Return the weights for a pass whose gradients wait."""
+        weighting = self._weighting
+        if not weighting.num_waiting:
+            return weighting(measured)
+        # Without memory, and without learning: losses of a pass are parts of those of the step, which nobody knows yet.
+        remembered = dict(weighting.state)
+        weighting.state.clear()
+        weights = weighting(measured)
+        weighting.state.clear()
+        weighting.state.update(remembered)
+        return weights
 
     def _check_processes(self) -> None:
         if not self._processes_checked and self._rotations.size is not None:
@@ -148,5 +157,7 @@ class Weighing:
         else:  # a gradient that is zero now need not be so in the next step, where the weight is used
             seen = replace(measured, norms=known, present=measured.present & (known > 0))
         weights = self._weighting(replace(seen, norm_references=reference.values)).to(memory.weights)
-        memory.weights = weights if memory.num_steps + 1 >= self._weighting.num_waiting else torch.ones_like(weights)
+        if memory.num_steps + 1 < self._weighting.num_waiting:
+            weights = torch.ones_like(weights)
+        memory.weights = torch.where(measured.finite, weights, memory.weights)
         return measured

@@ -33,7 +33,8 @@ class ProgressWeighting(Weighting):
     all.
 
     Weights are bounded: a gradient that is more than three times as large as on average counts with a third of its own
-    norm, one that vanishes with a thousandth of the largest :math:`\nu_k` so far, and r between 1e-4 and 1e4.
+    norm, one that vanishes with a thousandth of the largest :math:`\nu_k` so far, and r between 1e-4 and 1e4. But a
+    gradient that grows by orders of magnitude from one step to the next is used once with the weight from before.
 
     Args:
         alpha: :math:`\alpha`, how strongly slow tasks are favored, as in GradNorm; 0 gives equal norms.
