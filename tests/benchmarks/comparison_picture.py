@@ -30,22 +30,23 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     results = load(args.results)
-    figure, axes = plt.subplots(2, 5, figsize=(13, 6), sharey=True, layout="constrained")
-    for axis, name in zip(axes.flat, NAMES, strict=True):
-        metrics = tested(PROBLEMS[name], results, args.seeds)
+    metrics = {name: tested(PROBLEMS[name], results, args.seeds) for name in NAMES}
+    metrics = {name: of for name, of in metrics.items() if SINGLE_TASK in of}
+    shown = [method for method in SHOWN if all(method in of for of in metrics.values())]
+    columns = -(-len(metrics) // 2)
+    figure, axes = plt.subplots(2, columns, figsize=(2.6 * columns, 6), sharey=True, layout="constrained")
+    for axis, (name, of) in zip(axes.flat, metrics.items(), strict=False):
+        changes = relative_changes(PROBLEMS[name], of)
         axis.set_title(name.partition(" d=")[0].partition(" C=")[0])
         axis.axvline(0, color="0.6", linewidth=1)
-        if SINGLE_TASK not in metrics:
-            continue
-        changes = relative_changes(PROBLEMS[name], metrics)
-        for row, method in enumerate(reversed(SHOWN)):
-            if method not in changes:
-                continue
+        for row, method in enumerate(reversed(shown)):
             values = changes[method].clamp(-LIMIT, LIMIT).mean(dim=1)
             error = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.zeros(())
             color = "tab:red" if method == DEFAULT else "tab:blue"
             axis.errorbar(values.mean(), row, xerr=error, fmt="o", markersize=5, color=color, capsize=2)
-        axis.set_yticks(range(len(SHOWN)), [*reversed(SHOWN)])
+        axis.set_yticks(range(len(shown)), [*reversed(shown)])
+    for axis in axes.flat[len(metrics) :]:
+        axis.remove()
     figure.supxlabel("Delta-m against one network per task, % (metrics clipped to 100; higher is better)")
     figure.savefig(args.out, dpi=110)
 
