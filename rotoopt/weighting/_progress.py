@@ -40,6 +40,16 @@ class ProgressWeighting(Weighting):
         alpha: :math:`\alpha`, how strongly slow tasks are favored, as in GradNorm; 0 gives equal norms.
         decay: How much of a running mean a step keeps, from 0 to 1.
 
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> unknown = torch.full((2,), torch.nan)
+        >>> everywhere, finite = torch.tensor([True, True]), torch.tensor(True)
+        >>> measured = Measurements(torch.tensor([3.0, 1.0]), everywhere, finite, None, None, unknown, unknown)
+        >>> ProgressWeighting()(measured)  # both gradients get the norm 2
+        tensor([0.6667, 2.0000])
+
     Source: the shares are the targets of Chen et al., GradNorm, ICML 2018, eq. 2, reached without trained weights; one
     norm for all tasks is that of RotoGrad, ICLR 2022, eq. 1, which takes the latest gradients instead of running means.
     """

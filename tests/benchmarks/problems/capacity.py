@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from tests.benchmarks.problems.base import Metric, Outputs, Problem, Trial
+from tests.benchmarks.problems.base import Metric, Problem
+from tests.benchmarks.problems.squared_errors import SquaredErrors
 
 NUM_TASKS, WIDTH = 12, 6
 NUM_INPUTS, NUM_TEACHER, NUM_HIDDEN = 12, 4, 64
@@ -16,7 +16,7 @@ NUM_TRAINING, NUM_TEST, BATCH = 2048, 2048, 64
 NOISE = 0.5  # standard deviation, of targets with standard deviation 1
 
 
-class CapacityTrial(Trial):
+class CapacityTrial(SquaredErrors):
     """Every target is a teacher network of its own, and all are of the same scale.
 
     One task fits into the features; the twelve have to share them. Heads begin with tanh: of six features
@@ -25,6 +25,7 @@ class CapacityTrial(Trial):
 
     d = WIDTH
     num_steps = 400
+    batch_size = BATCH
     lr = 3e-3
 
     def __init__(self, seed: int) -> None:
@@ -44,24 +45,6 @@ class CapacityTrial(Trial):
         targets = (torch.tanh(2 * inputs @ self.features) @ self.readouts).squeeze(2).mT
         targets = (targets - targets.mean(0)) / targets.std(0)
         return inputs, targets + NOISE * torch.randn(targets.shape, generator=self.generator)
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Draw batches with replacement from the training data."""
-        inputs, targets = self.train
-        for _ in range(self.num_steps):
-            rows = torch.randint(NUM_TRAINING, (BATCH,), generator=self.generator)
-            yield inputs[rows], targets[rows]
-
-    def losses(self, outputs: list[Tensor], targets: Tensor) -> list[Tensor]:
-        """Return the mean squared errors."""
-        pairs = zip(outputs, targets.mT, strict=True)
-        return [(output.squeeze(1) - target).square().mean() for output, target in pairs]
-
-    @torch.no_grad()
-    def test(self, outputs: Outputs) -> list[float]:
-        """Return the mean squared errors, those of the noise included: what single tasks leave is little without."""
-        inputs, targets = self.held_out
-        return [loss.item() for loss in self.losses(outputs(inputs), targets)]
 
 
 CAPACITY = Problem(

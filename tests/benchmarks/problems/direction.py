@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from tests.benchmarks.problems.base import Metric, Outputs, Problem, Trial
+from tests.benchmarks.problems.base import Metric, Problem
+from tests.benchmarks.problems.squared_errors import SquaredErrors
 
 NUM_PAIRS, COSINE = 2, -0.7  # the cosine is that within a pair; pairs are orthogonal
 NUM_INPUTS, NUM_FEATURES, NUM_HIDDEN, WIDTH = 16, 32, 64, 16
@@ -16,7 +16,7 @@ NUM_TRAINING, NUM_TEST, BATCH = 1024, 2048, 32
 NOISE = 0.5  # standard deviation, of targets with standard deviation 1
 
 
-class DirectionTrial(Trial):
+class DirectionTrial(SquaredErrors):
     """Regressions of shared random features, along directions that meet at the cosine, plus noise.
 
     All heads start from the same weights, so that the gradients of a pair point apart as its targets do, until the
@@ -25,6 +25,7 @@ class DirectionTrial(Trial):
 
     d = WIDTH
     num_steps = 600
+    batch_size = BATCH
     lr = 1e-3
 
     def __init__(self, seed: int) -> None:
@@ -47,24 +48,6 @@ class DirectionTrial(Trial):
         targets = torch.tanh(2 * inputs @ self.features) @ self.directions
         targets = (targets - targets.mean(0)) / targets.std(0)
         return inputs, targets + noise * torch.randn(targets.shape, generator=self.generator)
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Draw batches with replacement from the training data."""
-        inputs, targets = self.train
-        for _ in range(self.num_steps):
-            rows = torch.randint(NUM_TRAINING, (BATCH,), generator=self.generator)
-            yield inputs[rows], targets[rows]
-
-    def losses(self, outputs: list[Tensor], targets: Tensor) -> list[Tensor]:
-        """Return the mean squared errors."""
-        pairs = zip(outputs, targets.mT, strict=True)
-        return [(output.squeeze(1) - target).square().mean() for output, target in pairs]
-
-    @torch.no_grad()
-    def test(self, outputs: Outputs) -> list[float]:
-        """Return the share of the variance of every target that is not explained."""
-        inputs, targets = self.held_out
-        return [loss.item() for loss in self.losses(outputs(inputs), targets)]
 
 
 DIRECTION = Problem(

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from tests.benchmarks.problems.base import Metric, Outputs, Problem, Trial
+from tests.benchmarks.problems.base import Metric, Problem
+from tests.benchmarks.problems.squared_errors import SquaredErrors
 
 NAMES = ("linear", "wave", "product")
 NUM_INPUTS, NUM_HIDDEN, WIDTH = 12, 64, 32
@@ -17,7 +18,7 @@ FREQUENCY = 2.0  # of the wave, in radians per standard deviation
 NOISE = 0.5  # standard deviation, of targets with standard deviation 1
 
 
-class RatesTrial(Trial):
+class RatesTrial(SquaredErrors):
     """A linear function, a wave and a product, each along random directions of its own.
 
     Every batch is new, so the errors are those of training that is not over. Targets of the test have noise, too: the
@@ -54,17 +55,6 @@ class RatesTrial(Trial):
         """Draw new batches."""
         for _ in range(self.num_steps):
             yield self._draw(BATCH)
-
-    def losses(self, outputs: list[Tensor], targets: Tensor) -> list[Tensor]:
-        """Return the mean squared errors."""
-        pairs = zip(outputs, targets.mT, strict=True)
-        return [(output.squeeze(1) - target).square().mean() for output, target in pairs]
-
-    @torch.no_grad()
-    def test(self, outputs: Outputs) -> list[float]:
-        """Return the mean squared errors, those of the noise included."""
-        inputs, targets = self.held_out
-        return [loss.item() for loss in self.losses(outputs(inputs), targets)]
 
 
 RATES = Problem("rates", tuple(Metric(f"{name}, MSE", False) for name in NAMES), RatesTrial, methods="few")

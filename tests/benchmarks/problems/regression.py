@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from tests.benchmarks.problems.base import Metric, Outputs, Problem, Trial
+from tests.benchmarks.problems.base import Metric, Problem
+from tests.benchmarks.problems.squared_errors import SquaredErrors
 
 LOSS_SCALES = (0.01, 0.1, 1.0, 10.0)
 NUM_INPUTS, NUM_FEATURES, NUM_HIDDEN = 16, 32, 64
@@ -17,7 +17,7 @@ NUM_TRAINING, NUM_TEST, BATCH = 1024, 2048, 64
 NOISE = 0.3  # standard deviation, of targets with standard deviation 1
 
 
-class RegressionTrial(Trial):
+class RegressionTrial(SquaredErrors):
     r"""Four tasks :math:`y_k = \tanh(3 \langle a_k, \phi(x) \rangle)` of shared random features, plus noise.
 
     Tasks 0 and 2, and tasks 1 and 3, have teacher directions that meet at the given cosine; the two planes are
@@ -25,6 +25,7 @@ class RegressionTrial(Trial):
     conflict have losses of very different scale.
     """
 
+    batch_size = BATCH
     lr = 3e-3
 
     def __init__(self, seed: int, *, width: int, cosine: float, num_steps: int) -> None:
@@ -51,27 +52,10 @@ class RegressionTrial(Trial):
         targets = (targets - targets.mean(0)) / targets.std(0)
         return inputs, targets + noise * torch.randn(targets.shape, generator=self.generator)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Draw batches with replacement from the training data."""
-        inputs, targets = self.train
-        for _ in range(self.num_steps):
-            rows = torch.randint(NUM_TRAINING, (BATCH,), generator=self.generator)
-            yield inputs[rows], targets[rows]
-
     def losses(self, outputs: list[Tensor], targets: Tensor) -> list[Tensor]:
         """Return the mean squared errors, scaled."""
-        errors = self._errors(outputs, targets)
+        errors = self.errors(outputs, targets)
         return [scale * error for scale, error in zip(LOSS_SCALES, errors, strict=True)]
-
-    @torch.no_grad()
-    def test(self, outputs: Outputs) -> list[float]:
-        """Return the share of the variance of every target that is not explained."""
-        inputs, targets = self.held_out
-        return [error.item() for error in self._errors(outputs(inputs), targets)]
-
-    def _errors(self, outputs: list[Tensor], targets: Tensor) -> list[Tensor]:
-        pairs = zip(outputs, targets.mT, strict=True)
-        return [(output.squeeze(1) - target).square().mean() for output, target in pairs]
 
 
 def _problem(width: int, cosine: float, methods: str, num_steps: int = 600) -> Problem:
