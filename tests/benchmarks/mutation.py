@@ -2,6 +2,7 @@
 
     pip install mutmut==3.8.1
     python -m tests.benchmarks.mutation _rotation                       # half an hour on two cores
+    python -m tests.benchmarks.mutation _engine --ending 37             # a fifth of the mutants
     cd mutation/_rotation && mutmut results && mutmut show NAME         # the survivors, and what one changed
 
 Runs mutmut in a copy of the repository, and prints a table by module. Started again, it resumes in the copy, which
@@ -94,17 +95,24 @@ def undecorated(code: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(folder: Path, jobs: int) -> dict[str, Counter[str]]:
-    """Run mutmut, and return by module how many mutants came to which end."""
+def run(folder: Path, jobs: int, ending: str | None) -> dict[str, Counter[str]]:
+    """Run mutmut, and return by module how many mutants came to which end.
+
+    Args:
+        folder: The copy.
+        jobs: Number of processes.
+        ending: Run only mutants whose number within their function ends in one of these digits.
+    """
     environment = {**os.environ, "HYPOTHESIS_PROFILE": "mutation"}
     mutmut = [sys.executable, "-m", "mutmut"]
-    subprocess.run([*mutmut, "run", "--max-children", str(jobs)], cwd=folder, env=environment, check=True)
+    names = [] if ending is None else [f"*__mutmut_*[{ending}]"]
+    subprocess.run([*mutmut, "run", "--max-children", str(jobs), *names], cwd=folder, env=environment, check=True)
     command = [*mutmut, "results", "--all", "true"]
     results = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
     counts: dict[str, Counter[str]] = {}
     for line in results.splitlines():
         mutant, _, end = line.strip().rpartition(": ")
-        if mutant:  # rotoopt.<package>.<module>.<function>
+        if mutant and end != "not checked":  # rotoopt.<package>.<module>.<function>
             counts.setdefault(mutant.split(".")[2], Counter())[end] += 1
     return counts
 
@@ -124,11 +132,12 @@ def main() -> None:
     parser.add_argument("package", choices=PACKAGES, help="what to change")
     parser.add_argument("--out", type=Path, default="mutation", help="folder for the copies (mutation)")
     parser.add_argument("--jobs", type=int, default=2, help="number of processes (2)")
+    parser.add_argument("--ending", help="only mutants whose number ends in one of these digits, as a sample")
     args = parser.parse_args()
     folder = args.out / args.package
     if not folder.exists():
         copy_repository(folder, args.package)
-    print(table(run(folder, args.jobs)))
+    print(table(run(folder, args.jobs, args.ending)))
 
 
 if __name__ == "__main__":
