@@ -46,7 +46,7 @@ from rotoopt._torch.wrapper import Core, OptimizerWrapper
 from rotoopt.weighting import Weighting
 from rotoopt.weighting._aggregator import Aggregator, as_weighting
 
-DEFAULT_ROTATION_LR = 5e-4
+DEFAULT_ROTATION_LR = 0.02
 TURN_EVERY = 16
 
 
@@ -89,10 +89,9 @@ class RotoGradOptimizer(OptimizerWrapper):
         normalize_losses: Back-propagate ``L_k / |L_k(t0)|`` instead of L_k. Needs ``step(losses)`` or
             ``backward(losses)``: in your own ``sum(losses).backward()`` the losses are what you make them.
         burn_in_period: Step at which L_k(t0) and the norms ||G_k(t0)|| are taken anew.
-        rotation_lr: Learning rate of the built-in rotation step. Its t-th turn changes the coordinates of R_k by about
-            :math:`a_k \, \mathrm{lr} / \sqrt t` radians (root mean square), where :math:`a_k`, from 0 to 1, is how well
-            successive gradients of the rotation agree: zero in the first turn, about zero for noise. So rotations rest
-            unless their gradients keep a direction.
+        rotation_lr: Learning rate of the built-in rotation step: by how much its first turn changes what the heads get,
+            relative to that (root mean square). Its t-th turn changes it by about :math:`\mathrm{lr} / \sqrt t`, times
+            the learning rate of the network as a share of its highest so far.
         turn_every: Steps from one turn of the rotations to the next. ``None``: 16 for the built-in step, which then
             costs little next to applying the rotations, and keeps them slower than the network, as the method asks; 1
             for a ``rotation_optimizer``, which has a schedule of its own.
@@ -124,9 +123,9 @@ class RotoGradOptimizer(OptimizerWrapper):
     Source: Javaloy and Valera, RotoGrad: Gradient Homogenization in Multitask Learning, ICLR 2022, algorithm 1. Departs
     from the official code (rotograd 0.1.6): wraps the optimizer instead of the model; by default, gradients have one
     norm on average and times progress, instead of in every step; starts at R_k = I; the rotation objective uses unit
-    gradients; rotations turn in every 16th step, by a step that decays and that is multiplied by how well successive
-    gradients agree; references are never taken from absent, zero or non-finite gradients; an absent task contributes
-    nothing instead of its previous gradient.
+    gradients; rotations turn in every 16th step, where the representation has little variance, by a step that decays
+    and follows the schedule of the network; references are never taken from absent, zero or non-finite gradients; an
+    absent task contributes nothing instead of its previous gradient.
     """
 
     _core: _Core
@@ -175,7 +174,7 @@ class RotoGradOptimizer(OptimizerWrapper):
         param = next(param for group in optimizer.param_groups for param in group["params"])
         rotations = Rotations.like(param, len(names), rotation_size, rotate=flags, init=init, processes=processes)
         rotation_step: RotationStep = (
-            CayleyStep(rotations, rotation_lr, processes)
+            CayleyStep(rotations, rotation_lr, processes, optimizer)
             if rotation_optimizer is None
             else OptimizerStep(rotations, rotation_optimizer, processes)
         )
@@ -188,6 +187,7 @@ class RotoGradOptimizer(OptimizerWrapper):
             burn_in_period=burn_in_period,
             normalize_losses=normalize_losses,
             turn_every=turn_every,
+            needs_second_moment=rotation_step.needs_second_moment,
             processes=processes,
         )
         adopt(hooks, engine.capture, names)

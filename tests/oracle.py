@@ -96,28 +96,33 @@ def rotation_gradient(U: Tensor, V: Tensor) -> Tensor:
     return N - N.mT
 
 
-def step_size(squares: Tensor, norms: Tensor, m: int, lr: float) -> Tensor:
-    """AdaGrad-norm, from the sum of the squared norms so far; a turn has a norm of at most sqrt(2)."""
-    size = torch.where(squares > 0, lr * (m * (m - 1) / 2 / squares).sqrt(), 0.0).clamp(max=1.0)
-    return torch.where(norms > 0, torch.minimum(size, math.sqrt(2) / norms), 0.0)
+class Metric:
+    """G: the second moment of z, its trace brought to m, as a mean that halves with every turn; plus a tenth."""
+
+    def __init__(self, m: int) -> None:
+        self.mean: Tensor | None = None
+        self.identity = torch.eye(m).double()
+
+    def update(self, z: Tensor) -> Tensor:
+        C = z.mT @ z  # z: (samples, m)
+        if C.trace() > 0:
+            C = C * len(C) / C.trace()
+            self.mean = C if self.mean is None else (self.mean + C) / 2
+        elif self.mean is None:
+            self.mean = self.identity
+        return self.mean + self.identity / 10
 
 
-class Agreement:
-    """Running cosine between successive S_k, seen through eight random sign vectors."""
+def ascent(S: Tensor, G: Tensor) -> tuple[Tensor, float]:
+    """The way up, D = G^-1 S G^-1, and how much a head's input changes along it, relative to itself."""
+    D = G.inverse() @ S @ G.inverse()
+    return D, math.sqrt((D @ G @ D.mT).trace() / len(D))
 
-    def __init__(self, n_tasks: int, m: int) -> None:
-        signs = torch.randint(2, (m, 8), generator=torch.Generator().manual_seed(0))
-        self.probes = (2 * signs - 1).double()
-        self.inner, self.norms = torch.zeros(2, n_tasks).double()
-        self.latest = torch.zeros(n_tasks, m, 8).double()
 
-    def update(self, S: Tensor) -> Tensor:
-        for k in S.any(dim=(1, 2)).nonzero().flatten():  # a gradient of zero is not compared
-            Y = S[k] @ self.probes
-            self.inner[k] = 0.9 * self.inner[k] + (Y * self.latest[k]).sum()
-            self.norms[k] = 0.9 * self.norms[k] + Y.norm() * self.latest[k].norm()
-            self.latest[k] = Y
-        return torch.where(self.norms > 0, self.inner / self.norms, 0.0).clamp(min=0.0)
+def longest(S: Tensor, D: Tensor) -> float:
+    """No plane turns by a radian, and <U, V> surely rises."""
+    half = float(D.square().sum() / 2)
+    return min(1 / math.sqrt(half), float((S * D).sum()) / half)
 
 
 def cayley_step(R: Tensor, S: Tensor) -> Tensor:
@@ -161,7 +166,7 @@ class Oracle:
     weight_lr: float = 1e-3
     normalize_losses: bool = False
     burn_in_period: int = 20
-    rotation_lr: float = 5e-4
+    rotation_lr: float = 0.02
     turn_every: int = 16
     rotation_optimizer: Callable[[list[Tensor]], Optimizer] | None = None
     matrices: Tensor = field(default_factory=lambda: torch.empty(0))  # empty: K identities
@@ -172,6 +177,7 @@ class Oracle:
         self.norm_references = References(K, self.burn_in_period)
         self.known_norms = torch.full((K,), math.nan).double()
         self.squares, self.logits = torch.zeros(K).double(), torch.zeros(K).double()
+        self.highest_lr = 0.0
         self.logit_optimizer = Adam([self.logits], lr=self.weight_lr)
         self.progress = Progress(K, self.alpha)
 
@@ -219,7 +225,7 @@ class Oracle:
                 self._step_logits(J, present)
             self.progress.update(self.norms, self.losses, self.loss_references.values)
             if len(present) > 1:
-                self._step_rotations(J, present, index)
+                self._step_rotations(J, present, index, z.detach().flatten()[index])
         self.t += 1
         return self.losses
 
@@ -227,7 +233,7 @@ class Oracle:
         identities = torch.eye(m).expand(len(self.heads), m, m)
         self.matrices = (self.matrices if self.matrices.numel() else identities).double()
         self.algebra = torch.zeros_like(self.matrices)  # A, back at zero after every step
-        self.agreement = Agreement(len(self.heads), m)
+        self.metric = Metric(m)
         if self.rotation_optimizer is not None:
             self.algebra_optimizer = self.rotation_optimizer([self.algebra])
 
@@ -263,7 +269,7 @@ class Oracle:
             self.logits.grad = gradient
             self.logit_optimizer.step()
 
-    def _step_rotations(self, J: Tensor, present: list[int], index: Tensor) -> None:
+    def _step_rotations(self, J: Tensor, present: list[int], index: Tensor, z: Tensor) -> None:
         m = self.matrices.shape[-1]
         norms = self.norms[present, None]
         units = torch.where(norms == 0, 0.0, J / norms)[:, index[:, :m]]  # (P, samples, m)
@@ -277,9 +283,13 @@ class Oracle:
             whole[present] = (units.mT @ units.mean(dim=0)).norm(dim=(1, 2))
             rounding = (4 * torch.finfo(S.dtype).eps) ** 0.5 * whole  # a task that is aligned has no S
             S *= (S.norm(dim=(1, 2)) / 2**0.5 > rounding).view(-1, 1, 1)
-            norms = S.norm(dim=(1, 2))
-            self.squares += norms.square() / 2
-            S = S * (step_size(self.squares, norms, m, self.rotation_lr) * self.agreement.update(S)).view(-1, 1, 1)
+            lr, G = self.optimizer.param_groups[0]["lr"], self.metric.update(z[:, :m].double())
+            self.highest_lr = max(self.highest_lr, lr)
+            for k in S.any(dim=(1, 2)).nonzero().flatten():
+                D, size = ascent(S[k], G)
+                self.squares[k] += size**2
+                step = self.rotation_lr * (lr / self.highest_lr if lr > 0 else 0.0) / self.squares[k].sqrt()
+                S[k] = D * min(float(step), longest(S[k], D))
         else:
             self.algebra.grad = -S.tril(-1)
             self.algebra_optimizer.step()

@@ -34,16 +34,18 @@ def haar(K: int, m: int, dtype: torch.dtype) -> Rotations:
     return Rotations(K, m, rotate=[True] * K, init="haar", device=torch.device("cpu"), dtype=dtype)
 
 
-def rotation_gradient(units: Tensor, target: Tensor, dim: int = -1) -> RotationGradient:
-    """Return what a backward pass measures of unit gradients ``(K, n, d)`` and their mean ``(n, d)``."""
+def rotation_gradient(units: Tensor, target: Tensor, z: Tensor | None = None, dim: int = -1) -> RotationGradient:
+    """Return what a backward pass measures of unit gradients ``(K, n, d)``, their mean ``(n, d)`` and z, ``(n, m)``."""
     dims = RotatedDims(dim)
-    return RotationGradient(dims.view_stacked(units), dims.view(target), torch.tensor(True))
+    moment = None if z is None else z.mT @ z
+    return RotationGradient(dims.view_stacked(units), dims.view(target), torch.tensor(True), moment)
 
 
 def unusable(gradient: RotationGradient) -> RotationGradient:
     """Return what a backward pass measures in which something was not finite."""
     zeros = torch.zeros_like(gradient.directions), torch.zeros_like(gradient.target)
-    return RotationGradient(*zeros, torch.tensor(False))
+    moment = None if gradient.second_moment is None else torch.zeros_like(gradient.second_moment)
+    return RotationGradient(*zeros, torch.tensor(False), moment)
 
 
 class Lagged(RotoGradWeighting):

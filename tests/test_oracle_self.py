@@ -11,20 +11,22 @@ from torch.optim import SGD
 from torch.testing import assert_close
 
 from tests.oracle import (
-    Agreement,
     LossFn,
+    Metric,
     Oracle,
     References,
+    ascent,
     cayley_step,
     gradnorm_gradient,
     layout,
+    longest,
     rotate,
     rotation_gradient,
     shares,
-    step_size,
 )
 
 NAN = math.nan
+AT_REST = 1e-12  # a learning rate that changes nothing
 
 
 def double(*values: float | tuple[float, ...]) -> Tensor:
@@ -85,53 +87,61 @@ def test_first_step() -> None:
     assert_close(example.heads[1].weight.detach(), double((0 - 1, 1 - 2)))
 
 
-def test_rotations_of_three_steps() -> None:
-    example, lr = Example(lr=0.0, rotation_lr=0.06), 0.06
-    example.step()
-    assert_close(example.angles, double(0, 0))  # the first gradient has none to agree with
-    example.step()
-    # In a plane, all gradients of one sign agree: s = .3 * lr / sqrt(.3^2 + .3^2).
-    angle = 2 * math.atan(lr / math.sqrt(2) / 2)
-    assert_close(example.angles, double(-angle, angle))
-    example.step()
-    # R_k' turns G_k, and between unit vectors at an angle delta the entry is sin(delta) / 2.
-    entry = math.sin(math.acos(0.8) - 2 * angle) / 2
-    angle += 2 * math.atan(entry * lr / math.hypot(0.3, 0.3, entry) / 2)
-    assert_close(example.angles, double(-angle, angle))
+def plane_angle(size: float) -> float:
+    """Return the angle of a turn of this size in a plane: there, G^-1 S G^-1 = S / det G, and tr G = 2 + 2 / 10."""
+    return 2 * math.atan(size / math.sqrt(1.1) / 2)
+
+
+@pytest.mark.parametrize("shares", [(1.0, 1.0, 1.0), (1.0, 0.25, 0.0, 0.5)], ids=["constant rate", "schedule"])
+def test_rotations_of_some_steps(shares: Sequence[float]) -> None:
+    example, lr = Example(lr=AT_REST, rotation_lr=0.06), 0.06
+    angle, squares, apart = 0.0, 0.0, math.acos(0.8)
+    for share in shares:
+        example.oracle.optimizer.param_groups[0]["lr"] = AT_REST * share
+        example.step()
+        # R_k' turns G_k, and between unit vectors at an angle the entry of S is half its sine.
+        entry = math.sin(apart - 2 * angle) / 2
+        squares += entry**2
+        angle += plane_angle(lr * share * entry / math.sqrt(squares))
+        assert_close(example.angles, double(-angle, angle))
 
 
 def test_rotations_turn_in_every_third_step() -> None:
-    example, turned, before = Example(lr=0.0, turn_every=3), [], double(0, 0)
+    example, turned, before = Example(lr=AT_REST, turn_every=3), [], double(0, 0)
     for _ in range(8):
         example.step()
         turned.append(not torch.equal(example.angles, before))
         before = example.angles
-    assert turned == [False, False, False, True, False, False, True, False]
+    assert turned == [True, False, False, True, False, False, True, False]
 
 
-def test_agreement_of_multiples_of_one_gradient() -> None:
-    agreement, S = Agreement(1, 2), double((0, -1), (1, 0))[None]
-    # Cosines of +-1, weighted with the products of the norms: 2, then 2 * 3, ...
-    wanted = [(1, 0.0), (2, 1.0), (0, 1.0), (-3, 0.0), (-4, (0.9 * (0.9 * 2 - 6) + 12) / (0.9 * (0.9 * 2 + 6) + 12))]
-    for factor, expected in wanted:
-        assert_close(agreement.update(factor * S), double(expected))
+def test_metric_of_three_turns() -> None:
+    metric = Metric(2)
+    assert_close(metric.update(double((0, 0))), double((1.1, 0), (0, 1.1)))  # nothing is known
+    metric = Metric(2)
+    assert_close(metric.update(double((3, 0), (0, 1))), double((1.9, 0), (0, 0.3)))
+    assert_close(metric.update(double((1, 1))), double((1.5, 0.5), (0.5, 0.7)))
+    assert_close(metric.update(double((0, 0))), double((1.5, 0.5), (0.5, 0.7)))
 
 
-def test_size_of_a_step() -> None:
-    size = step_size(double(9, 9, 0, 9), double(1, 1e3, 0, 0), m=3, lr=0.5)
-    assert_close(size, double(0.5 * math.sqrt(3 / 9), math.sqrt(2) / 1e3, 0, 0))
+def test_way_up_prefers_planes_of_little_variance() -> None:
+    S, G = double((0, 1, 1), (-1, 0, 0), (-1, 0, 0)), double((1, 0, 0), (0, 2, 0), (0, 0, 0.5))
+    D, size = ascent(S, G)
+    assert_close(D, double((0, 0.5, 2), (-0.5, 0, 0), (-2, 0, 0)))
+    assert size == pytest.approx(math.sqrt((0.25 * 2 + 4 * 0.5 + 0.25 + 4) / 3))
+    assert longest(0.1 * S, 0.1 * D) == pytest.approx(min(10 / math.sqrt(4.25), 2 * 2.5 / 4.25))
+    assert longest(10 * S, 10 * D) == pytest.approx(0.1 / math.sqrt(4.25))
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        pytest.param({"rotation_lr": 10.0}, (-0.3, 0.3), id="capped at the gradient"),
-        pytest.param({"rotation_lr": 0.06, "rotate": (True, False)}, (-0.06 / math.sqrt(2), 0), id="frozen"),
+        pytest.param({"rotation_lr": 10.0}, (-0.6, 0.6), id="capped where the objective surely rises"),
+        pytest.param({"rotation_lr": 0.06, "rotate": (True, False)}, (-0.06 / math.sqrt(1.1), 0), id="frozen"),
     ],
 )
-def test_options_of_the_second_step(options: dict[str, Any], expected: tuple[float, float]) -> None:
-    example = Example(lr=0.0, **options)
-    example.step()
+def test_options_of_a_turn(options: dict[str, Any], expected: tuple[float, float]) -> None:
+    example = Example(lr=AT_REST, **options)
     example.step()
     assert_close(example.angles, 2 * torch.atan(double(*expected) / 2))
 

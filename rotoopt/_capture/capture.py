@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rotoopt._capture.fork import BackwardPass, Fed, Fork, Rotate
 from rotoopt._capture.inputs import Inputs, is_floating, paths_and_leaves, rebuilt
 from rotoopt._capture.places import Place, Places, Z
-from rotoopt._capture.representation import RotatedDims, rotated
+from rotoopt._capture.representation import RotatedDims, rotated, second_moment
 from rotoopt._capture.whereabouts import Whereabouts
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._torch.private import (
@@ -32,6 +32,7 @@ class Capture:
         rotations: The rotations to apply.
         dims: The dimensions to rotate.
         running: Returns the backward pass that runs, which gets the gradients.
+        measures: Returns whether second moments of what is rotated are needed in the present step.
 
     Attributes:
         handles: The handles of the hooks that feed the heads.
@@ -41,7 +42,13 @@ class Capture:
         shapes: Shapes of what entered latest in training, by task and place.
     """
 
-    def __init__(self, rotations: Rotations, dims: RotatedDims, running: Callable[[], BackwardPass]) -> None:
+    def __init__(
+        self,
+        rotations: Rotations,
+        dims: RotatedDims,
+        running: Callable[[], BackwardPass],
+        measures: Callable[[], bool],
+    ) -> None:
         self.rotations = rotations
         self.dims = dims
         self.handles: list[RemovableHandle] = []
@@ -51,6 +58,7 @@ class Capture:
         self.shapes: dict[tuple[int, Place], torch.Size] = {}
         self._paused = False
         self._running = running
+        self._measures = measures
         self._forks = WeakTensorKeyDictionary()
         self._changes_input: dict[tuple[int, Place], bool] = {}  # whether a head changes what it gets there in place
         # What it got first, and how often that had been changed.
@@ -165,7 +173,10 @@ class Capture:
             return self._own_copy(out, (task, place)) if own else out
         fork = self._fork(rep)
         fork.taps[task] += 1
-        fork.rotated = fork.rotated or matrix is not None
+        if matrix is not None:
+            fork.rotated = True
+            if fork.second_moment is None and self._measures():
+                fork.second_moment = second_moment(rep, matrix, self.dims)
         self.shapes[task, place] = rep.shape
         out = Rotate.apply(rep, matrix, self.dims, fork, (task, place))  # type: ignore[no-untyped-call]
         return self._own_copy(out, (task, place)) if own and matrix is None else out
@@ -197,5 +208,6 @@ class Capture:
         elif rep.is_leaf and fork.used:  # z is a parameter, the same tensor in every forward pass
             fork.used = ()
             fork.taps.clear()
+            fork.second_moment = None
             self.fed.forks.add(fork)
         return fork

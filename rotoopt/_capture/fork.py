@@ -43,11 +43,13 @@ class Met:
         gradients: The gradients.
         shape: The shape of the tensor.
         turns: Whether the rotations turn by them.
+        second_moment: That of the tensor, if it was measured. Shape ``(m, m)``.
     """
 
     gradients: TaskGradients
     shape: torch.Size
     turns: bool
+    second_moment: Tensor | None
 
 
 @dataclass
@@ -127,6 +129,7 @@ class Fork:
         is_leaf: Whether z is a parameter.
         taps: How often z enters the heads of each task.
         rotated: Whether z is rotated on its way into them.
+        second_moment: That of z, where the rotations are to turn by it. Shape ``(m, m)``.
         used: The tasks whose gradients came back in the latest backward pass in which they waited for each other.
     """
 
@@ -137,6 +140,7 @@ class Fork:
         self.is_leaf = rep.is_leaf
         self.taps: Counter[int] = Counter()
         self.rotated = False
+        self.second_moment: Tensor | None = None
         self.used: tuple[int, ...] = ()
         self._num_tasks = num_tasks
         self._running = running

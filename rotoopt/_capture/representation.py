@@ -92,6 +92,15 @@ def rotated(rep: Tensor, matrix: Tensor, dims: RotatedDims) -> Tensor:
         return dims.restore(_apply(matrix.to(rep.dtype), dims.view(rep)), rep)
 
 
+@torch.no_grad()
+def second_moment(rep: Tensor, like: Tensor, dims: RotatedDims) -> Tensor:
+    r"""Return :math:`\sum_s z_s z_s^\top` of the features of ``rep`` that ``like``, a rotation, rotates. ``(m, m)``."""
+    with torch.autocast(rep.device.type, enabled=False):
+        features = dims.view(rep)[:, : like.shape[-1]].to(like)  # (L, m, P)
+        samples = features.movedim(1, 2).flatten(0, 1)
+        return samples.mT @ samples
+
+
 def _apply(matrix: Tensor, features: Tensor) -> Tensor:
     """Rotate the first ``m`` of the ``d`` features and pass the rest through.
 

@@ -42,6 +42,7 @@ class Engine:
         burn_in_period: Step at which the references are taken anew.
         normalize_losses: Whether to back-propagate ``L_k / |L_k(t0)|`` instead of L_k.
         turn_every: In the first of so many steps the rotations turn, and the gradients of all tasks meet.
+        needs_second_moment: Whether they turn by the second moment of the representation, too.
         processes: Those that share a batch.
     """
 
@@ -56,6 +57,7 @@ class Engine:
         burn_in_period: int,
         normalize_losses: bool,
         turn_every: int,
+        needs_second_moment: bool,
         processes: Processes,
     ) -> None:
         self.names = tuple(names)
@@ -64,7 +66,8 @@ class Engine:
         self.processes = processes
         self.normalize_losses = normalize_losses
         self.turn_every = turn_every
-        self.capture = Capture(rotations, dims, self._running_pass)
+        self._needs_second_moment = needs_second_moment
+        self.capture = Capture(rotations, dims, self._running_pass, self._measures_second_moments)
         self.memory = Memory(rotations, weighting)
         self._weighing = Weighing(
             weighting, self.memory, rotations, processes, burn_in_period=burn_in_period, turn_every=turn_every
@@ -177,6 +180,10 @@ class Engine:
         """Move what is remembered to where the rotations are, which follow the representation."""
         if self.memory.weights.device != self.rotations.device:
             self.memory.to(self.rotations.device)
+
+    def _measures_second_moments(self) -> bool:
+        """Return whether the turn of this step needs the second moment of the representation."""
+        return self._needs_second_moment and self._weighing.turns_are_due
 
     # ------------------------------------------------------------------ in the backward pass
 

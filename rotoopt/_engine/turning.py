@@ -57,8 +57,12 @@ def _factors(directions: Tensor, target: Tensor, met: Met, this: BackwardPass, d
     assert this.measured is not None  # it is closed
     usable = this.measured.finite
     directions, target = torch.where(usable, directions, 0.0), torch.where(usable, target, 0.0)
+    moment = met.second_moment
     return RotationGradient(
-        dims.view_stacked(directions.view(-1, *met.shape)), dims.view(target.view(met.shape)), usable
+        dims.view_stacked(directions.view(-1, *met.shape)),
+        dims.view(target.view(met.shape)),
+        usable,
+        None if moment is None else torch.where(usable, moment, 0.0),
     )
 
 

@@ -76,7 +76,7 @@ class Weighing:
             alone = len(tasks) == 1 and self._processes.count == 1
             turns = self.turns_are_due and fork.rotated
             if not alone and (turns or this.lagged):
-                this.met.append(Met(gradients, fork.shape, turns))
+                this.met.append(Met(gradients, fork.shape, turns, fork.second_moment))
         return vector.reshape(fork.shape)
 
     def _joined_batch(self, this: BackwardPass, own: TaskGradients) -> TaskGradients:

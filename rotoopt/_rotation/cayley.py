@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,8 +19,8 @@ class Skew(Protocol):
     def half_squared_norm(self) -> Tensor:
         r"""Return :math:`\tfrac12 \lVert S_k \rVert_F^2`, or zero where S_k is but rounding. Shape ``(K,)``."""
 
-    def times(self, columns: Tensor) -> Tensor:
-        """Return S_k times ``columns``, shape ``(m, p)``. Shape ``(K, m, p)``."""
+    def in_metric(self, factor: Tensor) -> Ascent:
+        """Return the way up in the metric G, of which ``factor`` is the lower Cholesky factor, shape ``(m, m)``."""
 
     def turn_(self, matrices: Tensor, step: Tensor) -> None:
         r"""Set :math:`R_k \leftarrow R_k\,\mathrm{cay}(\eta_k S_k)` in place.
@@ -28,6 +29,21 @@ class Skew(Protocol):
             matrices: R. Shape ``(K, m, m)``.
             step: :math:`\eta`, with :math:`\lVert \eta_k S_k \rVert_2 \le 1`. Shape ``(K,)``. A zero keeps every bit.
         """
+
+
+@dataclass(frozen=True)
+class Ascent:
+    r"""The way up in a metric G: :math:`D_k = G^{-1} S_k G^{-1}`.
+
+    Attributes:
+        skew: D.
+        rise: :math:`\langle S_k, D_k \rangle`. Shape ``(K,)``.
+        change: :math:`\operatorname{tr}(D_k G D_k^\top)`. Shape ``(K,)``.
+    """
+
+    skew: Skew
+    rise: Tensor
+    change: Tensor
 
 
 class SampleSkew:
@@ -50,9 +66,18 @@ class SampleSkew:
         whole = (self._VV * self._WW).sum((-2, -1))  # the squared norm of N
         return _unless_rounding(whole - (self._VW * self._VW.mT).sum((-2, -1)), whole)
 
-    def times(self, columns: Tensor) -> Tensor:
-        """In O(n m p)."""
-        return self._W @ (self._V.mT @ columns) - self._V @ (self._W.mT @ columns)
+    def in_metric(self, factor: Tensor) -> Ascent:
+        """In O(n m^2): of rank 2n, too."""
+        W, V, n = self._W, self._V, self._V.shape[-1]
+        solved = torch.cholesky_solve(torch.cat([V, W.movedim(0, 1).flatten(1)], dim=1), factor)
+        inverse_V, inverse_W = solved[:, :n], solved[:, n:].reshape(-1, len(W), n).movedim(1, 0)
+        VV, WW, VW = V.mT @ inverse_V, W.mT @ inverse_W, V.mT @ inverse_W  # in the metric
+        skew = SampleSkew(inverse_W, inverse_V)
+        return Ascent(
+            skew,
+            rise=2 * (_inner(VV, WW) - _inner(VW, VW.mT)),
+            change=_inner(VV, skew._WW) + _inner(WW, skew._VV) - 2 * _inner(VW, skew._VW.mT),
+        )
 
     def turn_(self, matrices: Tensor, step: Tensor) -> None:
         """In O(n m^2)."""
@@ -82,13 +107,25 @@ class DenseSkew:
         """From the entries."""
         return _unless_rounding(0.5 * self._S.square().sum((-2, -1)), self._whole)
 
-    def times(self, columns: Tensor) -> Tensor:
-        """In O(m^2 p)."""
-        return self._S @ columns
+    def in_metric(self, factor: Tensor) -> Ascent:
+        """In O(m^3)."""
+        half = _solve_all(factor, self._S)
+        skew = DenseSkew(0.5 * _solve_all(factor, half.mT).mT)  # D / 2 is skew, but for rounding
+        return Ascent(skew, rise=_inner(self._S, skew._S), change=_inner(skew._S, half))
 
     def turn_(self, matrices: Tensor, step: Tensor) -> None:
         """In O(m^3)."""
         matrices.add_(matrices @ cayley_delta(self._S * step[:, None, None]))
+
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    return (one * other).sum((-2, -1))
+
+
+def _solve_all(factor: Tensor, right: Tensor) -> Tensor:
+    """Return G^-1 times every one of ``right``, ``(K, m, m)``, in one solution with K m columns."""
+    solved = torch.cholesky_solve(right.movedim(0, 1).flatten(1), factor)
+    return solved.view(right.movedim(0, 1).shape).movedim(1, 0)
 
 
 def _unless_rounding(half_squared_norm: Tensor, whole: Tensor) -> Tensor:

@@ -80,6 +80,8 @@ class OptimizerStep:
         processes: Those that share a batch.
     """
 
+    needs_second_moment = False
+
     def __init__(self, rotations: Rotations, make_optimizer: RotationOptimizer, processes: Processes) -> None:
         self._coordinates = Coordinates(rotations, processes)
         self.optimizer = make_optimizer([self._coordinates.parameter])

@@ -25,6 +25,8 @@ class RotationGradient:
             Shape ``(K, L, d, P)``.
         target: V, their mean, taken as constant. Shape ``(L, d, P)``.
         usable: Whether everything in the pass was finite; if not, U and V are zero. Shape ``()``, bool.
+        second_moment: :math:`\sum_s z_s z_s^\top` of the rotated features. Shape ``(m, m)``. ``None`` where nobody
+            measured it.
 
     Source: Javaloy and Valera, RotoGrad, ICLR 2022, eq. 3, with unit gradients on both sides (there, g is not
     normalized), so that the scale of a loss cancels.
@@ -33,6 +35,7 @@ class RotationGradient:
     directions: Tensor
     target: Tensor
     usable: Tensor
+    second_moment: Tensor | None = None
 
     @classmethod
     def none(cls, num_tasks: int, size: int, like: Tensor) -> RotationGradient:
@@ -74,9 +77,11 @@ class RotationStep(Protocol):
 
     Attributes:
         optimizer: The optimizer; learning-rate schedulers attach to it.
+        needs_second_moment: Whether gradients must come with that of the representation.
     """
 
     optimizer: Optimizer
+    needs_second_moment: bool
 
     def step(self, gradients: Sequence[RotationGradient]) -> Tensor:
         """Turn the rotations by the sum of ``gradients``, those of the backward passes since the latest step.

@@ -25,12 +25,12 @@ def harm(values: dict[str, Tensor], *, network_lr: float) -> str | None:
 
     - the mean cosine between the gradients of different tasks, which rotations are to raise, fell by 0.2 or more;
     - the losses rose by a fifth or more: the heads cannot follow; or
-    - the mean cosine did not rise, although the learning rate of the rotations is above that of the network. The method
-      asks for one below (RotoGrad, ICLR 2022, section 4).
+    - the mean cosine did not rise, although the learning rate of a rotation optimizer is above that of the network. The
+      method asks for one below (RotoGrad, ICLR 2022, section 4).
 
     Args:
         values: Stacked measurements of the window, as from :meth:`History.to_dict`.
-        network_lr: The largest learning rate of the network, NaN if not known.
+        network_lr: The largest learning rate of the network, NaN if that of the rotations does not compare with it.
     """
     turn = values["angles"].sum(dim=0).amax().item()
     if not turn >= MIN_TURN:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotoopt._rotation.cayley_step import NormalizedStep
 from rotoopt._torch.warn import warn_user
 from rotoopt.diagnostics._harm import WINDOW, harm
 from rotoopt.diagnostics._measurements import Measured, columns, latest, stack
@@ -130,6 +131,11 @@ def _join(chunks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _network_lr(optimizer: Measured) -> float:
-    """Return the largest learning rate, NaN where the optimizer of the network is not ours."""
-    groups = [] if isinstance(optimizer, RotateOnly) else optimizer.param_groups
+    """Return the largest learning rate, NaN where nothing compares with it.
+
+    The optimizer of a module's network is not ours, and the rate of the built-in rotation step has another unit.
+    """
+    if isinstance(optimizer, RotateOnly) or isinstance(optimizer.rotation_optimizer, NormalizedStep):
+        return float("nan")
+    groups = optimizer.param_groups
     return max((float(group["lr"]) for group in groups if "lr" in group), default=float("nan"))

@@ -201,6 +201,7 @@ class RotateOnly(VanillaMTL):
             burn_in_period=self.burn_in_period,
             normalize_losses=self.normalize_losses,
             turn_every=1,
+            needs_second_moment=False,
             processes=processes,
         )
         self._turning = RotationParameter(Coordinates(self.rotations, processes))

@@ -14,6 +14,7 @@ from rotoopt import GradNorm, ProgressWeighting, RotoGradWeighting, Weighting
 from rotoopt.weighting import Measurements
 from tests.benchmarks.problems import Problem, Trial
 from tests.benchmarks.trainings import (
+    RandomTurns,
     Training,
     WithModule,
     WithOptimizer,
@@ -21,6 +22,7 @@ from tests.benchmarks.trainings import (
     plain_sum,
     single_task,
     sum_of_logs,
+    with_first_layers,
 )
 
 ALPHA = 0.5  # of GradNorm: between equal norms and equal rates of training
@@ -133,7 +135,10 @@ METHODS = {
         Method("first norms", _weighted(FirstNorms)),
         Method(DEFAULT, WithOptimizer),
         Method("default, rotate=False", partial(WithOptimizer, rotate=False)),
-        Method("default, haar", _weighted(ProgressWeighting, rotate=True, init="haar")),
+        Method("default, random turns", RandomTurns),
+        Method("default, fixed haar", partial(WithOptimizer, init="haar", rotation_lr=0.0)),
+        Method("default, haar", partial(WithOptimizer, init="haar")),
+        Method("default, first layers", with_first_layers),
         Method("default without progress", _weighted(lambda: ProgressWeighting(alpha=0.0))),
         Method("default without memory", _weighted(lambda: ProgressWeighting(decay=0.0))),
         Method("scale only", _weighted(RotoGradWeighting)),

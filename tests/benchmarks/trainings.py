@@ -7,6 +7,7 @@ import importlib
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from rotoopt import RotoGradOptimizer
+from rotoopt._rotation.step import RotationGradient
 from tests.benchmarks.problems import Outputs, Trial
 
 
@@ -77,6 +79,48 @@ class WithOptimizer(Training):
     def _forward(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
         rep = self.trial.backbone(inputs)
         return [head(rep) for head in self.trial.heads], rep
+
+
+class RandomTurns(WithOptimizer):
+    """A control: rotations that turn as far as they would, but in directions that were drawn once."""
+
+    def __init__(self, trial: Trial, lr: float, **options: Any) -> None:
+        super().__init__(trial, lr, **options)
+        step = self.optimizer._core.rotation_step
+        turn = step.step
+        step.step = lambda gradients: turn([_at_random(each) for each in gradients])  # type: ignore[method-assign]
+
+
+def _at_random(gradient: RotationGradient) -> RotationGradient:
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(gradient.directions.shape, generator=generator)
+    norms = torch.linalg.vector_norm(directions, dim=(1, 2, 3), keepdim=True)
+    target = torch.randn(gradient.target.shape, generator=generator)
+    return replace(gradient, directions=directions / norms, target=target)
+
+
+class FirstLayer(nn.Module):
+    """A square layer, the identity at first: as many parameters as a rotation has entries.
+
+    Args:
+        size: Number of features.
+        dim: Their dimension.
+    """
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(size))
+        self.dim = dim
+
+    def forward(self, rep: Tensor) -> Tensor:
+        """Return the features times the weight."""
+        return (rep.movedim(self.dim, -1) @ self.weight.mT).movedim(-1, self.dim)
+
+
+def with_first_layers(trial: Trial, lr: float, **options: Any) -> WithOptimizer:
+    """Return a control: heads that begin with a trained layer instead of a rotation."""
+    trial.heads = nn.ModuleList(nn.Sequential(FirstLayer(trial.d, trial.dim), head) for head in trial.heads)
+    return WithOptimizer(trial, lr, rotate=False, **options)
 
 
 class SumOfLosses(Training):

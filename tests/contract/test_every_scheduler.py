@@ -11,6 +11,7 @@ from torch.optim import SGD, Optimizer, lr_scheduler, swa_utils
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from rotoopt import RotoGradOptimizer
+from rotoopt.optimizer import DEFAULT_ROTATION_LR
 from tests.contract.models import TwoTasks, assert_same, sgd, snapshot, train, wrap
 
 
@@ -100,14 +101,14 @@ def test_scheduler_of_the_network(name: str, on_wrapper: bool) -> None:
     model, optimizer = wrap()
     scheduler = SCHEDULERS[name](optimizer if on_wrapper else optimizer.optimizer)
     assert run(model, optimizer, scheduler, *range(6)) == rates_of_bare(name, 0.1)
-    assert optimizer.rotation_optimizer.param_groups[0]["lr"] == 5e-4
+    assert optimizer.rotation_optimizer.param_groups[0]["lr"] == DEFAULT_ROTATION_LR
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_scheduler_of_the_rotations(name: str) -> None:
     model, optimizer = wrap()
     scheduler = SCHEDULERS[name](optimizer.rotation_optimizer)
-    assert run(model, optimizer, scheduler, *range(6)) == rates_of_bare(name, 5e-4, momentum=False)
+    assert run(model, optimizer, scheduler, *range(6)) == rates_of_bare(name, DEFAULT_ROTATION_LR, momentum=False)
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 

@@ -119,7 +119,7 @@ def test_weights_without_rotations_are_reported_if_any_has_turned(init: Any, los
     model, optimizer = wrap(**{**OPTIONS, "init": init, "rotation_lr": 0.0})
     x = model.inputs(9)
     if init == "identity":
-        optimizer = RotoGradOptimizer(sgd(model.parameters()), model.heads)
+        optimizer = RotoGradOptimizer(sgd(model.parameters()), model.heads, rotation_lr=0.0)
     train(model, optimizer, 0)
     best = {"items_of": items_of, "changed_in_place": changed_in_place}[lose](model.state_dict())
     train(model, optimizer, 1)

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam
 
+from rotoopt import RotoGradOptimizer
 from rotoopt.diagnostics import History, _history
 from rotoopt.diagnostics._harm import WINDOW, harm
+from rotoopt.diagnostics._history import _network_lr
 from tests.contract.models import train, wrap
 from tests.diagnostics.fakes import FakeOptimizer
 
@@ -158,3 +160,14 @@ def test_only_rotations_at_a_high_rate_are_blamed(monkeypatch: pytest.MonkeyPatc
     with pytest.warns(UserWarning, match="learning rate is 0.2, above the network's 0.1") as caught:
         train_and_record(300, rotation_optimizer=partial(Adam, lr=0.2))
     assert len(caught) == 1
+
+
+def test_learning_rates_are_compared_where_they_have_one_unit() -> None:
+    """That of the built-in step has another one."""
+    heads = nn.ModuleList([nn.Linear(3, 1), nn.Linear(3, 1)])
+    bare = torch.optim.SGD(heads.parameters(), lr=0.5)
+    optimizer = RotoGradOptimizer(bare, heads)
+    assert math.isnan(_network_lr(optimizer))
+    optimizer.remove()
+    other = RotoGradOptimizer(bare, heads, rotation_optimizer=lambda params: torch.optim.Adam(params, lr=1e-4))
+    assert _network_lr(other) == 0.5

@@ -48,7 +48,12 @@ def test_cosines_over_several_tensors_are_those_of_all_that_a_task_reads(
     mask = torch.stack([task_mask(tasks, torch.ones(K)) for tasks in read], dim=1)
     grads = sampler.normal(K, len(read), 5) * mask[:, :, None] * sampler.log_scales(K, -2, 2)[:, None, None]
     met = [
-        Met(TaskGradients.of(at.clone(), tuple(sorted(tasks)), task_mask(tasks, torch.ones(K))), torch.Size([5]), False)
+        Met(
+            TaskGradients.of(at.clone(), tuple(sorted(tasks)), task_mask(tasks, torch.ones(K))),
+            torch.Size([5]),
+            False,
+            None,
+        )
         for tasks, at in zip(read, grads.unbind(1), strict=True)
         if len(tasks) > 1
     ]

@@ -45,15 +45,29 @@ def test_low_rank_and_dense_are_the_textbook_turn(K: int, m: int, n: int, seed: 
         assert_close(turned.double(), expected, rtol=0, atol=ROUNDING * eps(dtype))
 
 
+@given(turn=TURNS, seed=SEEDS)
+def test_way_up_in_a_metric(turn: Turn, seed: int) -> None:
+    S, root = turn.S, Sampler(seed).normal(turn.R.shape[-1], turn.R.shape[-1])
+    G = root @ root.mT + torch.eye(len(root))
+    D = G.inverse() @ S @ G.inverse()
+    for skew in (SampleSkew(turn.W, turn.V), DenseSkew(turn.W @ turn.V.mT)):
+        ascent = skew.in_metric(torch.linalg.cholesky(G))
+        assert_close(ascent.skew.half_squared_norm(), D.square().sum((1, 2)) / 2, rtol=0, atol=1e-11)
+        assert_close(ascent.rise, (S * D).sum((1, 2)), rtol=0, atol=1e-11)
+        assert_close(ascent.change, (D @ G @ D.mT).diagonal(dim1=1, dim2=2).sum(1), rtol=0, atol=1e-11)
+        step, R = torch.minimum(turn.step, ascent.skew.half_squared_norm().rsqrt()), turn.R.clone()
+        ascent.skew.turn_(R, step)
+        expected = torch.stack(list(map(cayley_step, turn.R, step[:, None, None] * D)))
+        assert_close(R, expected, rtol=0, atol=1e-11)
+
+
 @given(turn=TURNS)
 def test_gram_identities(turn: Turn) -> None:
     W, V, S = turn.W, turn.V, turn.S
-    columns = Sampler(0).normal(turn.R.shape[-1], 5)
     for skew in (SampleSkew(W, V), DenseSkew(W @ V.mT)):
         # The norm is a difference of products of norms, at most 1: where S is small, it is rounding.
         assert_close(skew.half_squared_norm(), S.square().sum((1, 2)) / 2, rtol=0, atol=ROUNDING * eps(W.dtype))
         assert (skew.half_squared_norm() >= 0).all()
-        assert_close(skew.times(columns), S @ columns, rtol=0, atol=ROUNDING * eps(W.dtype))
     # No plane turns by more than |S|_F / sqrt(2), and a step below 1 / (|W| |V|) is one below 1 / |N|.
     spectral = torch.linalg.matrix_norm(S, 2)
     assert (spectral <= (S.square().sum((1, 2)) / 2).sqrt() + 1e-12).all()
