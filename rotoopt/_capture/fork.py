@@ -259,7 +259,7 @@ class Rotate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         """Return what the fork lets pass."""
         (matrix,) = ctx.saved_tensors
-        at_rep = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        at_rep = grad if grad.dtype == torch.float64 else grad.float()
         if matrix is not None:
             at_rep = rotated(at_rep, matrix.mT, ctx.dims)
         goes_on = ctx.fork.arrive(ctx.task, at_rep)

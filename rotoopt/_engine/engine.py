@@ -25,7 +25,7 @@ from rotoopt._rotation.step import RotationGradient
 from rotoopt._torch.private import backward_pass_id
 from rotoopt._torch.processes import Processes
 from rotoopt.weighting import Measurements, Weighting
-from rotoopt.weighting._gradients import task_mask
+from rotoopt.weighting._gradients import all_finite, task_mask
 
 
 class Engine:
@@ -105,7 +105,7 @@ class Engine:
             self._running = this = self._open(self._values(present), scale, one_tensor=one_tensor)
             roots = list(present.values())
             if self.normalize_losses and not frozen:
-                divisors = this.loss_reference.known_or_one()
+                divisors = self._weighing.loss_reference(this).known_or_one()
                 roots = [loss / divisors[task] for task, loss in present.items()]
             roots = roots if backbone_loss is None else [*roots, backbone_loss]
             _back_propagate(roots if scale is None else [root * scale for root in roots], **options)
@@ -123,9 +123,9 @@ class Engine:
     def _values(self, present: Mapping[int, Tensor]) -> Tensor:
         """Return the losses of the joined batch, NaN for an absent task. Shape ``(K,)``."""
         self._follow_rotations()
-        values = torch.full_like(self.memory.weights, torch.nan)
-        for task, loss in present.items():
-            values[task] = loss.detach().squeeze()
+        like = self.memory.weights
+        known = {task: loss.detach().squeeze().to(like) for task, loss in present.items()}
+        values = torch.stack([known[k] if k in known else like.new_full((), torch.nan) for k in range(len(like))])
         if self.processes.count > 1:
             values = self.processes.mean(values, task_mask(set(present), values))
         return values
@@ -144,9 +144,6 @@ class Engine:
         self._follow_rotations()
         memory, weighting, count = self.memory, self.weighting, self.processes.count
         lagged = self._lags(one_tensor)
-        loss_reference = memory.loss_reference
-        if losses is not None:
-            loss_reference = loss_reference.updated(losses.abs(), ~losses.isnan(), burnt_in=self._weighing.burnt_in)
         return BackwardPass(
             number,
             losses,
@@ -157,7 +154,7 @@ class Engine:
             combine=self._weighing.combine,
             known_norms=self._passes[-1].known_norms if self._passes else memory.known_norms,
             norm_reference=memory.norm_reference,
-            loss_reference=loss_reference,
+            loss_reference=memory.loss_reference,
         )
 
     def _lags(self, one_tensor: bool) -> bool:
@@ -212,7 +209,7 @@ class Engine:
             cosines = partial_cosines(this.met, norms) if this.meets else None
             norms = norms if this.magnified is None else norms / this.magnified
             this.measured = self._weighing.measure(
-                this, norms, task_mask(this.tasks, norms), norms.isfinite().all(), cosines
+                this, norms, task_mask(this.tasks, norms), all_finite(norms), cosines
             )
         memory = self.memory
         memory.norm_reference, memory.loss_reference = this.norm_reference, this.loss_reference

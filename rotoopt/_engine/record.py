@@ -99,7 +99,7 @@ class StepRecord:
         measured, weights = this.measured, this.weights
         assert measured is not None
         assert weights is not None
-        norms, weights = (torch.where(measured.present, each, 0.0) for each in (measured.norms, weights))
+        norms, weights = (each * measured.present for each in (measured.norms, weights))
         losses, present = measured.losses, measured.present
         if begun and previous is not None:
             norms = torch.where(present, norms, previous.grad_norms)

@@ -14,7 +14,7 @@ from rotoopt._rotation.rotations import Rotations
 from rotoopt._torch.processes import Processes
 from rotoopt.weighting import Measurements, Weighting
 from rotoopt.weighting._gradients import JoinedGradients, TaskGradients, task_mask
-from rotoopt.weighting._measurements import joined, joined_across
+from rotoopt.weighting._measurements import Reference, joined, joined_across
 
 
 class Weighing:
@@ -119,16 +119,24 @@ class Weighing:
             self._processes.check_same(self._rotations.matrices)
             self._processes_checked = True
 
+    def loss_reference(self, this: BackwardPass) -> Reference:
+        """Return |L_k(t0)| with the losses of ``this``, before anybody knows whether its gradients are finite."""
+        assert this.losses is not None
+        return this.loss_reference.updated(this.losses.abs(), burnt_in=self.burnt_in)
+
     def measure(
         self, this: BackwardPass, norms: Tensor, present: Tensor, finite: Tensor, cosines: Tensor | None
     ) -> Measurements:
         """Return what ``this`` measured, and take the references that are due."""
         if this.losses is not None:
-            finite = finite & (this.losses.isfinite() | ~present).all()
-        this.loss_reference = this.loss_reference.keep_if(finite, self._memory.loss_reference)
+            sizes = this.losses.abs()
+            finite_losses = sizes < torch.inf
+            if len(this.tasks) < len(norms):
+                finite_losses = finite_losses | ~present
+            finite = finite & finite_losses.all()
+            this.loss_reference = this.loss_reference.updated(sizes * finite, burnt_in=self.burnt_in)
         if not this.lagged:  # else once per step, from all backward passes together
-            reference = this.norm_reference.updated(norms, present, burnt_in=self.burnt_in)
-            this.norm_reference = reference.keep_if(finite, this.norm_reference)
+            this.norm_reference = this.norm_reference.updated(norms * finite, burnt_in=self.burnt_in)
             norms = torch.where(present, norms, this.known_norms)
         return Measurements(
             norms, present, finite, this.losses, cosines, this.norm_reference.values, this.loss_reference.values
@@ -149,7 +157,7 @@ class Weighing:
         if self._processes.count > 1 and not waited:
             self._check_processes()
             measured = joined_across(measured, self._processes)
-        reference = memory.norm_reference.updated(measured.norms, measured.present, burnt_in=self.burnt_in)
+        reference = memory.norm_reference.updated(measured.norms, burnt_in=self.burnt_in)
         known = torch.where(measured.norms > 0, measured.norms, memory.known_norms)
         memory.known_norms, memory.norm_reference = known.to(memory.known_norms), reference
         if self._weighting.lagged:

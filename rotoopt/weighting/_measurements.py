@@ -88,11 +88,12 @@ def _if_finite(part: Measurements) -> Measurements:
     """Return ``part`` without what absent tasks had before; all are absent where something was not finite."""
     finite = part.finite
     present = part.present & finite
+    absent = ~present
     return replace(
         part,
-        norms=torch.where(present, part.norms, 0.0),
+        norms=part.norms.masked_fill(absent, 0.0),
         present=present,
-        losses=None if part.losses is None else torch.where(finite, part.losses, torch.nan),
+        losses=None if part.losses is None else part.losses.masked_fill(absent, torch.nan),
         cosines=None if part.cosines is None else torch.where(finite, part.cosines, 0.0),
     )
 
@@ -140,27 +141,20 @@ class Reference:
         values = torch.full((num_tasks,), float("nan"), device=device, dtype=dtype)
         return cls(values, torch.zeros(num_tasks, dtype=torch.bool, device=device))
 
-    def updated(self, current: Tensor, present: Tensor, *, burnt_in: bool) -> Reference:
+    def updated(self, current: Tensor, *, burnt_in: bool) -> Reference:
         """Return the references after a step.
 
         Args:
-            current: The values of this step, in absolute value. Shape ``(K,)``.
-            present: Which tasks take part in it. Shape ``(K,)``, bool.
+            current: The values of this step, in absolute value; zero or NaN for a task that has none. Shape ``(K,)``.
             burnt_in: Whether the burn-in is over.
         """
-        valid = present & current.isfinite() & (current > 0)
-        outgrown = self.values < current * torch.finfo(self.values.dtype).eps ** 0.5
-        due = self.values.isnan() | ~self.settled & (outgrown | burnt_in)
-        take = valid & due
+        valid = (current > 0) & (current < torch.inf)
+        if burnt_in:
+            take = valid & ~self.settled
+        else:
+            take = valid & ~(self.values >= current * torch.finfo(self.values.dtype).eps ** 0.5)  # NaN, too
         values = torch.where(take, current.to(self.values.dtype), self.values)
         return Reference(values, self.settled | take if burnt_in else self.settled)
-
-    def keep_if(self, condition: Tensor, previous: Reference) -> Reference:
-        """Return these references where ``condition`` (shape ``()``, bool) holds, the previous ones elsewhere."""
-        return Reference(
-            torch.where(condition, self.values, previous.values),
-            torch.where(condition, self.settled, previous.settled),
-        )
 
     def known_or_one(self) -> Tensor:
         """Return the references, and one where there is none. Shape ``(K,)``."""

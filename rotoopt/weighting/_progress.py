@@ -67,42 +67,40 @@ class ProgressWeighting(Weighting):
 
     def __call__(self, measured: Measurements) -> Tensor:
         """Remember what was measured, and return w."""
-        seen = measured.present & measured.finite & (measured.norms > 0)
-        norms, rates = self._norms(measured.norms, seen), self._rates(measured, seen)
-        known = norms > 0
-        shares = torch.where(known, rates**self.alpha, 0.0)
-        largest = norms.amax()  # the sum is taken at this scale: huge norms overflow
-        total = largest * (norms / largest).sum()
-        weights = (shares / shares.sum() * (total / norms)).clamp(max=torch.finfo(norms.dtype).max)
-        return torch.where(known, weights, 1.0)
+        seen = measured.present & (measured.norms > 0)
+        gain = self._gain(measured, seen)
+        norms = self._norms(measured.norms, seen, gain)
+        unknown = norms == 0
+        shares = (self._rates(measured, seen, gain) ** self.alpha).masked_fill(unknown, 0.0)
+        relative = norms / norms.amax()  # huge norms add up to infinity
+        weights = shares / shares.sum() * (relative.sum() / relative)
+        return weights.clamp(max=torch.finfo(norms.dtype).max).masked_fill(unknown, 1.0)
 
-    def _norms(self, latest: Tensor, seen: Tensor) -> Tensor:
+    def _gain(self, measured: Measurements, seen: Tensor) -> Tensor:
+        """Return the share of the latest value in a running mean, at first in a plain one; zero if absent. ``(K,)``."""
+        if measured.losses is not None and "losses" not in self.state:
+            self.state.pop("count", None)  # their mean begins now, and with it that of the norms anew
+        count = self._remembered("count", measured.norms) + seen
+        self.state["count"] = count
+        return seen / count.clamp(1.0, 1 / (1 - self.decay))
+
+    def _norms(self, latest: Tensor, seen: Tensor, gain: Tensor) -> Tensor:
         r"""Return :math:`\nu`, bounded; zero where it is not known. Shape ``(K,)``."""
-        before, gain = self._remembered("norms", latest), self._gain("num_norms", seen, latest)
-        norms = torch.hypot((1 - gain).sqrt() * before, gain.sqrt() * torch.where(seen, latest, 0.0))
-        norms = torch.where(seen, norms, before)
+        norms = torch.hypot((1 - gain).sqrt() * self._remembered("norms", latest), gain.sqrt() * latest)
         peaks = torch.maximum(self._remembered("peaks", latest), norms)
         self.state["norms"], self.state["peaks"] = norms, peaks
-        burst = torch.where(seen, latest / BURST, 0.0)
-        return torch.maximum(torch.maximum(norms, burst), VANISHED * peaks)
+        return torch.maximum(torch.maximum(norms, seen / BURST * latest), VANISHED * peaks)
 
-    def _rates(self, measured: Measurements, seen: Tensor) -> Tensor:
+    def _rates(self, measured: Measurements, seen: Tensor, gain: Tensor) -> Tensor:
         """Return r. Shape ``(K,)``."""
-        losses, ones = measured.losses, torch.ones_like(measured.norms)
+        losses = measured.losses
         if losses is None:
-            return ones
-        before, gain = self._remembered("losses", losses), self._gain("num_losses", seen, losses)
-        means = torch.where(seen, before + gain * (losses - before), before)
-        signed = (self._remembered("signed", losses) > 0) | (seen & (losses < 0))
-        self.state["losses"], self.state["signed"] = means, signed.to(means)
-        rates = (means / measured.loss_references).clamp(*RATES)
-        return torch.where(signed | rates.isnan(), ones, rates)
-
-    def _gain(self, name: str, seen: Tensor, like: Tensor) -> Tensor:
-        """Return the share of the latest value in a running mean, at first in a plain one. Shape ``(K,)``."""
-        count = self._remembered(name, like) + seen
-        self.state[name] = count
-        return (1 / count).clamp(min=1 - self.decay, max=1.0)
+            return torch.ones_like(gain)
+        before = self._remembered("losses", losses)
+        losses = losses.masked_fill(losses < 0, torch.nan)  # which the mean then is for good
+        means = torch.where(seen, torch.lerp(before, losses, gain), before)
+        self.state["losses"] = means
+        return (means / measured.loss_references).clamp(*RATES).nan_to_num(1.0)
 
     def _remembered(self, name: str, like: Tensor) -> Tensor:
         return self.state[name] if name in self.state else torch.zeros_like(like)

@@ -19,7 +19,7 @@ KINDS = st.lists(st.lists(st.sampled_from(["valid", "absent", "zero"]), min_size
 BAD_KINDS = st.lists(
     st.lists(st.sampled_from(["valid", "absent", "zero", "nan", "inf"]), min_size=K, max_size=K), min_size=STEPS
 )
-VALUES = {"absent": 7.0, "zero": 0.0, "nan": math.nan, "inf": math.inf}
+VALUES = {"absent": math.nan, "zero": 0.0, "nan": math.nan, "inf": math.inf}
 
 
 def expected_references(kinds: list[list[str]], values: Tensor, burn_in: int) -> Tensor:
@@ -40,8 +40,7 @@ def test_reference_is_the_first_valid_value_and_the_first_after_the_burn_in(
     distinct = torch.arange(1.0, len(kinds) * K + 1).view(-1, K)  # every step and task has a value of its own
     for t, kind in enumerate(kinds):
         current = torch.tensor([VALUES.get(kind[task], float(distinct[t, task])) for task in range(K)])
-        present = torch.tensor([kind[task] != "absent" for task in range(K)])
-        reference = reference.updated(current, present, burnt_in=t >= burn_in)
+        reference = reference.updated(current, burnt_in=t >= burn_in)
         expected = expected_references(kinds[: t + 1], distinct, burn_in)
         assert_close(reference.values, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -52,13 +51,13 @@ def test_reference_that_was_rounding_is_taken_anew_before_the_burn_in_ends(
 ) -> None:
     """Rounding: less than the root of eps of the present value. Afterwards a reference stays."""
     noise = torch.full((K,), 10**log_noise, dtype=dtype)
-    values, everywhere = noise * 10**log_growth / torch.finfo(dtype).eps ** 0.5, torch.ones(K, dtype=torch.bool)
-    first = Reference.unknown(K, torch.device("cpu"), dtype).updated(noise, everywhere, burnt_in=False)
-    assert torch.equal(first.updated(values * 1.01, everywhere, burnt_in=False).values, values * 1.01)
+    values = noise * 10**log_growth / torch.finfo(dtype).eps ** 0.5
+    first = Reference.unknown(K, torch.device("cpu"), dtype).updated(noise, burnt_in=False)
+    assert torch.equal(first.updated(values * 1.01, burnt_in=False).values, values * 1.01)
     almost = 0.99 * noise / torch.finfo(dtype).eps ** 0.5
-    assert torch.equal(first.updated(almost, everywhere, burnt_in=False).values, noise)
-    settled = Reference.unknown(K, torch.device("cpu"), dtype).updated(noise, everywhere, burnt_in=True)
-    assert torch.equal(settled.updated(values * 1.01, everywhere, burnt_in=True).values, noise)
+    assert torch.equal(first.updated(almost, burnt_in=False).values, noise)
+    settled = Reference.unknown(K, torch.device("cpu"), dtype).updated(noise, burnt_in=True)
+    assert torch.equal(settled.updated(values * 1.01, burnt_in=True).values, noise)
 
 
 @given(kinds=KINDS, burn_in=BURN_INS, passes=st.integers(1, 2))
@@ -110,16 +109,15 @@ def test_ratios_are_those_to_the_references(seed: int) -> None:
 
 
 def test_saved_and_loaded_references_share_no_memory() -> None:
-    everywhere = torch.ones(K, dtype=torch.bool)
     unknown = Reference.unknown(K, torch.device("cpu"), torch.float32)
-    saved = unknown.updated(torch.full((K,), 2.0), everywhere, burnt_in=True)
+    saved = unknown.updated(torch.full((K,), 2.0), burnt_in=True)
     state = saved.state_dict()
     loaded = unknown.loaded(state)
     for tensor in state.values():
         tensor.zero_()
     for reference in (saved, loaded):
         assert torch.equal(reference.values, torch.full((K,), 2.0))
-        assert torch.equal(reference.settled, everywhere)
+        assert reference.settled.all()
 
 
 def test_loaded_references_are_copies_in_the_dtype_of_those_they_replace() -> None:
