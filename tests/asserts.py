@@ -1,5 +1,7 @@
 """One assertion per mathematical property, with its tolerance and the reason for it."""
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,15 @@ def assert_rotations(matrices: Tensor) -> None:
     sign, logarithm = torch.linalg.slogdet(matrices.double())
     assert (sign == 1).all()
     assert logarithm.abs().max() <= bound * m / 2  # log det R = trace(R'R - I) / 2
+
+
+def assert_reads_well(message: str) -> None:
+    """Assert that a message says what must hold and what was found, in whole sentences, which may begin with code."""
+    assert re.match(r"[A-Z`]|\w+[(=]", message), message
+    assert message.endswith((".", "?")), message
+    assert re.search(r"\b(must|should)\b.*, got ", message, flags=re.DOTALL), message
+    assert not re.search(r"[a-z)`\]]\. (?!\w+\.\w+\()[a-z]", message), message
+    assert not re.search(r"XX|[A-Z]{3,} [A-Z]{2,}", message), message
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:

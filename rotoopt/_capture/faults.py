@@ -158,10 +158,10 @@ def check_weighting(weighting: Weighting, fed: Fed, names: Sequence[str], *, one
     """Raise if ``weighting`` needs one tensor that all heads read, and there are several."""
     if weighting.needs_one_tensor and not one_tensor:
         raise RuntimeError(
-            f"The weighting {weighting!r} must see the gradients of all tasks at one tensor, got several tensors that "
-            f"enter the heads. {fed.described(names)}. Either (a) do what stands between them and one z inside of the "
-            "heads, or once before all of them, or (b) take a weighting that adds the gradients up: "
-            "ProgressWeighting(), RotoGradWeighting(), GradNorm() or EqualWeighting()."
+            f"The weighting {weighting!r} must see the gradients of all tasks at one tensor, got several "
+            f"({fed.described(names)}). Either (a) do what stands between them and one z inside of the heads, or once "
+            "before all of them, or (b) take a weighting that adds the gradients up: ProgressWeighting(), "
+            "RotoGradWeighting(), GradNorm() or EqualWeighting()."
         )
 
 

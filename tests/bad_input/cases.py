@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rotoopt import RotoGradOptimizer
+from tests.asserts import assert_reads_well
 from tests.contract.models import TwoTasks, adam, assert_same, snapshot, train, wrap
 
 # Called with the model and its optimizer, as far as the call is right. Returns the call that fails.
@@ -64,9 +65,11 @@ def check(case: Case, steps: int) -> None:
             step(model, optimizer, batch)
         call = case.prepare(model, optimizer)
         before = snapshot(model, optimizer)
-        with pytest.raises(case.error, match=case.message) if fails else nullcontext():
+        with pytest.raises(case.error, match=case.message) if fails else nullcontext() as raised:
             if fails:
                 call()
+        if raised is not None:
+            assert_reads_well(str(raised.value))
         after = snapshot(model, optimizer)
         for state in (before, after):
             del state["optimizer"]["rotograd"]["places"]  # noted in a forward pass

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from rotoopt import GradNorm, RotoGradOptimizer
+from tests.asserts import assert_reads_well
 from tests.contract.models import TwoTasks, assert_same, snapshot, wrap
 
 Cases = dict[str, tuple[type[Exception], str, Callable[[TwoTasks], object]]]
@@ -163,8 +164,9 @@ def test_wrong_argument(name: str) -> None:
     model = TwoTasks()
     before = snapshot(model, optimizer_of(model))
     hooks = [copy.copy(head._forward_pre_hooks) for head in model.heads.values()]
-    with pytest.raises(error, match=re.escape(message)):
+    with pytest.raises(error, match=re.escape(message)) as raised:
         call(model)
+    assert_reads_well(str(raised.value))
     assert_same(snapshot(model, optimizer_of(model)), before)
     if name != "wrapped twice":
         assert [head._forward_pre_hooks for head in model.heads.values()] == hooks

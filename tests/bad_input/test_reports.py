@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from rotoopt import GradNorm, RotoGradOptimizer
 from rotoopt._engine.watch import SILENT_STEPS, UNTRAINED_STEPS
+from tests.asserts import assert_reads_well
 from tests.contract.models import (
     TwoTasks,
     assert_moved,
@@ -37,6 +38,7 @@ def assert_warns_once(calls: Sequence[Callable[[], object]], message: str) -> No
     with pytest.warns(UserWarning, match=message) as record:
         run()
     assert [warning.filename for warning in record] == [__file__]
+    assert_reads_well(str(record[0].message))
 
 
 @pytest.mark.parametrize("trained_by", ["nobody", "another optimizer", "frozen"])

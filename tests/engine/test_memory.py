@@ -1,0 +1,43 @@
+"""What is remembered: where, how wide, and what a record says while a step is not finished."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from rotoopt import RotoGradOptimizer
+from tests.contract.models import back_propagate, wrap
+
+
+def test_everything_is_where_the_network_is_and_as_wide() -> None:
+    weight = nn.Parameter(torch.zeros(1, device="meta", dtype=torch.float64))
+    memory = RotoGradOptimizer(SGD([weight], lr=0.1), num_tasks=3)._core.engine.memory
+    tensors = [memory.weights, memory.known_norms, memory.total_angles]
+    tensors += [memory.norm_reference.values, memory.loss_reference.values]
+    for tensor in tensors:
+        assert tensor.shape == (3,)
+        assert (tensor.device, tensor.dtype) == (weight.device, weight.dtype)
+    for reference in (memory.norm_reference, memory.loss_reference):
+        assert (reference.settled.device, reference.settled.dtype) == (weight.device, torch.bool)
+
+
+def test_options_reach_the_backward_pass() -> None:
+    model, optimizer = wrap()
+    losses, _ = model.losses(0)
+    optimizer._core.engine.backward(losses, None, None, retain_graph=True)
+    weights = [next(head.parameters()) for head in model.heads.values()]
+    again = torch.autograd.grad(losses[0], weights[0])[0]  # the graph is still there
+    assert isinstance(weights[0].grad, Tensor)
+    assert torch.equal(again, weights[0].grad)
+
+
+def test_record_before_the_step_and_with_losses_that_were_not_seen() -> None:
+    model, optimizer = wrap()
+    back_propagate(model.losses(0)[0])
+    optimizer.backward(*model.losses(1))
+    record = optimizer.last_step
+    assert record is not None
+    assert record.losses is None  # those of the first pass of this step are not known
+    assert isinstance(record.rotation_lr, float)
+    assert math.isnan(record.rotation_lr)

@@ -1,0 +1,60 @@
+"""Weights where gradients cannot wait for each other: those that the paper's formula makes of the step before."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.testing import assert_close
+
+from rotoopt import RotoGradOptimizer, RotoGradWeighting
+from tests.oracle import References, scale, shares
+from tests.samplers import NUM_TASKS, SEEDS, Sampler
+
+BURN_IN = 2
+
+
+class Apart:
+    """K tasks, each with a tensor of its own; the gradient there is dictated."""
+
+    def __init__(self, K: int) -> None:
+        self.optimizer = RotoGradOptimizer(
+            SGD([nn.Parameter(torch.zeros(1).double())], lr=0.1),
+            num_tasks=K,
+            weighting=RotoGradWeighting(),
+            burn_in_period=BURN_IN,
+            rotate=False,
+        )
+
+    def step(self, grads: Tensor, present: list[int]) -> list[Tensor | None]:
+        """Train one step, and return what each of the tensors received, None for that of an absent task."""
+        reps = [torch.zeros(grads.shape[1:], dtype=grads.dtype, requires_grad=True) for _ in grads]
+        fed = [self.optimizer.rotate(rep)[task] for task, rep in enumerate(reps)]
+        losses = [(fed[task] * grads[task]).sum() + 1 if task in present else None for task in range(len(grads))]
+        self.optimizer.step(losses)
+        return [rep.grad for rep in reps]
+
+
+@given(K=NUM_TASKS, seed=SEEDS, data=st.data())
+def test_weights_are_those_of_the_norms_of_the_step_before(K: int, seed: int, data: st.DataObject) -> None:
+    """Of norms of any size, of which some are zero; absent tasks count with their latest norm."""
+    sampler, apart = Sampler(seed), Apart(K)
+    references, known, expected = References(K, BURN_IN), torch.full((K,), torch.nan).double(), torch.ones(K).double()
+    sizes = sampler.log_scales(K, -3, 3)
+    for step in range(5):
+        present = sorted(data.draw(st.sets(st.integers(0, K - 1), min_size=2)))  # one alone has one tensor
+        zero = data.draw(st.sampled_from([-1, *range(K)]))
+        grads = sampler.normal(K, 4) * (sizes * (0.5 + sampler.uniform(K)))[:, None]
+        grads[zero] *= zero < 0
+        received = apart.step(grads, present)
+        for task in present:
+            assert received[task] is not None
+            assert_close(received[task], expected[task] * grads[task], rtol=1e-10, atol=0)
+        norms = torch.full((K,), torch.nan).double()
+        norms[present] = grads[present].norm(dim=1)
+        references.update(norms, step)
+        known = torch.where(norms > 0, norms, known)
+        seen = ~known.isnan()
+        expected = torch.ones(K).double()
+        if seen.any():
+            expected[seen] = scale(known[seen], shares(known[seen], references.values[seen]))
