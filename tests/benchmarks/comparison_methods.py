@@ -65,12 +65,14 @@ class Method:
         own: What the second number of a setting is for: the learning rate of ``"rotations"`` or ``"weights"``, or which
             ``"draw"`` of random weights.
         official: Whether it runs in the environment of the official package.
+        variant: Whether it is the default with one part changed: it shows what that part does, and has no rank.
     """
 
     name: str
     make: Callable[..., Training]
     own: str | None = None
     official: bool = False
+    variant: bool = False
 
     def settings(self, problem: Problem) -> list[Setting]:
         """Return the six settings to choose from."""
@@ -134,13 +136,13 @@ METHODS = {
         Method("sum of log losses", sum_of_logs),
         Method("first norms", _weighted(FirstNorms)),
         Method(DEFAULT, WithOptimizer),
-        Method("default, rotate=False", partial(WithOptimizer, rotate=False)),
-        Method("default, random turns", RandomTurns),
-        Method("default, fixed haar", partial(WithOptimizer, init="haar", rotation_lr=0.0)),
-        Method("default, haar", partial(WithOptimizer, init="haar")),
-        Method("default, first layers", with_first_layers),
-        Method("default without progress", _weighted(lambda: ProgressWeighting(alpha=0.0))),
-        Method("default without memory", _weighted(lambda: ProgressWeighting(decay=0.0))),
+        Method("default, rotate=False", partial(WithOptimizer, rotate=False), variant=True),
+        Method("default, random turns", RandomTurns, variant=True),
+        Method("default, fixed haar", partial(WithOptimizer, init="haar", rotation_lr=0.0), variant=True),
+        Method("default, haar", partial(WithOptimizer, init="haar"), variant=True),
+        Method("default, first layers", with_first_layers, variant=True),
+        Method("default without progress", _weighted(lambda: ProgressWeighting(alpha=0.0)), variant=True),
+        Method("default without memory", _weighted(lambda: ProgressWeighting(decay=0.0)), variant=True),
         Method("scale only", _weighted(RotoGradWeighting)),
         Method("RotoGrad, identity", _rotograd("identity"), "rotations"),
         Method("RotoGrad, haar", _rotograd("haar"), "rotations"),

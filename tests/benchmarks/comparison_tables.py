@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from rotoopt.diagnostics import mean_rank
 from tests.benchmarks.comparison import SEARCH_SEEDS, Results, choose, final_jobs
-from tests.benchmarks.comparison_methods import METHODS, PLAIN_SUM, SINGLE_TASK, Method
+from tests.benchmarks.comparison_methods import DEFAULT, METHODS, PLAIN_SUM, SINGLE_TASK, Method
 from tests.benchmarks.comparison_run import Job
 from tests.benchmarks.problems import Problem
 from tests.benchmarks.quality_tables import plus_minus
@@ -23,7 +22,7 @@ def markdown(problems: Sequence[Problem], results: Results, seeds: int) -> str:
     """Return a table of the mean relative change on all problems, one of runs that are not tuned, and one per problem.
 
     Cells are means over seeds and their standard errors. The mean relative change (Delta-m) is that against one network
-    per task, paired by seed; ranks are those of the means over seeds.
+    per task, paired by seed; so are ranks.
     """
     tables, changes = [], {}
     for problem in problems:
@@ -53,8 +52,7 @@ def relative_changes(problem: Problem, metrics: dict[str, Tensor]) -> dict[str, 
 
 def clipped(changes: dict[str, Tensor]) -> dict[str, float]:
     """Return the mean change of every method, metrics clipped to :data:`LIMIT`; minus infinity if not finite."""
-    means = {name: of.clamp(-LIMIT, LIMIT).mean().item() for name, of in changes.items() if name != SINGLE_TASK}
-    return {name: mean if math.isfinite(mean) else -math.inf for name, mean in means.items()}
+    return {name: clipped_of(of).mean().item() for name, of in changes.items()}
 
 
 def _signs(problem: Problem) -> list[bool]:
@@ -87,28 +85,37 @@ def _time(problem: Problem, method: Method, results: Results) -> str:
 
 
 def _summary(changes: dict[str, dict[str, Tensor]]) -> str:
-    columns = [*changes, "mean rank", "behind the best, at worst"]
-    lines = ["### Delta-m, %", "", _row("method", columns), "|---|" + "---:|" * len(columns)]
-    scores = {problem: clipped(of) for problem, of in changes.items()}
-    everywhere = [name for name in METHODS if all(name in of for of in scores.values())]
-    ranks = {problem: _ranks({name: of[name] for name in everywhere}) for problem, of in scores.items()}
-    for name in METHODS:
-        if not any(name in of for of in scores.values()):
-            continue
+    """Return the table of all methods, with their ranks, and the one of what becomes of the default without a part."""
+    methods = [name for name in METHODS if name != SINGLE_TASK and any(name in of for of in changes.values())]
+    ranked = [name for name in methods if not METHODS[name].variant and all(name in of for of in changes.values())]
+    scores = {problem: clipped({name: of[name] for name in ranked}) for problem, of in changes.items()}
+    ranks = torch.stack([_ranks([clipped_of(of[name]) for name in ranked]) for of in changes.values()]).mean(dim=0)
+    lines = [
+        _row("method", [*changes, "mean rank", "behind the best, at worst"]),
+        "|---|" + "---:|" * (len(changes) + 2),
+    ]
+    variants = [_row("", changes), "|---|" + "---:|" * len(changes)]
+    for name in methods:
         cells = [plus_minus(of[name].mean(dim=1), sign="+") if name in of else "" for of in changes.values()]
-        if name in everywhere:
-            mean = statistics.fmean(of[name] for of in ranks.values())
-            worst = max(max(of.values()) - of[name] for of in scores.values())
-            cells += [f"{mean:.1f}", f"{worst:.0f}"]
-        else:
-            cells += ["", ""]
-        lines.append(_row(name, cells))
-    return "\n".join(lines)
+        if METHODS[name].variant or name == DEFAULT:
+            variants.append(_row(name, cells))
+        if not METHODS[name].variant:
+            known = name in ranked
+            worst = max(max(of.values()) - of[name] for of in scores.values()) if known else math.nan
+            cells += [plus_minus(ranks[ranked.index(name)]), f"{worst:.0f}"] if known else ["", ""]
+            lines.append(_row(name, cells))
+    return "\n".join(["### Delta-m, %", "", *lines, "", "### The parts of the default: Delta-m, %", "", *variants])
 
 
-def _ranks(scores: dict[str, float]) -> dict[str, float]:
-    """Return the ranks of the methods, 1 for the best."""
-    return {name: 1.0 + sum(other > score for other in scores.values()) for name, score in scores.items()}
+def clipped_of(changes: Tensor) -> Tensor:
+    """Return the mean change in every seed, metrics clipped to :data:`LIMIT`. ``(seeds, n)`` to ``(seeds,)``."""
+    return changes.clamp(-LIMIT, LIMIT).mean(dim=1).nan_to_num(-torch.inf)
+
+
+def _ranks(scores: Sequence[Tensor]) -> Tensor:
+    """Return the ranks of the methods in every seed, 1 for the best. n times ``(seeds,)`` to ``(n, seeds)``."""
+    stacked = torch.stack(list(scores))
+    return 1.0 + (stacked[None] > stacked[:, None]).sum(dim=1)
 
 
 def _untuned(problems: Sequence[Problem], results: Results) -> str:
