@@ -31,7 +31,7 @@ def forward(run: Forward, **options: Any) -> Callable[[], Wired]:
     """Wire a right optimizer to a forward pass that is wrong, after one that was right."""
 
     def build() -> Wired:
-        model, optimizer = wrap(adam, **{"rotation_size": REP_SIZE, **options})
+        model, optimizer = wrap(adam, **{"rotation_size": REP_SIZE, **copy.deepcopy(options)})
         model(model.inputs(1))
         return Wired(model, optimizer, lambda: squares(run(model, optimizer)))
 
