@@ -28,13 +28,12 @@ from tests.benchmarks.comparison_methods import METHODS, SINGLE_TASK, Method, Se
 from tests.benchmarks.comparison_run import Job, run
 from tests.benchmarks.official_rotograd import make_environment
 from tests.benchmarks.problems import PROBLEMS, Problem
-from tests.benchmarks.quality_results import write
 
 NAMES = (
-    "digits d=64",
-    "regression d=64 cos=-0.5",
-    "maps C=16",
-    "tokens d=32",
+    "digits",
+    "regression",
+    "maps",
+    "tokens",
     "toy",
     "kinds",
     "rates",
@@ -106,7 +105,10 @@ def load(path: Path) -> Results:
 
 def save(results: Results, path: Path) -> None:
     """Write all results."""
-    write([{"job": asdict(job), "values": values} for job, values in results.items()], path)
+    lines = [json.dumps({"job": asdict(job), "values": values}) for job, values in results.items()]
+    partial = path.with_suffix(".partial")  # an interruption leaves the old file or the new one
+    partial.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    partial.replace(path)
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def main() -> None:
     figure, axes = plt.subplots(2, columns, figsize=(2.6 * columns, 6), sharey=True, layout="constrained")
     for axis, (name, of) in zip(axes.flat, metrics.items(), strict=False):
         changes = relative_changes(PROBLEMS[name], of)
-        axis.set_title(name.partition(" d=")[0].partition(" C=")[0])
+        axis.set_title(name)
         axis.axvline(0, color="0.6", linewidth=1)
         for row, method in enumerate(reversed(shown)):
             values = changes[method].clamp(-LIMIT, LIMIT).mean(dim=1)

@@ -13,7 +13,6 @@ from tests.benchmarks.comparison import SEARCH_SEEDS, Results, choose, final_job
 from tests.benchmarks.comparison_methods import DEFAULT, METHODS, PLAIN_SUM, SINGLE_TASK, Method
 from tests.benchmarks.comparison_run import Job
 from tests.benchmarks.problems import Problem
-from tests.benchmarks.quality_tables import plus_minus
 
 LIMIT = 100.0  # percent, to which the change of a metric is clipped in ranks
 
@@ -139,6 +138,15 @@ def _untuned(problems: Sequence[Problem], results: Results) -> str:
         if any(cells):
             lines.append(_row(name, cells))
     return "\n".join(lines)
+
+
+def plus_minus(values: Tensor, sign: str = "") -> str:
+    """Write one number per seed as mean and standard error, in three digits."""
+    mean = values.mean().item()
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    size = max(abs(mean), abs(error) if math.isfinite(error) else 0.0)
+    digits = 1 if size >= 10 else 2 if size >= 1 else 3
+    return f"{mean:{sign}.{digits}f}\u00a0±\u00a0{error:.{digits}f}"  # one line in a narrow column
 
 
 def _row(first: str, rest: Iterable[str]) -> str:

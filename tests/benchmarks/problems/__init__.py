@@ -12,7 +12,7 @@ from tests.benchmarks.problems.regression import REGRESSION
 from tests.benchmarks.problems.tokens import TOKENS
 from tests.benchmarks.problems.toy import TOY
 
-_ALL = (*DIGITS, *REGRESSION, MAPS, TOKENS, TOY, KINDS, RATES, LABEL_NOISE, WITHOUT_LABEL_NOISE, CAPACITY, DIRECTION)
+_ALL = (DIGITS, REGRESSION, MAPS, TOKENS, TOY, KINDS, RATES, LABEL_NOISE, WITHOUT_LABEL_NOISE, CAPACITY, DIRECTION)
 PROBLEMS: dict[str, Problem] = {problem.name: problem for problem in _ALL}
 
 __all__ = ["PROBLEMS", "Metric", "Outputs", "Problem", "Trial"]

@@ -69,9 +69,6 @@ class Problem:
     name: str
     metrics: tuple[Metric, ...]
     make: Callable[[int], Trial]
-    methods: str  # the name of the set of methods that are worth their time in the study of rotations
-    relative: bool = True  # whether changes are given in percent there: not where a metric may be zero
-    # For the comparison of methods: the middle of the learning rates that are tried, as a multiple of the trial's, and
-    # those of the rotations.
+    # The middle of the learning rates that are tried, as a multiple of the trial's, and those of the rotations.
     middle_lr: float = 1.0
     rotation_lrs: tuple[float, float] = (1e-3, 1e-2)

@@ -51,6 +51,5 @@ CAPACITY = Problem(
     "capacity",
     tuple(Metric(f"MSE {task}", False) for task in range(NUM_TASKS)),
     CapacityTrial,
-    methods="few",
     middle_lr=2.0,
 )

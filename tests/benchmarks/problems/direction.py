@@ -50,6 +50,4 @@ class DirectionTrial(SquaredErrors):
         return inputs, targets + noise * torch.randn(targets.shape, generator=self.generator)
 
 
-DIRECTION = Problem(
-    "direction", tuple(Metric(f"MSE {task}", False) for task in range(2 * NUM_PAIRS)), DirectionTrial, methods="few"
-)
+DIRECTION = Problem("direction", tuple(Metric(f"MSE {task}", False) for task in range(2 * NUM_PAIRS)), DirectionTrial)

@@ -84,6 +84,5 @@ KINDS = Problem(
     "kinds",
     (Metric("class, %", True), Metric("input, MSE", False), Metric("factor, MSE", False)),
     KindsTrial,
-    methods="few",
     middle_lr=2.0,
 )

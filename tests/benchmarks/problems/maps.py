@@ -104,9 +104,8 @@ class MapTrial(Trial):
 
 
 MAPS = Problem(
-    "maps C=16",
+    "maps",
     (Metric("classes, % recall", True), Metric("depth, RMSE", False), Metric("edges, BCE", False)),
     MapTrial,
-    methods="all",
     middle_lr=2.0,
 )

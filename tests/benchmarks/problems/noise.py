@@ -63,7 +63,7 @@ class NoiseTrial(Trial):
 
 def _problem(name: str, *, with_noise: bool) -> Problem:
     metrics = tuple(Metric(f"task {task}, % wrong", False) for task in range(NUM_TASKS))
-    return Problem(name, metrics, partial(NoiseTrial, with_noise=with_noise), methods="few")
+    return Problem(name, metrics, partial(NoiseTrial, with_noise=with_noise))
 
 
 LABEL_NOISE = _problem("label noise", with_noise=True)

@@ -57,4 +57,4 @@ class RatesTrial(SquaredErrors):
             yield self._draw(BATCH)
 
 
-RATES = Problem("rates", tuple(Metric(f"{name}, MSE", False) for name in NAMES), RatesTrial, methods="few")
+RATES = Problem("rates", tuple(Metric(f"{name}, MSE", False) for name in NAMES), RatesTrial)

@@ -1,9 +1,8 @@
-"""Synthetic regressions whose tasks differ in scale and meet at a chosen angle."""
+"""Synthetic regressions whose tasks differ in scale and meet at an obtuse angle."""
 
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,36 +13,37 @@ from tests.benchmarks.problems.squared_errors import SquaredErrors
 LOSS_SCALES = (0.01, 0.1, 1.0, 10.0)
 NUM_INPUTS, NUM_FEATURES, NUM_HIDDEN = 16, 32, 64
 NUM_TRAINING, NUM_TEST, BATCH = 1024, 2048, 64
+WIDTH, NUM_STEPS = 64, 600
+COSINE = -0.5  # of teacher directions
 NOISE = 0.3  # standard deviation, of targets with standard deviation 1
 
 
 class RegressionTrial(SquaredErrors):
     r"""Four tasks :math:`y_k = \tanh(3 \langle a_k, \phi(x) \rangle)` of shared random features, plus noise.
 
-    Tasks 0 and 2, and tasks 1 and 3, have teacher directions that meet at the given cosine; the two planes are
+    Tasks 0 and 2, and tasks 1 and 3, have teacher directions that meet at that cosine; the two planes are
     orthogonal. (Four directions that all meet at one cosine exist only down to -1/3.) So the tasks that agree or
     conflict have losses of very different scale.
     """
 
     batch_size = BATCH
+    num_steps = NUM_STEPS
+    d = WIDTH
     lr = 3e-3
 
-    def __init__(self, seed: int, *, width: int, cosine: float, num_steps: int) -> None:
+    def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.num_steps = num_steps
-        self.d = width
         features = torch.randn(NUM_INPUTS, NUM_FEATURES, generator=self.generator) / math.sqrt(NUM_INPUTS)
         frame = torch.linalg.qr(torch.randn(NUM_FEATURES, 4, generator=self.generator)).Q
-        sine = math.sqrt(1 - cosine**2)
         first = frame[:, :2]
-        self.directions = torch.cat([first, cosine * first + sine * frame[:, 2:]], dim=1)
+        self.directions = torch.cat([first, COSINE * first + math.sqrt(1 - COSINE**2) * frame[:, 2:]], dim=1)
         self.features = features
         self.train = self._draw(NUM_TRAINING, NOISE)
         self.held_out = self._draw(NUM_TEST, noise=0.0)
 
         torch.manual_seed(seed)
-        self.backbone = nn.Sequential(nn.Linear(NUM_INPUTS, NUM_HIDDEN), nn.ReLU(), nn.Linear(NUM_HIDDEN, width))
-        self.heads = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Linear(width, 1)) for _ in LOSS_SCALES)
+        self.backbone = nn.Sequential(nn.Linear(NUM_INPUTS, NUM_HIDDEN), nn.ReLU(), nn.Linear(NUM_HIDDEN, WIDTH))
+        self.heads = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Linear(WIDTH, 1)) for _ in LOSS_SCALES)
 
     def _draw(self, count: int, noise: float) -> tuple[Tensor, Tensor]:
         inputs = torch.randn(count, NUM_INPUTS, generator=self.generator)
@@ -58,16 +58,8 @@ class RegressionTrial(SquaredErrors):
         return [scale * error for scale, error in zip(LOSS_SCALES, errors, strict=True)]
 
 
-def _problem(width: int, cosine: float, methods: str, num_steps: int = 600) -> Problem:
-    metrics = tuple(Metric(f"MSE, loss x {scale:g}", higher_is_better=False) for scale in LOSS_SCALES)
-    make = partial(RegressionTrial, width=width, cosine=cosine, num_steps=num_steps)
-    return Problem(f"regression d={width} cos={cosine:g}", metrics, make, methods)
-
-
-REGRESSION = (
-    _problem(64, cosine=-0.5, methods="all"),
-    _problem(64, cosine=0.0, methods="few"),
-    _problem(64, cosine=0.5, methods="few"),
-    _problem(8, cosine=-0.5, methods="few"),
-    _problem(512, cosine=-0.5, methods="few", num_steps=300),
+REGRESSION = Problem(
+    "regression",
+    tuple(Metric(f"MSE, loss x {scale:g}", higher_is_better=False) for scale in LOSS_SCALES),
+    RegressionTrial,
 )

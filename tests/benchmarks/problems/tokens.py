@@ -60,9 +60,8 @@ class TokenTrial(Trial):
 
 
 TOKENS = Problem(
-    "tokens d=32",
+    "tokens",
     (Metric("depth of tokens, %", True), Metric("balanced, %", True)),
     TokenTrial,
-    methods="few",
     middle_lr=2.0,
 )

@@ -64,7 +64,5 @@ TOY = Problem(
     "toy",
     (Metric("mean loss", False), Metric("worst loss", False)),
     ToyTrial,
-    methods="toy",
-    relative=False,
     rotation_lrs=(1e-2, 1e-1),
 )
