@@ -70,7 +70,7 @@ class SampleSkew:
         """In O(n m^2): of rank 2n, too."""
         W, V, n = self._W, self._V, self._V.shape[-1]
         solved = torch.cholesky_solve(torch.cat([V, W.movedim(0, 1).flatten(1)], dim=1), factor)
-        inverse_V, inverse_W = solved[:, :n], solved[:, n:].reshape(-1, len(W), n).movedim(1, 0)
+        inverse_V, inverse_W = solved[:, :n], solved[:, n:].reshape(len(V), len(W), n).movedim(1, 0)
         VV, WW, VW = V.mT @ inverse_V, W.mT @ inverse_W, V.mT @ inverse_W  # in the metric
         skew = SampleSkew(inverse_W, inverse_V)
         return Ascent(

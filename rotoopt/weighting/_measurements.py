@@ -88,12 +88,11 @@ def _if_finite(part: Measurements) -> Measurements:
     """Return ``part`` without what absent tasks had before; all are absent where something was not finite."""
     finite = part.finite
     present = part.present & finite
-    absent = ~present
     return replace(
         part,
-        norms=part.norms.masked_fill(absent, 0.0),
+        norms=part.norms.masked_fill(~present, 0.0),
         present=present,
-        losses=None if part.losses is None else part.losses.masked_fill(absent, torch.nan),
+        losses=None if part.losses is None else part.losses.masked_fill(~finite, torch.nan),
         cosines=None if part.cosines is None else torch.where(finite, part.cosines, 0.0),
     )
 

@@ -98,7 +98,7 @@ class ProgressWeighting(Weighting):
             return torch.ones_like(gain)
         before = self._remembered("losses", losses)
         losses = losses.masked_fill(losses < 0, torch.nan)  # which the mean then is for good
-        means = torch.where(seen, torch.lerp(before, losses, gain), before)
+        means = torch.where(seen, torch.lerp(before, losses, gain.to(losses)), before)
         self.state["losses"] = means
         return (means / measured.loss_references).clamp(*RATES).nan_to_num(1.0)
 
