@@ -13,9 +13,9 @@ of 5 seeds. The source accuracy is that of the source model's own head on what t
     L2-SP          87.1 ± 3.2     98.4 ± 0.8
     DELTA          90.9 ± 1.6     95.8 ± 1.7
     BSS            90.9 ± 1.6     87.2 ± 6.9
-    LWF            90.4 ± 1.4     98.8 ± 1.0
-    Co-Tuning      92.2 ± 1.7     80.4 ± 6.7
-    Bi-Tuning      91.9 ± 1.2     80.8 ± 8.8
+    LWF            91.1 ± 1.4     98.8 ± 1.0
+    Co-Tuning      92.2 ± 1.5     81.6 ± 5.5
+    Bi-Tuning      92.2 ± 1.1     80.0 ± 8.9
 """
 
 from __future__ import annotations

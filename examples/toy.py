@@ -10,7 +10,7 @@ Takes half a minute. It saves toy.png and prints the final losses, mean over 10 
 
                  task 1    task 2
     plain sum     -1.85      1.48
-    RotoGrad      -5.00     -4.96
+    RotoGrad      -4.82     -4.31
 
 Single starts differ much: with either method some end in local valleys.
 """

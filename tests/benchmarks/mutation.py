@@ -35,6 +35,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "contract",
         "branching/test_batches.py",
         "branching/test_changes.py",
+        "deploy/test_whereabouts.py",
         "testing/test_miswired_models.py",
     ),
     "_engine": (

@@ -1,0 +1,68 @@
+"""How many operations a step adds to a plain one: on a GPU each is a launch, whatever its size."""
+
+import re
+import statistics
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rotoopt import RotoGradOptimizer
+
+# Views, allocations without a value, and marks for the profiler launch nothing.
+FREE = re.compile(
+    "view|reshape|_unsafe_view|expand|t|transpose|permute|movedim|unsqueeze|squeeze|select|slice|detach|alias|as_strided|"
+    "empty|empty_like|empty_strided|new_empty|new_empty_strided|split|split_with_sizes|unbind|diagonal|flatten|unflatten|"
+    "_record_function_.*"
+)
+# Four per task: times R and R^T, its norm, its weight. The rest is on K numbers, or where all tasks meet.
+MEDIAN, PER_TASK = 74, 4
+TURN, PER_TURNING_TASK = 271, 2
+
+
+class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations that launch something."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.found[name] += FREE.fullmatch(name) is None
+        return func(*args, **(kwargs or {}))
+
+
+def operations(num_tasks: int, *, wrapped: bool) -> list[int]:
+    """Return the number of operations of every step of a training."""
+    backbone = nn.Sequential(nn.Linear(16, 64), nn.ReLU())
+    heads = nn.ModuleList(nn.Linear(64, 1) for _ in range(num_tasks))
+    bare = SGD([*backbone.parameters(), *heads.parameters()], lr=0.01)
+    optimizer = RotoGradOptimizer(bare, heads) if wrapped else bare
+    counts = []
+    for _ in range(40):
+        x = torch.randn(8, 16)
+        with Count() as count:
+            z = backbone(x)
+            losses = [head(z).square().mean() for head in heads]
+            optimizer.zero_grad()
+            if isinstance(optimizer, RotoGradOptimizer):
+                optimizer.step(losses, z)
+            else:
+                torch.autograd.backward(losses)
+                optimizer.step()
+        counts.append(count.found.total())
+    return counts
+
+
+@pytest.mark.parametrize("num_tasks", [5, 20])
+def test_added_operations(num_tasks: int) -> None:
+    """Exactly so many, so that a change shows: in the median step after the burn-in, and in one that turns."""
+    pairs = zip(operations(num_tasks, wrapped=True), operations(num_tasks, wrapped=False), strict=True)
+    added = [own - plain for own, plain in pairs]
+    assert statistics.median(added[20:]) == MEDIAN + PER_TASK * num_tasks
+    assert added[32] == TURN + PER_TURNING_TASK * num_tasks  # the third turn
