@@ -21,7 +21,7 @@ FREE = re.compile(
 )
 # Four per task: times R and R^T, its norm, its weight. The rest is on K numbers, or where all tasks meet.
 MEDIAN, PER_TASK = 74, 4
-TURN, PER_TURNING_TASK = 271, 2
+TURN, PER_TURNING_TASK = 273, 2
 
 
 class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -50,8 +50,8 @@ class Metric:
         mean = torch.where(known, torch.lerp(latest, before, MEMORY), latest)
         self._mean = torch.where(measured, mean, before)
         damped = torch.where(measured | known, self._mean, identity) + DAMPING * identity
-        factor: Tensor = torch.linalg.cholesky_ex(damped).L  # `_ex`: no device synchronization
-        return factor
+        factor, info = torch.linalg.cholesky_ex(damped)  # `_ex`: no device synchronization
+        return torch.where(info == 0, factor, identity)  # of a moment that rounding has made indefinite: all the same
 
     def to(self, device: torch.device) -> None:
         """Move what is remembered to ``device``."""

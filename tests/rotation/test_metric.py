@@ -61,6 +61,13 @@ def test_what_says_nothing_is_not_remembered(bad: float, *, first: bool) -> None
         assert_close(observe(metric, z), observe(Metric(Processes()), z))
 
 
+def test_a_moment_that_is_not_positive_does_not_spoil_anything() -> None:
+    """As rounding may leave it, of very many features."""
+    metric, like = Metric(Processes()), torch.zeros(2, 3, 3).double()
+    metric.load_state_dict({"mean": torch.diag(torch.tensor([3.0, 1.0, -1.0]))}, like)
+    assert torch.equal(metric.factor([], like), torch.eye(3).double())
+
+
 def test_a_pass_without_a_moment_is_left_out() -> None:
     sampler, metric, like = Sampler(0), Metric(Processes()), torch.zeros(2, 3, 3).double()
     units, target = sampler.directions(2, 4, 3)
