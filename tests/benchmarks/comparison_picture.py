@@ -16,7 +16,7 @@ from tests.benchmarks.comparison_methods import DEFAULT, PLAIN_SUM, SINGLE_TASK
 from tests.benchmarks.comparison_tables import LIMIT, relative_changes, tested
 from tests.benchmarks.problems import PROBLEMS
 
-SHOWN = (PLAIN_SUM, "scale only", "GradNorm", "TorchJD IMTLG", "TorchJD AlignedMTL", "TorchJD UPGrad", DEFAULT)
+SHOWN = (PLAIN_SUM, "scale only", "GradNorm", "TorchJD IMTLG", "TorchJD FairGrad", "TorchJD UPGrad", DEFAULT)
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ def test_angles_are_by_how_much_vectors_turn(own_optimizer: bool, K: int, m: int
         assert_close(bench.record.angles, chord, rtol=1e-3, atol=1e-9)
         total += chord
     assert_close(bench.record.total_angles, total, rtol=1e-3, atol=1e-9)
-    assert not own_optimizer or (total > 0).all()  # the built-in step may find no agreement
+    assert (total > 0).all()
 
 
 def test_steps_count_and_rates_are_those_of_the_scheduler() -> None:
