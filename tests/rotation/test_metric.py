@@ -68,6 +68,16 @@ def test_a_moment_that_is_not_positive_does_not_spoil_anything() -> None:
     assert torch.equal(metric.factor([], like), torch.eye(3).double())
 
 
+def test_it_moves_to_where_the_rotations_are() -> None:
+    metric = Metric(Processes())
+    metric.to(torch.device("meta"))  # nothing is there yet
+    observe(metric, Sampler(0).normal(4, 3))
+    metric.to(torch.device("meta"))
+    mean = metric.state_dict()["mean"]
+    assert mean is not None
+    assert mean.device.type == "meta"
+
+
 def test_a_pass_without_a_moment_is_left_out() -> None:
     sampler, metric, like = Sampler(0), Metric(Processes()), torch.zeros(2, 3, 3).double()
     units, target = sampler.directions(2, 4, 3)
