@@ -35,9 +35,8 @@ def is_trained(leaf: Tensor) -> bool:
     """Whether ``leaf`` is a parameter, and no input that requires grad; slow for an input."""
     if isinstance(leaf, nn.Parameter):
         return True
-    return any(
-        leaf is param for each in living_optimizers() for group in each.param_groups for param in group["params"]
-    )
+    groups = (group for each in living_optimizers() for group in getattr(each, "param_groups", ()))  # once it is built
+    return any(leaf is param for group in groups for param in group["params"])
 
 
 def name_of(param: Tensor) -> str:

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from rotoopt import RotoGradOptimizer
 from rotoopt._capture import wiring
+from rotoopt._torch.modules import is_trained
 from tests.asserts import eps
 from tests.oracle import layout, rotate
 from tests.samplers import DTYPES, LAYOUTS, SEEDS, Bench, Layout, Network, Sampler, batches, network
@@ -216,3 +217,13 @@ def test_wiring_is_followed_through_the_graph_in_the_first_step_only(monkeypatch
     for grads in torch.randn(3, 3, 4, 6):
         bench.step(list(grads))
     assert len(followed) == 1
+
+
+def test_an_optimizer_that_could_not_be_built_is_in_nobodys_way() -> None:
+    """Its error, with the traceback, keeps it alive."""
+    half_built = RotoGradOptimizer.__new__(RotoGradOptimizer)
+    trained = torch.zeros(3).requires_grad_()
+    optimizer = torch.optim.SGD([trained], lr=0.1)
+    assert is_trained(trained)
+    assert not is_trained(torch.zeros(3).requires_grad_())
+    del half_built, optimizer
