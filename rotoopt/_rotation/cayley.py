@@ -109,8 +109,9 @@ class DenseSkew:
 
     def in_metric(self, factor: Tensor) -> Ascent:
         """In O(m^3)."""
-        half = _solve_all(factor, self._S)
-        skew = DenseSkew(0.5 * _solve_all(factor, half.mT).mT)  # D / 2 is skew, but for rounding
+        inverse = torch.cholesky_inverse(factor)  # products take a quarter of the time of solutions with K m columns
+        half = inverse @ self._S
+        skew = DenseSkew(0.5 * (half @ inverse))  # D / 2 is skew, but for rounding
         return Ascent(skew, rise=_inner(self._S, skew._S), change=_inner(skew._S, half))
 
     def turn_(self, matrices: Tensor, step: Tensor) -> None:
@@ -120,12 +121,6 @@ class DenseSkew:
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:
     return (one * other).sum((-2, -1))
-
-
-def _solve_all(factor: Tensor, right: Tensor) -> Tensor:
-    """Return G^-1 times every one of ``right``, ``(K, m, m)``, in one solution with K m columns."""
-    solved = torch.cholesky_solve(right.movedim(0, 1).flatten(1), factor)
-    return solved.view(right.movedim(0, 1).shape).movedim(1, 0)
 
 
 def _unless_rounding(half_squared_norm: Tensor, whole: Tensor) -> Tensor:
