@@ -19,7 +19,7 @@ from rotoopt._rotation.cayley_step import CayleyStep, NormalizedStep
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._rotation.step import RotationGradient
 from rotoopt._torch.processes import Processes
-from tests.asserts import assert_same_bits, eps
+from tests.asserts import assert_rotations, assert_same_bits, eps
 from tests.oracle import layout
 from tests.samplers import (
     DTYPES,
@@ -419,3 +419,17 @@ def test_the_gradient_of_no_samples_changes_nothing(
     assert_close(none.usable, torch.tensor(False))
     assert torch.equal(turned(R, gradients, none, dense_from=dense), turned(R, gradients, dense_from=dense))
     assert_same_bits(turned(R, none, dense_from=dense), R)
+
+
+@given(K=NUM_TASKS, n=NUM_SAMPLES, m=SIZES, seed=SEEDS, apart=st.floats(-8, -1), dense=st.sampled_from([0.0, math.inf]))
+def test_gradients_that_are_almost_aligned_turn_nothing_into_nan(
+    K: int, n: int, m: int, seed: int, apart: float, dense: float
+) -> None:
+    """What is left of their difference is rounding, of either sign; in float32, features of very different variance."""
+    sampler = Sampler(seed, torch.float32)
+    unit, noise = sampler.normal(n, m), sampler.normal(K, n, m)
+    units = unit + 10**apart * noise
+    units /= units.norm(dim=(1, 2), keepdim=True)
+    z = sampler.normal(n, m) * sampler.log_scales(m, -3, 3).float()
+    result = turned(sampler.rotations(K, m), rotation_gradient(units, units.mean(0), z), steps=3, dense_from=dense)
+    assert_rotations(result)
