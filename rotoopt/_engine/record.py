@@ -99,8 +99,8 @@ class StepRecord:
         measured, weights = this.measured, this.weights
         assert measured is not None
         assert weights is not None
-        norms, weights = (each * measured.present for each in (measured.norms, weights))
         losses, present = measured.losses, measured.present
+        norms, weights = (each.where(present, 0.0) for each in (measured.norms, weights))  # these may be NaN
         if begun and previous is not None:
             norms = torch.where(present, norms, previous.grad_norms)
             weights = torch.where(present, weights, previous.weights)

@@ -78,7 +78,7 @@ class CayleyStep:
 
     Args:
         rotations: The rotations to turn.
-        lr: Learning rate of :class:`DecayingStep`.
+        lr: Learning rate of :class:`NormalizedStep`.
         processes: Those that share a batch.
         network: The optimizer of the network.
     """
@@ -107,6 +107,7 @@ class CayleyStep:
         ascent = gradient.in_metric(self._metric.factor(gradients, matrices))
         norm = ascent.skew.half_squared_norm()
         turns = (gradient.half_squared_norm() > 0) & (norm > 0) & self.rotations.rotates
+        turns = turns & (ascent.change > 0) & (ascent.rise > 0)  # but for rounding, they are
         self._sizes.grad = torch.where(turns, (ascent.change / m).sqrt(), 0.0)
         self.optimizer.step()
         self._sizes.grad = None

@@ -17,7 +17,10 @@ class Schedule:
         self._highest = 0.0
 
     def share(self) -> float:
-        """Return the learning rate as a share of the highest one so far; 1 for an optimizer that has none."""
+        """Return the learning rate as a share of the highest one so far; 1 for an optimizer that has none.
+
+        A learning rate that is a tensor on a GPU is waited for: once per turn.
+        """
         rates = [float(group["lr"]) for group in self._optimizer.param_groups if group.get("lr") is not None]
         if not rates:
             return 1.0
