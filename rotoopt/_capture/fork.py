@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rotoopt._capture.agreement import SampleSums, Sketch
 from rotoopt._capture.places import Place
 from rotoopt._capture.representation import RotatedDims, rotated
 from rotoopt._torch.private import version
@@ -73,6 +74,7 @@ class BackwardPass:
             the weights were known.
         measured: What was measured, when the pass is over.
         met: Gradients that have met.
+        sample_sums: Sums over samples, one for each tensor whose agreement is measured.
     """
 
     number: int | None
@@ -89,11 +91,16 @@ class BackwardPass:
     norms: dict[int, list[Tensor]] = field(default_factory=dict)
     measured: Measurements | None = None
     met: list[Met] = field(default_factory=list)
+    sample_sums: list[SampleSums] = field(default_factory=list)
 
-    def pass_on(self, task: int, grad: Tensor) -> Tensor:
+    def pass_on(self, task: int, grad: Tensor, sketch: Sketch | None) -> Tensor:
         """Measure the gradient of one task, and return it times its weight, which is known."""
         assert self.weights is not None
-        self.note(task, torch.linalg.vector_norm(grad))
+        norm = torch.linalg.vector_norm(grad)
+        self.note(task, norm)
+        if sketch is not None:  # of the unit gradient, whose squares neither overflow nor vanish
+            sums = sketch.sums(torch.where(norm > 0, grad / norm, 0.0)[None])
+            self.sample_sums.append(sums.scaled(norm).of_task(task, len(self.weights)))
         return self.weights[task].to(grad.dtype) * grad
 
     def note(self, task: int, norm: Tensor) -> None:
@@ -130,6 +137,7 @@ class Fork:
         taps: How often z enters the heads of each task.
         rotated: Whether z is rotated on its way into them.
         second_moment: That of z, where the rotations are to turn by it. Shape ``(m, m)``.
+        sketch: Projections of z, where agreement is measured.
         used: The tasks whose gradients came back in the latest backward pass in which they waited for each other.
     """
 
@@ -141,6 +149,7 @@ class Fork:
         self.taps: Counter[int] = Counter()
         self.rotated = False
         self.second_moment: Tensor | None = None
+        self.sketch: Sketch | None = None
         self.used: tuple[int, ...] = ()
         self._num_tasks = num_tasks
         self._running = running
@@ -166,7 +175,7 @@ class Fork:
         """
         this = self._running()
         if not self._waits(this):
-            return this.pass_on(task, grad)
+            return this.pass_on(task, grad, self.sketch)
         if self._of is not this:  # a pass before has failed, and left something here
             self._waiting, self._arrived, self._of = None, set(), this
         first = self._waiting is None
@@ -203,11 +212,13 @@ class Fed:
         tasks: Whether anything that entered its heads required grad, by task.
         forks: The forks of all tensors whose graphs are still there.
         addresses: Where the memory of everything begins that entered.
+        num_sketches: Of how many tensors agreement is measured.
     """
 
     tasks: dict[int, bool] = field(default_factory=dict)
     forks: WeakSet[Fork] = field(default_factory=WeakSet)
     addresses: set[int] = field(default_factory=set)
+    num_sketches: int = 0
 
     def note(self, rep: Tensor, task: int) -> None:
         """Note that ``rep`` enters the head of ``task``."""

@@ -95,12 +95,12 @@ class CayleyStep:
         self._num_turns = 0
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[RotationGradient]) -> Tensor:
+    def step(self, gradients: Sequence[RotationGradient]) -> Tensor | None:
         """Turn the rotations, and repair what rounding did to some of their columns; return the angles."""
         self._follow(self.rotations.device)
         if not gradients:
             self.optimizer.step()  # a scheduler expects to see one
-            return torch.zeros_like(self._sizes)
+            return None
         matrices = self.rotations.matrices
         m = matrices.shape[-1]
         gradient = self._skew(gradients, m)

@@ -83,11 +83,12 @@ class RotationStep(Protocol):
     optimizer: Optimizer
     needs_second_moment: bool
 
-    def step(self, gradients: Sequence[RotationGradient]) -> Tensor:
+    def step(self, gradients: Sequence[RotationGradient]) -> Tensor | None:
         """Turn the rotations by the sum of ``gradients``, those of the backward passes since the latest step.
 
         Returns:
             The angle by which each rotation turned, in radians: the root mean square over all vectors. Shape ``(K,)``.
+            None where there are no gradients.
         """
 
     def state_dict(self) -> dict[str, Any]:

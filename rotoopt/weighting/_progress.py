@@ -11,13 +11,15 @@ from rotoopt.weighting._weighting import Weighting
 BURST = 3.0  # how many times larger than on average a gradient may be before its own norm counts
 VANISHED = 1e-3  # of the largest average norm: below, a weight grows no more
 RATES = 1e-4, 1e4  # between which r is told apart
+NOISE = 0.05  # the least share of signal: an estimate of less is chance
+TURNS = 10  # over which the agreement of samples is averaged
 
 
 class ProgressWeighting(Weighting):
     r"""Give all task gradients the same norm on average, and more of it to tasks that have come less far.
 
     .. math:: w_k = \frac{\pi_k}{\nu_k} \sum_j \nu_j, \qquad \pi_k = \frac{r_k^\alpha}{\sum_j r_j^\alpha}, \qquad
-        \nu_k^2 = \overline{\lVert G_k \rVert^2}, \qquad r_k = \overline{L_k} / |L_k(t_0)|
+        \nu_k = \overline{\lVert G_k \rVert}, \qquad r_k = \overline{L_k} / |L_k(t_0)|
 
     Bars are running means. The weighted norms add up to what the norms add up to in the plain sum, so its learning
     rates fit, and task k has the share :math:`\pi_k` of it. Of a loss that is quadratic around zero, :math:`\nu_k` is
@@ -27,7 +29,7 @@ class ProgressWeighting(Weighting):
     first two steps, gradients wait for each other if all heads read one tensor; otherwise these weights are ones. One
     step is not enough: a loss that starts at its minimum, as in distillation, has a gradient that is only rounding.
 
-    What is not known is left out: all r are one where the losses are not seen (your own ``sum(losses).backward()``),
+    What is not known is left out: all r are one where no losses were seen (your own ``sum(losses).backward()``),
     and that of a task whose loss has been negative, of which a ratio tells nothing. A task without a gradient so far
     has weight one. Absent tasks count with what is remembered of them, so that a batch per task is weighted as one of
     all.
@@ -56,6 +58,8 @@ class ProgressWeighting(Weighting):
 
     lagged = True
     num_waiting = 2
+    needs_agreement = True
+    needs_norm_references = False
 
     def __init__(self, alpha: float = 0.5, *, decay: float = 0.95) -> None:
         if not alpha >= 0:
@@ -67,40 +71,47 @@ class ProgressWeighting(Weighting):
 
     def __call__(self, measured: Measurements) -> Tensor:
         """Remember what was measured, and return w."""
-        seen = measured.present & (measured.norms > 0)
-        gain = self._gain(measured, seen)
-        norms = self._norms(measured.norms, seen, gain)
-        unknown = norms == 0
-        shares = (self._rates(measured, seen, gain) ** self.alpha).masked_fill(unknown, 0.0)
-        relative = norms / norms.amax()  # huge norms add up to infinity
-        weights = shares / shares.sum() * (relative.sum() / relative)
-        return weights.clamp(max=torch.finfo(norms.dtype).max).masked_fill(unknown, 1.0)
+        latest, means = self._remember(measured)
+        norms = self._bounded(latest[0], means[0])
+        rates = (means[1] / measured.loss_references).clamp(*RATES).nan_to_num(1.0)
+        logits = torch.add(self._log_signal(measured), rates.log(), alpha=self.alpha)
+        shares = logits.masked_fill(norms == 0, -torch.inf).softmax(0)
+        # 0 / 0: of a task without a gradient so far. Infinite: where norms are, or nearly.
+        return (shares / norms * norms.sum()).nan_to_num(1.0)
 
-    def _gain(self, measured: Measurements, seen: Tensor) -> Tensor:
-        """Return the share of the latest value in a running mean, at first in a plain one; zero if absent. ``(K,)``."""
-        if measured.losses is not None and "losses" not in self.state:
-            self.state.pop("count", None)  # their mean begins now, and with it that of the norms anew
-        count = self._remembered("count", measured.norms) + seen
-        self.state["count"] = count
-        return seen / count.clamp(1.0, 1 / (1 - self.decay))
-
-    def _norms(self, latest: Tensor, seen: Tensor, gain: Tensor) -> Tensor:
-        r"""Return :math:`\nu`, bounded; zero where it is not known. Shape ``(K,)``."""
-        norms = torch.hypot((1 - gain).sqrt() * self._remembered("norms", latest), gain.sqrt() * latest)
-        peaks = torch.maximum(self._remembered("peaks", latest), norms)
-        self.state["norms"], self.state["peaks"] = norms, peaks
-        return torch.maximum(torch.maximum(norms, seen / BURST * latest), VANISHED * peaks)
-
-    def _rates(self, measured: Measurements, seen: Tensor, gain: Tensor) -> Tensor:
-        """Return r. Shape ``(K,)``."""
-        losses = measured.losses
+    def _remember(self, measured: Measurements) -> tuple[Tensor, Tensor]:
+        """Return norms and losses, the latest of every task, and their means, which are plain ones at first. (2, K)."""
+        norms, losses, seen = measured.norms, measured.losses, measured.present
+        before = self._remembered("means", norms.expand(2, -1))
         if losses is None:
-            return torch.ones_like(gain)
-        before = self._remembered("losses", losses)
-        losses = losses.masked_fill(losses < 0, torch.nan)  # which the mean then is for good
-        means = torch.where(seen, torch.lerp(before, losses, gain.to(losses)), before)
-        self.state["losses"] = means
-        return (means / measured.loss_references).clamp(*RATES).nan_to_num(1.0)
+            latest, learned = torch.stack([norms, before[1]]), torch.stack([seen, torch.zeros_like(seen)])
+        else:  # a negative one makes the mean NaN for good
+            latest, learned = torch.stack([norms, losses.masked_fill(losses < 0, torch.nan).to(norms)]), seen
+        latest = torch.where(seen, latest, before)
+        count = self._remembered("count", latest) + learned
+        means = torch.lerp(before, latest, count.clamp(1.0, 1 / (1 - self.decay)).reciprocal())
+        self.state["means"], self.state["count"] = means, count
+        return latest, means
+
+    def _bounded(self, latest: Tensor, means: Tensor) -> Tensor:
+        r"""Return :math:`\nu`, bounded; zero where it is not known. Shape ``(K,)``."""
+        self.state["peaks"] = torch.maximum(self._remembered("peaks", means), means)
+        return torch.maximum(torch.maximum(means, latest / BURST), VANISHED * self.state["peaks"])
+
+    def _log_signal(self, measured: Measurements) -> Tensor:
+        r"""Return :math:`\alpha \log s`, the mean over the others for a task of which it is not known. ``(K,)``."""
+        latest = measured.agreement
+        if latest is not None:
+            known = measured.present & (latest < torch.inf)
+            before = self._remembered("agreement", measured.norms)
+            count = self._remembered("num_agreements", before) + known
+            mean = torch.lerp(before, torch.where(known, latest.to(before), before), 1 / count.clamp(1.0, TURNS))
+            unknown = count == 0
+            logs = (1 - 1 / mean).clamp(NOISE, 1.0).log().masked_fill(unknown, 0.0)
+            logs = torch.where(unknown, logs.sum() / (~unknown).sum().clamp(min=1), logs)
+            self.state["agreement"], self.state["num_agreements"] = mean, count
+            self.state["log_signal"] = self.alpha * logs
+        return self._remembered("log_signal", measured.norms)
 
     def _remembered(self, name: str, like: Tensor) -> Tensor:
         return self.state[name] if name in self.state else torch.zeros_like(like)
