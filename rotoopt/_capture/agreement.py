@@ -48,8 +48,10 @@ class SampleSums:
     @classmethod
     def joined(cls, parts: Sequence[SampleSums], processes: Processes) -> SampleSums:
         """Return the sums over the joined batch of ``parts`` and of all processes."""
-        sums = torch.stack([part.sums for part in parts]).sum(0)
-        lengths = root_sum_square(torch.stack([part.lengths for part in parts]))
+        sums, lengths = parts[0].sums, parts[0].lengths
+        if len(parts) > 1:
+            sums = torch.stack([part.sums for part in parts]).sum(0)
+            lengths = root_sum_square(torch.stack([part.lengths for part in parts]))
         if processes.count > 1:
             told = processes.gather(torch.cat([sums, lengths[:, None]], dim=1))
             sums, lengths = told[..., :-1].sum(0), root_sum_square(told[..., -1])

@@ -108,6 +108,11 @@ class BackwardPass:
         self.tasks.add(task)
         self.norms.setdefault(task, []).append(norm)
 
+    @property
+    def read_one_tensor(self) -> bool:
+        """Whether the head of every task has read one tensor."""
+        return all(len(norms) == 1 for norms in self.norms.values())
+
     def joint_norms(self) -> Tensor:
         """Return the norms over all tensors, zero for an absent task. Shape ``(K,)``."""
         double = any(norm.dtype == torch.float64 for norms in self.norms.values() for norm in norms)

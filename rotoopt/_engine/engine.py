@@ -17,7 +17,7 @@ from rotoopt._capture.wiring import Wiring
 from rotoopt._engine.arguments import Losses, Parts, check_backbone_loss, check_losses, check_rep, warn_of_frozen
 from rotoopt._engine.memory import Memory
 from rotoopt._engine.record import StepRecord
-from rotoopt._engine.turning import partial_cosines, rotation_gradients
+from rotoopt._engine.turning import cosines_of, rotation_gradients
 from rotoopt._engine.watch import SilentHeads
 from rotoopt._engine.weighing import Weighing
 from rotoopt._rotation.rotations import Rotations
@@ -212,7 +212,7 @@ class Engine:
             return
         if this.lagged:
             norms = this.joint_norms()
-            cosines = partial_cosines(this.met, norms) if this.meets else None
+            cosines = cosines_of(this, norms) if this.meets else None
             norms = norms if this.magnified is None else norms / this.magnified
             this.measured = self._weighing.measure(this, norms, self.memory.mask(this.tasks), cosines)
         memory = self.memory

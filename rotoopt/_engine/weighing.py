@@ -201,5 +201,6 @@ class Weighing:
             for this in passes
             for sums in this.sample_sums
         ]
-        none = SampleSums.none(len(self._memory.weights), self._memory.weights)
-        return SampleSums.joined(parts or [none], self._processes).agreement()
+        if not parts:  # other processes may have some
+            parts = [SampleSums.none(len(self._memory.weights), self._memory.weights)]
+        return SampleSums.joined(parts, self._processes).agreement()

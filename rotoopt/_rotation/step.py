@@ -58,7 +58,8 @@ class RotationGradient:
 
 def sum_of_correlations(gradients: Sequence[RotationGradient], size: int, processes: Processes) -> Tensor:
     """Return the sum of the N of ``gradients``, over the joined batch of all processes. ``(K, size, size)``."""
-    correlation = torch.stack([each.correlation(size) for each in gradients]).sum(0)
+    first, *others = (each.correlation(size) for each in gradients)
+    correlation = sum(others, first)
     if processes.count > 1:
         processes.sum_(correlation)
     return correlation

@@ -105,9 +105,11 @@ class ProgressWeighting(Weighting):
             known = measured.present & (latest < torch.inf)
             before = self._remembered("agreement", measured.norms)
             count = self._remembered("num_agreements", before) + known
-            mean = torch.lerp(before, torch.where(known, latest.to(before), before), 1 / count.clamp(1.0, TURNS))
+            mean = torch.lerp(
+                before, torch.where(known, latest.to(before), before), count.clamp(1.0, TURNS).reciprocal()
+            )
             unknown = count == 0
-            logs = (1 - 1 / mean).clamp(NOISE, 1.0).log().masked_fill(unknown, 0.0)
+            logs = (1 - mean.reciprocal()).clamp(NOISE, 1.0).log().masked_fill(unknown, 0.0)
             logs = torch.where(unknown, logs.sum() / (~unknown).sum().clamp(min=1), logs)
             self.state["agreement"], self.state["num_agreements"] = mean, count
             self.state["log_signal"] = self.alpha * logs

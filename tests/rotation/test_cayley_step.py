@@ -156,6 +156,7 @@ def test_step_without_gradient_keeps_every_bit_after_others() -> None:
         before = rotations.matrices.clone()
         angles = step.step([each])
     assert_same_bits(rotations.matrices, before)
+    assert angles is not None
     assert not angles.any()
 
 
@@ -215,7 +216,9 @@ def test_turns_follow_the_schedule_of_the_network(K: int, n: int, m: int, seed: 
         step = CayleyStep(rotations, 1e-6, Processes(), network)
         step.step([unusable(gradient)])  # it has seen the highest rate
         network.param_groups[0]["lr"] *= factor
-        angles.append(step.step([gradient]))
+        angle = step.step([gradient])
+        assert angle is not None
+        angles.append(angle)
     assert_close(angles[1], share * angles[0], rtol=1e-3, atol=1e-12)
 
 
