@@ -167,7 +167,8 @@ class Weighing:
                 memory.weights = torch.where(latest.measured.finite, latest.weights, memory.weights)
             return latest.measured
         parts = [this.measured for this in passes if this.measured is not None]
-        measured = parts[0] if len(parts) == self._processes.count == 1 else joined(parts)
+        # Alone, a pass whose weights were known is the joined batch: its norms are zero where a task is absent.
+        measured = parts[0] if latest.lagged and len(parts) == self._processes.count == 1 else joined(parts)
         if self._processes.count > 1 and not waited:
             self._check_processes()
             measured = joined_across(measured, self._processes)

@@ -77,6 +77,9 @@ class SampleSkew:
         W, V, n = self._W, self._V, self._V.shape[-1]
         solved = torch.cholesky_solve(torch.cat([V, W.movedim(0, 1).flatten(1)], dim=1), factor)
         inverse_V, inverse_W = solved[:, :n], solved[:, n:].reshape(len(V), len(W), n).movedim(1, 0)
+        # W - c V makes the same S. Where gradients are almost aligned, S is a small difference of large terms without.
+        along = (_inner(inverse_W, inverse_V) / _inner(inverse_V, inverse_V)).nan_to_num(0.0)[:, None, None]
+        W, inverse_W = W - along * V, inverse_W - along * inverse_V
         VV, WW, VW = V.mT @ inverse_V, W.mT @ inverse_W, V.mT @ inverse_W  # in the metric
         skew = SampleSkew(inverse_W, inverse_V)
         return Ascent(

@@ -106,8 +106,9 @@ class CayleyStep:
         gradient = self._skew(gradients, m)
         ascent = gradient.in_metric(self._metric.factor(gradients, matrices))
         norm = ascent.skew.half_squared_norm()
-        positive = torch.stack([norm, ascent.rise, ascent.change]).amin(0) > 0  # but for rounding, all three are
-        rests = ~(gradient.has_direction() & positive & self.rotations.rotates)
+        positive = torch.minimum(ascent.rise, ascent.change) > 0  # but for rounding, both are
+        clear = gradient.has_direction() & ascent.skew.has_direction()
+        rests = ~(clear & positive & self.rotations.rotates)
         self._sizes.grad = (ascent.change / m).sqrt().masked_fill(rests, 0.0)
         self.optimizer.step()
         self._sizes.grad = None

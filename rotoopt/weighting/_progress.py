@@ -82,20 +82,20 @@ class ProgressWeighting(Weighting):
     def _remember(self, measured: Measurements) -> tuple[Tensor, Tensor]:
         """Return norms and losses, the latest of every task, and their means, which are plain ones at first. (2, K)."""
         norms, losses, seen = measured.norms, measured.losses, measured.present
-        before = self._remembered("means", norms.expand(2, -1))
+        before = self._remembered("means", norms.expand(2, -1)).to(norms)  # the network may have become wider
         if losses is None:
             latest, learned = torch.stack([norms, before[1]]), torch.stack([seen, torch.zeros_like(seen)])
         else:  # a negative one makes the mean NaN for good
             latest, learned = torch.stack([norms, losses.masked_fill(losses < 0, torch.nan).to(norms)]), seen
         latest = torch.where(seen, latest, before)
-        count = self._remembered("count", latest) + learned
+        count = self._remembered("count", latest).to(latest) + learned
         means = torch.lerp(before, latest, count.clamp(1.0, 1 / (1 - self.decay)).reciprocal())
         self.state["means"], self.state["count"] = means, count
         return latest, means
 
     def _bounded(self, latest: Tensor, means: Tensor) -> Tensor:
         r"""Return :math:`\nu`, bounded; zero where it is not known. Shape ``(K,)``."""
-        self.state["peaks"] = torch.maximum(self._remembered("peaks", means), means)
+        self.state["peaks"] = torch.maximum(self._remembered("peaks", means).to(means), means)
         return torch.maximum(torch.maximum(means, latest / BURST), VANISHED * self.state["peaks"])
 
     def _log_signal(self, measured: Measurements) -> Tensor:
@@ -103,8 +103,8 @@ class ProgressWeighting(Weighting):
         latest = measured.agreement
         if latest is not None:
             known = measured.present & (latest < torch.inf)
-            before = self._remembered("agreement", measured.norms)
-            count = self._remembered("num_agreements", before) + known
+            before = self._remembered("agreement", measured.norms).to(measured.norms)
+            count = self._remembered("num_agreements", before).to(before) + known
             mean = torch.lerp(
                 before, torch.where(known, latest.to(before), before), count.clamp(1.0, TURNS).reciprocal()
             )
@@ -113,7 +113,7 @@ class ProgressWeighting(Weighting):
             logs = torch.where(unknown, logs.sum() / (~unknown).sum().clamp(min=1), logs)
             self.state["agreement"], self.state["num_agreements"] = mean, count
             self.state["log_signal"] = self.alpha * logs
-        return self._remembered("log_signal", measured.norms)
+        return self._remembered("log_signal", measured.norms).to(measured.norms)
 
     def _remembered(self, name: str, like: Tensor) -> Tensor:
         return self.state[name] if name in self.state else torch.zeros_like(like)
