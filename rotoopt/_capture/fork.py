@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from rotoopt._capture.agreement import SampleSums, Sketch
 from rotoopt._capture.places import Place
 from rotoopt._capture.representation import RotatedDims, rotated
-from rotoopt._torch.private import version
+from rotoopt._torch.private import register_first_hook, version
 from rotoopt.weighting import Measurements
 from rotoopt.weighting._gradients import TaskGradients
 from rotoopt.weighting._measurements import Reference, root_sum_square
@@ -161,7 +161,8 @@ class Fork:
         self._waiting: Tensor | None = None  # G, shape (K, *shape)
         self._arrived: set[int] = set()
         self._of: BackwardPass | None = None
-        rep.register_hook(self._join)  # type: ignore[no-untyped-call]
+        # A hook of the user's, as one that scales or clips the gradient at z, is for the sum of all.
+        register_first_hook(rep, self._join)
 
     @property
     def tasks(self) -> Set[int]:

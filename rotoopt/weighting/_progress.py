@@ -1,4 +1,4 @@
-"""The default weighting: norms that are equal on average, times how far every task still has to go."""
+"""The default weighting: norms that are equal on average, times how far every task has to go and how clear it is."""
 
 from __future__ import annotations
 
@@ -16,30 +16,40 @@ TURNS = 10  # over which the agreement of samples is averaged
 
 
 class ProgressWeighting(Weighting):
-    r"""Give all task gradients the same norm on average, and more of it to tasks that have come less far.
+    r"""Give all task gradients the same norm on average, and more of it to slow tasks and to those with a clear signal.
 
-    .. math:: w_k = \frac{\pi_k}{\nu_k} \sum_j \nu_j, \qquad \pi_k = \frac{r_k^\alpha}{\sum_j r_j^\alpha}, \qquad
-        \nu_k = \overline{\lVert G_k \rVert}, \qquad r_k = \overline{L_k} / |L_k(t_0)|
+    .. math:: w_k = \frac{\pi_k}{\nu_k} \sum_j \nu_j, \qquad
+        \pi_k = \frac{(r_k s_k)^\alpha}{\sum_j (r_j s_j)^\alpha}
+
+    .. math:: \nu_k = \overline{\lVert G_k \rVert}, \qquad r_k = \frac{\overline{L_k}}{|L_k(t_0)|}, \qquad
+        s_k = 1 - \frac{1}{\overline{F_k}}
 
     Bars are running means. The weighted norms add up to what the norms add up to in the plain sum, so its learning
-    rates fit, and task k has the share :math:`\pi_k` of it. Of a loss that is quadratic around zero, :math:`\nu_k` is
-    in proportion to :math:`\sqrt{r_k}`: with :math:`\alpha = 1/2` its weight does not grow while it converges.
+    rates fit, and task k has the share :math:`\pi_k` of it:
+
+    - r tells how far it still has to go. Of a loss that is quadratic around zero, :math:`\nu_k` is in proportion to
+      :math:`\sqrt{r_k}`: with :math:`\alpha = 1/2` its weight does not grow while it converges.
+    - s tells what part of its gradient is signal. F is the agreement of the samples of a batch
+      (:attr:`Measurements.agreement`, measured in the steps in which rotations turn): one where they have nothing in
+      common, as for labels that are random. Batches of one sample tell nothing, and all s are equal.
 
     The weights are made by the steps before, and so known before a backward pass: each gradient goes on at once. In the
     first two steps, gradients wait for each other if all heads read one tensor; otherwise these weights are ones. One
     step is not enough: a loss that starts at its minimum, as in distillation, has a gradient that is only rounding.
 
     What is not known is left out: all r are one where no losses were seen (your own ``sum(losses).backward()``),
-    and that of a task whose loss has been negative, of which a ratio tells nothing. A task without a gradient so far
-    has weight one. Absent tasks count with what is remembered of them, so that a batch per task is weighted as one of
-    all.
+    and that of a task whose loss has been negative, of which a ratio tells nothing; s is the geometric mean of the
+    others'. A task without a gradient so far has weight one. Absent tasks count with what is remembered of them, so
+    that a batch per task is weighted as one of all.
 
     Weights are bounded: a gradient that is more than three times as large as on average counts with a third of its own
-    norm, one that vanishes with a thousandth of the largest :math:`\nu_k` so far, and r between 1e-4 and 1e4. But a
-    gradient that grows by orders of magnitude from one step to the next is used once with the weight from before.
+    norm, one that vanishes with a thousandth of the largest :math:`\nu_k` so far, r between 1e-4 and 1e4, and s from
+    0.05. But a gradient that grows by orders of magnitude from one step to the next is used once with the weight from
+    before.
 
     Args:
-        alpha: :math:`\alpha`, how strongly slow tasks are favored, as in GradNorm; 0 gives equal norms.
+        alpha: :math:`\alpha`, how strongly tasks are favored that are slow, as in GradNorm, and whose signal is clear;
+            0 gives equal norms.
         decay: How much of a running mean a step keeps, from 0 to 1.
 
     Raises:
@@ -52,7 +62,7 @@ class ProgressWeighting(Weighting):
         >>> ProgressWeighting()(measured)  # both gradients get the norm 2
         tensor([0.6667, 2.0000])
 
-    Source: the shares are the targets of Chen et al., GradNorm, ICML 2018, eq. 2, reached without trained weights; one
+    Source: r is the target of Chen et al., GradNorm, ICML 2018, eq. 2, reached without trained weights; s is ours; one
     norm for all tasks is that of RotoGrad, ICLR 2022, eq. 1, which takes the latest gradients instead of running means.
     """
 
@@ -77,7 +87,7 @@ class ProgressWeighting(Weighting):
         logits = torch.add(self._log_signal(measured), rates.log(), alpha=self.alpha)
         shares = logits.masked_fill(norms == 0, -torch.inf).softmax(0)
         # 0 / 0: of a task without a gradient so far. Infinite: where norms are, or nearly.
-        return (shares / norms * norms.sum()).nan_to_num(1.0)
+        return (shares * (norms.sum() / norms)).nan_to_num(1.0)
 
     def _remember(self, measured: Measurements) -> tuple[Tensor, Tensor]:
         """Return norms and losses, the latest of every task, and their means, which are plain ones at first. (2, K)."""
