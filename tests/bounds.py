@@ -34,7 +34,6 @@ CORE = (
     "tests/test_api.py",
     "tests/bad_input",
     "tests/branching/test_truth.py",
-    "tests/branching/test_torch.py",
     "tests/capture",
     "tests/contract",
     "tests/engine",
