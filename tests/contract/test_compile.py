@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),  # inductor's own import
 ]
 
-OLD = TorchVersion(torch.__version__) < "2.11"
+OLD = TorchVersion(torch.__version__) < "2.12"
 
 Forward = Callable[[Tensor], Sequence[Tensor]]
 Way = Callable[[TwoTasks, Any], tuple[Forward, Heads]]
