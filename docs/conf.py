@@ -21,6 +21,7 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 2  # `page.md#heading` is a link, as on a repository page
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
