@@ -72,6 +72,7 @@ def draw_changes(ax: Axes, changes: Mapping[str, Tensor], title: str, *, highlig
         mean, error = mean_and_error(known)
         ax.errorbar(mean, place, xerr=error, fmt="o", markersize=5, color=color, capsize=2)
     ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(-0.5, len(names) - 0.5)
     ax.set_title(title, loc="left", fontsize="medium", color=INK)
     ax.tick_params(colors=INK)
     ax.grid(axis="x", alpha=0.25)
