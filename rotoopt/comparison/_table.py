@@ -75,11 +75,9 @@ def plus_minus(values: Tensor, sign: str = "") -> str:
     """
     mean, error = mean_and_error(values)
     size = max(abs(mean), abs(error) if math.isfinite(error) else 0.0)
-    digits = 1 if size >= 10 else 2 if size >= 1 else 3
-    if 0 < size < 0.01:
-        digits = 2 - math.floor(math.log10(size))
-    spread = "" if math.isnan(error) else f" ± {error:.{digits}f}"
-    return f"{mean:{sign}.{digits}f}{spread}"
+    forms = {10: ".1f", 1: ".2f", 0.01: ".3f", 0.001: ".5f"}
+    form = next((form for least, form in forms.items() if size >= least), ".2e" if size > 0 else ".3f")
+    return f"{mean:{sign}{form}}" + ("" if math.isnan(error) else f" ± {error:{form}}")
 
 
 def row(first: str, rest: Iterable[str]) -> str:
