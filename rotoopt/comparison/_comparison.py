@@ -130,6 +130,9 @@ class Comparison:
     def __str__(self) -> str:
         return self.to_markdown()
 
+    def _repr_markdown_(self) -> str:  # what a notebook shows
+        return self.to_markdown()
+
     def _values(self, candidate: str) -> Tensor:
         of_metrics = self.metrics[candidate]
         return torch.stack([of_metrics[name].double() for name in self.higher_is_better], dim=1)  # (seeds, n)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rotoopt.comparison._statistics import LIMIT, clip, mean_and_error
+from rotoopt.comparison._statistics import LIMIT, mean_and_error
 from rotoopt.diagnostics._drawing import COLORS, matplotlib
 
 if TYPE_CHECKING:
@@ -25,11 +25,12 @@ def draw(comparison: Comparison) -> Figure:
     columns = ["Delta-m", *comparison.higher_is_better]
     figure, axes = new_figure(1, len(columns), num_rows=len(comparison.metrics))
     for column, (ax, title) in enumerate(zip(axes.flat, columns, strict=True)):
-        changes = {}
-        for name in comparison.metrics:
-            of_seeds = comparison.changes(name)
-            clipped = clip(of_seeds).where(of_seeds.isfinite(), float("nan"))[:, column - 1]
-            changes[name] = clipped if column else comparison.delta_m(name, clipped=True)
+        if column == 0:
+            changes = {name: comparison.delta_m(name, clipped=True) for name in comparison.metrics}
+        else:
+            changes = {
+                name: comparison.changes(name)[:, column - 1].clamp(-LIMIT, LIMIT) for name in comparison.metrics
+            }
         draw_changes(ax, changes, title, highlighted="default")
     baseline = comparison.baseline if isinstance(comparison.baseline, str) else "the given numbers"
     label(figure, f"change against {baseline}, % (clipped to {LIMIT:.0f}; right is better)")

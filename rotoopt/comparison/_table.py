@@ -54,7 +54,8 @@ def _legend(comparison: Comparison, *, differ: bool) -> list[str]:
         diverged = [str(seed) for seed, so in zip(comparison.seeds, lost & ~failed, strict=True) if so]
         if diverged:
             lines.append(f"{name} diverged with seed {', '.join(diverged)}.")
-    lines += [f"{name} failed with seed {seed}: {error}" for (name, seed), error in comparison.failures.items()]
+    for (name, seed), error in comparison.failures.items():
+        lines.append(f"{name} failed with seed {seed}: {error.splitlines()[0]}")
     return lines
 
 

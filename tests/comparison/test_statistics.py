@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,8 +34,16 @@ def test_the_unit_of_a_metric_changes_nothing(drawn: tuple[Tensor, Tensor, Tenso
     )
 
 
+@given(runs())
+def test_a_metric_and_its_negative_say_the_same(drawn: tuple[Tensor, Tensor, Tensor]) -> None:
+    values, reference, signs = drawn
+    torch.testing.assert_close(
+        relative_changes(-values, -reference, -signs), relative_changes(values, reference, signs)
+    )
+
+
 @given(runs(), st.randoms(use_true_random=False))
-def test_the_order_of_seeds_changes_nothing(drawn: tuple[Tensor, Tensor, Tensor], random: st.Random) -> None:  # type: ignore[name-defined]
+def test_the_order_of_seeds_changes_nothing(drawn: tuple[Tensor, Tensor, Tensor], random: Random) -> None:
     values, reference, signs = drawn
     order = list(range(len(values)))
     random.shuffle(order)
