@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -95,7 +96,7 @@ def check_importable(name: str, value: Any) -> None:
 
 def _session_of(value: Any) -> str | None:
     function = value.func if isinstance(value, functools.partial) else value
-    main = sys.modules["__main__"]
-    if getattr(function, "__module__", None) == "__main__" and not hasattr(main, "__file__"):
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if getattr(function, "__module__", None) == "__main__" and not (script and Path(script).is_file()):
         return "it was made in a notebook or an interactive session"
     return None

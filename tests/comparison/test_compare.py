@@ -131,6 +131,18 @@ def test_a_run_that_raises_loses_itself_alone_and_is_tried_again(tmp_path: Path)
     assert table(compared(path=path)) == table(whole)  # only the failed run ran
 
 
+def test_a_candidate_that_always_raises_is_a_row_without_numbers() -> None:
+    def refuses(seed: int, value: float) -> dict[str, float]:
+        if value == 2.0:
+            raise ValueError("no twos\nplease")
+        return formula(seed, value)
+
+    result = compared(refuses, seeds=5)
+    assert "| two | - | - | - |" in table(result)
+    assert "two failed with seed 4: ValueError: no twos" in table(result).splitlines()
+    torch.testing.assert_close(result.delta_m("half"), compared(seeds=5).delta_m("half"))
+
+
 @given(st.sampled_from(list(VALUES)), st.sampled_from([math.nan, math.inf, -math.inf]))
 def test_a_run_that_diverges_is_shown_as_such_and_poisons_no_other(name: str, bad: float) -> None:
     def diverges(seed: int, value: float) -> dict[str, float]:

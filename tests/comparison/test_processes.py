@@ -51,14 +51,18 @@ def test_what_cannot_be_imported_is_refused_at_once() -> None:
         compared(train, processes=2, candidates=candidates)
 
 
-def test_a_function_of_a_notebook_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("script", [None, "<stdin>"])
+def test_a_function_of_a_notebook_is_refused(script: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def of_a_session(seed: int, **options: Any) -> dict[str, float]:
         raise AssertionError
 
     main = sys.modules["__main__"]
     of_a_session.__module__, of_a_session.__qualname__ = "__main__", "of_a_session"
     monkeypatch.setattr(main, "of_a_session", of_a_session, raising=False)
-    monkeypatch.delattr(main, "__file__", raising=False)
+    if script is None:
+        monkeypatch.delattr(main, "__file__", raising=False)
+    else:
+        monkeypatch.setattr(main, "__file__", script, raising=False)
     for function in (of_a_session, functools.partial(of_a_session, value=1)):
         with pytest.raises(ValueError, match="made in a notebook or an interactive session"):
             compared(function, processes=2)
