@@ -127,6 +127,7 @@ def test_a_run_that_raises_loses_itself_alone_and_is_tried_again(tmp_path: Path)
             assert torch.equal(result.metrics[name][metric][rest], whole.metrics[name][metric][rest])
     assert "two failed with seed 1: TwoArguments: out of" in table(result)
     assert "(2 of 3)" in table(result)
+    assert "diverged" not in table(result)
     torch.testing.assert_close(result.delta_m("two", clipped=True)[[0, 2]], whole.delta_m("two", clipped=True)[[0, 2]])
     assert result.delta_m("two", clipped=True)[1].isnan()
     assert table(compared(path=path)) == table(whole)  # only the failed run ran
