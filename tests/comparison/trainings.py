@@ -47,6 +47,10 @@ def ends(seed: int, **options: Any) -> dict[str, float]:
     os._exit(1)
 
 
+def threads(seed: int, **options: Any) -> dict[str, float]:
+    return dict.fromkeys(HIGHER_IS_BETTER, float(torch.get_num_threads()))
+
+
 class TwoArguments(Exception):  # as users' exceptions are
     """An exception that pickle cannot make again."""
 
