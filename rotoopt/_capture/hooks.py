@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rotoopt._capture.capture import Capture
 from rotoopt._capture.inputs import Inputs
+from rotoopt._capture.paths import Arguments
 from rotoopt._capture.whereabouts import ENTRY, LOST, STALE, Origin, checksum
 from rotoopt._torch.modules import unwrapped
 from rotoopt._torch.private import forward_pre_hooks, not_compiled
@@ -26,6 +27,7 @@ class HeadHook:
         capture: What rotates.
         task: k.
         part: Which of the modules of task k it is.
+        arguments: What it calls its arguments.
 
     Attributes:
         handles: What removes the hooks.
@@ -33,10 +35,11 @@ class HeadHook:
         origin: What this is a copy of; None for no copy, and for one that is trained itself.
     """
 
-    def __init__(self, capture: Capture, task: int, part: int) -> None:
+    def __init__(self, capture: Capture, task: int, part: int, arguments: Arguments) -> None:
         self.capture = capture
         self.task = task
         self.part = part
+        self.arguments = arguments
         self.handles: list[RemovableHandle] = []
         self.lost = False
         self.origin: Origin | None = None
@@ -45,7 +48,7 @@ class HeadHook:
         """Feed the head."""
         if self.lost or self.origin is not None:
             self._warn(head)
-        return self.capture.feed_all(args, kwargs, self.task, self.part, training=head.training)
+        return self.capture.feed_all(args, kwargs, self.task, self.part, self.arguments, training=head.training)
 
     @not_compiled
     def _warn(self, head: nn.Module) -> None:
@@ -114,7 +117,8 @@ class HeadHook:
 
 def attach(capture: Capture, head: nn.Module, task: int, part: int) -> None:
     """Put rotation ``task`` in front of ``head``, which is module number ``part`` of the task."""
-    hook, inner = HeadHook(capture, task, part), unwrapped(head)
+    inner = unwrapped(head)
+    hook = HeadHook(capture, task, part, Arguments.of(inner))
     hook.handles = [
         # First of all hooks: wrappers such as FSDP's hand every head a tensor of its own, which is no longer z.
         head.register_forward_pre_hook(hook, prepend=True, with_kwargs=True),

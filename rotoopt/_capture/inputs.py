@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rotoopt._capture.places import Z
-from rotoopt._torch.private import keystr, tree_flatten_with_path, tree_unflatten
+from rotoopt._capture.paths import Arguments, Path
+from rotoopt._torch.private import tree_flatten_with_path, tree_unflatten
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -17,11 +17,22 @@ def is_floating(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def paths_and_leaves(inputs: Inputs) -> tuple[list[tuple[str, Any]], Any]:
-    """Return everything among ``inputs`` with its path, and their structure. An only floating-point tensor is z."""
+def paths_and_leaves(inputs: Inputs, arguments: Arguments) -> tuple[list[tuple[Path, Any]], Any]:
+    """Return everything among ``inputs`` with its path, and their structure."""
     pairs, structure = tree_flatten_with_path(inputs)
-    alone = sum([is_floating(leaf) for _, leaf in pairs]) == 1
-    return [(Z if alone and is_floating(leaf) else keystr(path), leaf) for path, leaf in pairs], structure
+    return [(_path(keys, arguments), leaf) for keys, leaf in pairs], structure
+
+
+def _path(keys: Any, arguments: Arguments) -> Path:
+    by_position = keys[0].idx == 0
+    first = arguments.by_position(keys[1].idx) if by_position else arguments.by_keyword(keys[1].key)
+    return (*first, *[_entry(key) for key in keys[2:]])
+
+
+def _entry(key: Any) -> str | int:
+    if hasattr(key, "idx"):
+        return int(key.idx)
+    return str(key.key) if hasattr(key, "key") else str(key.name)
 
 
 def rebuilt(inputs: Inputs, leaves: list[Any], structure: Any) -> Inputs:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from rotoopt._capture.paths import Path, as_in_training
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._torch.private import is_transformed, not_compiled
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
     from rotoopt._capture.fork import Fork
 
 # A module of a task, by number, and a path through its arguments, lists and dicts.
-Place = tuple[int, str]
-Z = "z"  # the path of z in head(z)
+Place = tuple[int, Path]
 
 
 class Places:
@@ -41,13 +41,14 @@ class Places:
         self._proposed: int | None = None
         self.noted: list[dict[Place, bool]] = [{} for _ in range(len(rotations))]
 
-    def matrix_for(self, rep: Tensor, task: int, place: Place, *, note: bool) -> Tensor | None:
+    def matrix_for(self, rep: Tensor, task: int, place: Place, *, alone: bool, note: bool) -> Tensor | None:
         """Return R_k if ``rep`` is rotated, None if it is not; make the rotations where this is the first one.
 
         Args:
             rep: What enters the head.
             task: k.
             place: Where it enters.
+            alone: Whether no other floating-point tensor enters.
             note: Whether to note what holds for this place.
         """
         if not self._rotations.rotate[task]:
@@ -55,11 +56,11 @@ class Places:
                 self._settle(self._dims.size(rep.shape), rep.device)  # to be looked at
             return None
         fits = self.noted[task].get(place)
-        if fits is None and (note or place[1] == Z):
-            fits = self._fits(rep, place)
+        if fits is None and (note or alone):
+            fits = self._fits(rep, alone=alone)
             if note and fits is not None:
                 self.noted[task][place] = fits
-        elif fits and not self._fits(rep, place):
+        elif fits and not self._has_size(rep):
             raise ValueError(self._misfit(rep))
         if not fits:
             return None
@@ -67,42 +68,30 @@ class Places:
             self._settle(self._dims.size(rep.shape), rep.device)
         return self._rotations[task]
 
-    def as_in_training(self, pairs: list[tuple[str, Any]], task: int, part: int) -> list[tuple[str, Any]]:
-        """Return inputs of a module by path, with the path of z of training where z comes in another way now.
-
-        So it does where evaluation passes a mask that training did not, or passes z by keyword.
-        """
+    def as_in_training(self, pairs: Sequence[tuple[Path, Any]], task: int, part: int) -> list[Path]:
+        """Return the paths of inputs of a module, as those of training that they stand for."""
         noted = {path: fits for (number, path), fits in self.noted[task].items() if number == part}
-        rotated = [path for path, fits in noted.items() if fits]
-        if not rotated or any(path in noted for path, _ in pairs):
-            return pairs
-        tensors = [each for each in pairs if isinstance(each[1], Tensor) and each[1].is_floating_point()]
-        fitting = [path for path, leaf in tensors if self._dims.exist_in(leaf.shape) and self._fits(leaf, (part, path))]
-        if not fitting:
-            return pairs
-        if len(fitting) > 1 or len(rotated) > 1:
-            raise ValueError(
-                "A head must get its inputs in evaluation as in training, got tensors in other places: by position "
-                "there and by keyword here, or more of them. It cannot be told which is rotated."
-            )
-        return [(rotated[0] if path == fitting[0] else path, leaf) for path, leaf in pairs]
+        return as_in_training(pairs, noted, self._has_size)
 
     def note_same(self, place: Place, as_: Place, task: int) -> None:
         """Note that what enters at ``place`` is what enters at ``as_``."""
         if as_ in self.noted[task]:
             self.noted[task][place] = self.noted[task][as_]
 
-    def _fits(self, rep: Tensor, place: Place) -> bool | None:
+    def _fits(self, rep: Tensor, *, alone: bool) -> bool | None:
         """Whether ``rep`` has the size of the rotations; None where that is not decided yet. The first z decides."""
         m, first = self._rotations.size, not any(any(noted.values()) for noted in self.noted)
         if m is None:
-            decides = place[1] == Z or (self._rotations.init == "haar" and rep.ndim > 1)
+            decides = alone or (self._rotations.init == "haar" and rep.ndim > 1)
             return decides or None
-        if self._rotations.covers_all:
-            return self._dims.exist_in(rep.shape) and self._dims.size(rep.shape) == m
-        if first and place[1] == Z and self._dims.size(rep.shape) < m:
+        if not self._rotations.covers_all and first and alone and self._dims.size(rep.shape) < m:
             raise ValueError(self._misfit(rep))
-        return self._dims.exist_in(rep.shape) and self._dims.size(rep.shape) >= m
+        return self._has_size(rep)
+
+    def _has_size(self, rep: Tensor) -> bool:
+        """Whether ``rep`` has the size of the rotations."""
+        m = self._rotations.size
+        return m is not None and self._dims.fit(rep.shape, m, all_of_them=self._rotations.covers_all)
 
     def propose(self, forks: Iterable[Fork]) -> None:
         """Note the size of what most heads read, ``forks``, in case that no head gets z alone."""
@@ -139,7 +128,7 @@ class Places:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was noted."""
-        return {"noted": [dict(noted) for noted in self.noted], "own": sorted(self.own)}
+        return {"noted": [dict(noted) for noted in self.noted], "own": sorted(self.own, key=str)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""

@@ -51,6 +51,12 @@ class RotatedDims:
         """Whether a representation of ``shape`` has these dimensions."""
         return all(-len(shape) <= i < len(shape) for i in self.dim) and not (self._assumed and len(shape) > 3)
 
+    def fit(self, shape: torch.Size, size: int, *, all_of_them: bool) -> bool:
+        """Whether there are ``size`` features, or at least as many, along the rotated dimensions."""
+        if not self.exist_in(shape):
+            return False
+        return self.size(shape) == size if all_of_them else self.size(shape) >= size
+
     def size(self, shape: torch.Size) -> int:
         """Return ``d``, the number of features along the rotated dimensions of a representation of ``shape``."""
         return math.prod([shape[i] for i in self.resolve(shape)])  # a list: torch.compile traces no generator
