@@ -128,7 +128,7 @@ class Capture:
                 f"dicts, got {found or 'no input'}. Objects of other classes are not looked into: for such inputs give "
                 "num_tasks=K instead of `heads`, and feed the heads the tensors of optimizer.rotate(z)."
             )
-        paths = [path for path, _ in pairs] if captures else self.places.as_in_training(pairs, task, part)
+        paths = self.places.as_in_training(pairs, task, part, trains=captures)
         fed: list[Any] = []
         for i, (path, (_, leaf)) in enumerate(zip(paths, pairs, strict=True)):
             # mha(z, z, z) gets one tensor three times, too: its gradient is one.
@@ -170,7 +170,7 @@ class Capture:
         return (self._capture if captures else self._rotate)(rep, task, place, alone, own)
 
     def _rotate(self, rep: Tensor, task: int, place: Place, alone: bool, own: bool) -> Tensor:
-        matrix = self.places.matrix_for(rep, task, place, alone=alone, note=False)
+        matrix = self.places.matrix_for(rep, task, place, alone=alone, trains=False)
         if matrix is not None:
             return rotated(rep, matrix, self.dims)
         may_be_z = alone or (task, place) in self.shapes  # and no mask or condition, by the looks of it
@@ -185,7 +185,7 @@ class Capture:
         """
         if is_transformed():
             return self._rotate(rep, task, place, alone, own)
-        matrix = self.places.matrix_for(rep, task, place, alone=alone, note=rep.requires_grad)
+        matrix = self.places.matrix_for(rep, task, place, alone=alone, trains=True)
         let_pass = self._paused or (task, place) in self.places.own  # with the true gradient, whatever it is
         if not let_pass:
             self.fed.note(rep, task)

@@ -54,7 +54,11 @@ class Arguments:
 
 
 def as_in_training(
-    pairs: Sequence[tuple[Path, Any]], noted: Mapping[Path, bool | None], fits: Callable[[Tensor], bool]
+    pairs: Sequence[tuple[Path, Any]],
+    noted: Mapping[Path, bool | None],
+    fits: Callable[[Tensor], bool],
+    *,
+    trains: bool = False,
 ) -> list[Path]:
     """Return the paths of inputs, each replaced by one of training that it stands for where training had not this one.
 
@@ -64,10 +68,14 @@ def as_in_training(
         pairs: Everything among the inputs, with its path.
         noted: The paths of training, and whether what comes there is rotated; None where it had no gradient.
         fits: Whether a tensor has the size of the rotations.
+        trains: Whether the head trains: what has a gradient stands for itself then.
     """
-    found = [_of_training(path, leaf, noted, fits) if _is_floating(leaf) else path for path, leaf in pairs]
+    found = [
+        _of_training(path, leaf, noted, fits) if _is_floating(leaf) and not (trains and leaf.requires_grad) else path
+        for path, leaf in pairs
+    ]
     rotated = [path for path, rotates in noted.items() if rotates]
-    if not rotated or any(path in noted for path in found):
+    if trains or not rotated or any(path in noted for path in found):
         return found
     fitting = [i for i, (_, leaf) in enumerate(pairs) if _is_floating(leaf) and fits(leaf)]
     if not fitting:

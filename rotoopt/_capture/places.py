@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rotoopt._capture.paths import Path, as_in_training
+from rotoopt._capture.paths import Path, as_in_training, siblings
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._torch.private import is_transformed, not_compiled
@@ -23,14 +23,15 @@ Place = tuple[int, Path]
 class Places:
     """Which of the tensors that enter the heads are rotated: those of the size of the rotations.
 
-    That is noted in training, where a tensor enters with a gradient, and holds in evaluation.
+    That is noted in training, where a tensor enters with a gradient, and holds in evaluation. What a head has read
+    without a gradient, and so unrotated, stays unrotated if the gradient comes after the rotations have turned.
 
     Args:
         rotations: The K rotations.
         dims: The rotated dimensions.
 
     Attributes:
-        noted: By task, the places that were noted, and whether they are rotated.
+        noted: By task, the places that were noted, and whether they are rotated; None where no gradient came yet.
         own: Tasks and places where a tensor enters that was made of parameters of the task alone, as an embedding.
     """
 
@@ -39,9 +40,9 @@ class Places:
         self._dims = dims
         self.own: set[tuple[int, Place]] = set()
         self._proposed: int | None = None
-        self.noted: list[dict[Place, bool]] = [{} for _ in range(len(rotations))]
+        self.noted: list[dict[Place, bool | None]] = [{} for _ in range(len(rotations))]
 
-    def matrix_for(self, rep: Tensor, task: int, place: Place, *, alone: bool, note: bool) -> Tensor | None:
+    def matrix_for(self, rep: Tensor, task: int, place: Place, *, alone: bool, trains: bool) -> Tensor | None:
         """Return R_k if ``rep`` is rotated, None if it is not; make the rotations where this is the first one.
 
         Args:
@@ -49,17 +50,22 @@ class Places:
             task: k.
             place: Where it enters.
             alone: Whether no other floating-point tensor enters.
-            note: Whether to note what holds for this place.
+            trains: Whether the head trains, so that it is noted what holds for this place.
         """
         if not self._rotations.rotate[task]:
             if not any(self._rotations.rotate) and self._rotations.size is None and self._dims.exist_in(rep.shape):
                 self._settle(self._dims.size(rep.shape), rep.device)  # to be looked at
             return None
-        fits = self.noted[task].get(place)
-        if fits is None and (note or alone):
-            fits = self._fits(rep, alone=alone)
-            if note and fits is not None:
-                self.noted[task][place] = fits
+        noted = self.noted[task]
+        fits = noted.get(place)
+        if fits is None and trains and rep.requires_grad:
+            fits = self._fits(rep, alone=alone) if not self._was_unrotated(task, place) else False
+            if fits is not None:
+                noted[place] = fits
+        elif fits is None and place not in noted:
+            fits = self._fits(rep, alone=alone) if alone else None
+            if trains:
+                noted[place] = fits or None
         elif fits and not self._has_size(rep):
             raise ValueError(self._misfit(rep))
         if not fits:
@@ -68,10 +74,20 @@ class Places:
             self._settle(self._dims.size(rep.shape), rep.device)
         return self._rotations[task]
 
-    def as_in_training(self, pairs: Sequence[tuple[Path, Any]], task: int, part: int) -> list[Path]:
-        """Return the paths of inputs of a module, as those of training that they stand for."""
+    def _was_unrotated(self, task: int, place: Place) -> bool:
+        """Whether the head was trained on what enters there, or beside it in a list, without R_k, which is not I."""
+        noted, (part, path) = self.noted[task], place
+        beside = siblings(path, [other for number, other in noted if number == part])
+        others = [place] if place in noted else [(part, other) for other in beside]
+        return bool(others) and not any(noted[other] for other in others) and self._rotations.is_turned(task)
+
+    def as_in_training(self, pairs: Sequence[tuple[Path, Any]], task: int, part: int, *, trains: bool) -> list[Path]:
+        """Return the paths of inputs of a module, as those that they stand for of what was noted.
+
+        In training, what has a gradient stands for itself.
+        """
         noted = {path: fits for (number, path), fits in self.noted[task].items() if number == part}
-        return as_in_training(pairs, noted, self._has_size)
+        return as_in_training(pairs, noted, self._has_size, trains=trains)
 
     def note_same(self, place: Place, as_: Place, task: int) -> None:
         """Note that what enters at ``place`` is what enters at ``as_``."""

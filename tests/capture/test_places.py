@@ -121,6 +121,21 @@ def test_samples_that_are_dicts_keep_what_is_rotated_apart() -> None:
     assert_close(heads[0](others), heads[0].forward(turned))
 
 
+def test_entries_of_which_nobody_can_tell_are_refused() -> None:
+    backbone, heads, optimizer = wrapped(Each)
+    features = [backbone(torch.randn(4, 5)), torch.randn(4, D)]
+    for _ in range(2):
+        z = [backbone(torch.randn(4, 5)), features[1]]
+        step(optimizer, [head(z) for head in heads])
+    heads[0].eval()
+    with torch.no_grad():
+        heads[0](features)
+        heads[0](features[:1])
+        message = r"A list or dict that a head gets must have the entries of training.*got features\[2\], which was not"
+        with pytest.raises(ValueError, match=message):
+            heads[0]([*features, features[0]])
+
+
 class Decoder(nn.Module):
     """Reads two tensors of one size."""
 
@@ -148,3 +163,48 @@ def test_arguments_are_the_same_by_position_and_by_keyword() -> None:
         expected = heads[0].forward(target @ R.mT, memory @ R.mT)
         assert_same([call(heads[0], target, memory) for call in calls], [expected] * len(calls))
         nn.ModuleList(heads).train()
+
+
+@pytest.mark.parametrize("init", ["identity", "haar"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_input_that_gets_a_gradient_later_does_not_change_predictions(init: str, resumed: bool) -> None:
+    """Gradual unfreezing: it stays unrotated where the rotations have turned."""
+    options: dict[str, Any] = {"init": init, "rotation_size": D, "rotation_lr": 0.3, "turn_every": 1}
+    backbone, heads, optimizer = wrapped(Decoder, **options)
+    frozen = nn.Linear(5, D).requires_grad_(False)
+
+    def outputs(seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        x = torch.randn(4, 5)
+        z, other = backbone(x), frozen(x)
+        return [head(z, other) for head in heads]
+
+    for i in range(3):
+        step(optimizer, outputs(i))
+    if resumed:
+        state = optimizer.state_dict()
+        optimizer.remove()
+        params = optimizer.param_groups[0]["params"]
+        optimizer = RotoGradOptimizer(SGD(params, lr=0.1), heads, **options)
+        optimizer.load_state_dict(state)
+    assert optimizer._core.engine.rotations.is_turned(0)
+    before = outputs(0)
+    frozen.requires_grad_(True)
+    for _ in range(2):
+        assert_same(outputs(0), before)
+    optimizer.backward([output.square().mean() for output in outputs(0)])
+    assert frozen.weight.grad is not None
+    nn.ModuleList(heads).eval()
+    assert_same(outputs(0), before)
+
+
+def test_an_input_that_gets_a_gradient_before_the_rotations_turn_is_rotated() -> None:
+    backbone, heads, optimizer = wrapped(Decoder, init="identity", rotation_lr=0.0)
+    frozen, x = nn.Linear(5, D).requires_grad_(False), torch.randn(4, 5)
+    for _ in range(2):
+        step(optimizer, [head(backbone(x), frozen(x)) for head in heads])
+        frozen.requires_grad_(True)
+    R = optimizer.rotations[0]
+    R.copy_(R.roll(1, 0))
+    expected = heads[0].forward(backbone(x) @ R.mT, frozen(x) @ R.mT)
+    assert_same(heads[0](backbone(x), frozen(x)), expected)
