@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from rotoopt._capture.capture import Capture
+from rotoopt._capture.first_layer import FirstLayer
 from rotoopt._capture.inputs import Inputs
 from rotoopt._capture.paths import Arguments
 from rotoopt._capture.whereabouts import ENTRY, LOST, STALE, Origin, checksum
@@ -127,6 +128,7 @@ def attach(capture: Capture, head: nn.Module, task: int, part: int) -> None:
         inner.register_load_state_dict_pre_hook(partial(hook.load)),  # type: ignore[no-untyped-call]
     ]
     capture.handles += hook.handles
+    capture.places.first_layers[task, part] = FirstLayer.of(inner)
 
 
 def hook_of(head: nn.Module) -> HeadHook | None:

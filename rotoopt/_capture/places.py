@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rotoopt._capture.first_layer import FirstLayer
 from rotoopt._capture.paths import Path, as_in_training, siblings
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._rotation.rotations import Rotations
@@ -32,12 +33,14 @@ class Places:
 
     Attributes:
         noted: By task, the places that were noted, and whether they are rotated; None where no gradient came yet.
+        first_layers: The first layers of the modules of heads, by task and number; None where they tell nothing.
         own: Tasks and places where a tensor enters that was made of parameters of the task alone, as an embedding.
     """
 
     def __init__(self, rotations: Rotations, dims: RotatedDims) -> None:
         self._rotations = rotations
         self._dims = dims
+        self.first_layers: dict[tuple[int, int], FirstLayer | None] = {}
         self.own: set[tuple[int, Place]] = set()
         self._proposed: int | None = None
         self.noted: list[dict[Place, bool | None]] = [{} for _ in range(len(rotations))]
@@ -58,6 +61,8 @@ class Places:
             return None
         noted = self.noted[task]
         fits = noted.get(place)
+        if fits is None:
+            self._check_dim(rep, task, place, alone=alone)
         if fits is None and trains and rep.requires_grad:
             fits = self._fits(rep, alone=alone) if not self._was_unrotated(task, place) else False
             if fits is not None:
@@ -73,6 +78,18 @@ class Places:
         if self._rotations.size is None or rep.device != self._rotations.device:
             self._settle(self._dims.size(rep.shape), rep.device)
         return self._rotations[task]
+
+    def _check_dim(self, rep: Tensor, task: int, place: Place, *, alone: bool) -> None:
+        """Raise if the features of ``rep`` are not, or may not be, where nobody said that they are."""
+        if alone and self._dims.may_be_samples(rep.shape) and not is_transformed():
+            raise ValueError(
+                "`dim` must be given for a representation of one dimension, got none for shape "
+                f"{tuple(rep.shape)}. Give dim=-1 if these are the features of one sample. If they are samples, (B,), "
+                "then one number for each leaves nothing to rotate: give rotate=False."
+            )
+        first_layer = self.first_layers.get((task, place[0]))
+        if first_layer is not None:
+            first_layer.check(rep.shape, self._dims, alone=alone)
 
     def _was_unrotated(self, task: int, place: Place) -> bool:
         """Whether the head was trained on what enters there, or beside it in a list, without R_k, which is not I."""
@@ -96,6 +113,8 @@ class Places:
 
     def _fits(self, rep: Tensor, *, alone: bool) -> bool | None:
         """Whether ``rep`` has the size of the rotations; None where that is not decided yet. The first z decides."""
+        if not alone and self._dims.may_be_samples(rep.shape):
+            return False
         m, first = self._rotations.size, not any(any(noted.values()) for noted in self.noted)
         if m is None:
             decides = alone or (self._rotations.init == "haar" and rep.ndim > 1)
@@ -112,7 +131,11 @@ class Places:
     def propose(self, forks: Iterable[Fork]) -> None:
         """Note the size of what most heads read, ``forks``, in case that no head gets z alone."""
         if self._rotations.size is None and any(self._rotations.rotate):
-            read = [(len(each.tasks), self._dims.size(each.shape)) for each in forks if self._dims.exist_in(each.shape)]
+            read = [
+                (len(each.tasks), self._dims.size(each.shape))
+                for each in forks
+                if self._dims.exist_in(each.shape) and not self._dims.may_be_samples(each.shape)
+            ]
             self._proposed = max(read)[1] if read else None
 
     def decide(self) -> None:
