@@ -45,8 +45,14 @@ class HeadHook:
         self.lost = False
         self.origin: Origin | None = None
 
-    def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Inputs:
         """Feed the head."""
+        if kwargs is None:
+            raise RuntimeError(
+                f"A head must be the module that was given in `heads`, got a {type(head).__name__} that took over its "
+                "hooks, as quantize_dynamic() and prepare_qat() make one. Call optimizer.fold() before: it makes the "
+                "rotations a part of the weights."
+            )
         if self.lost or self.origin is not None:
             self._warn(head)
         return self.capture.feed_all(args, kwargs, self.task, self.part, self.arguments, training=head.training)
