@@ -119,7 +119,7 @@ class Capture:
         return feed((args, kwargs), task, part, arguments, captures)
 
     def _feed_each(self, inputs: Inputs, task: int, part: int, arguments: Arguments, captures: bool) -> Inputs:
-        pairs, structure = paths_and_leaves(inputs, arguments)
+        pairs = paths_and_leaves(inputs, arguments)
         num_floating = sum([is_floating(leaf) for _, leaf in pairs])
         if not num_floating:
             found = ", ".join(str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for _, x in pairs)
@@ -142,7 +142,7 @@ class Capture:
                 fed.append(self.feed(leaf, task, (part, path), alone=alone, training=captures, own=True))
             else:
                 fed.append(leaf)
-        return rebuilt(inputs, fed, structure)
+        return rebuilt(inputs, fed)
 
     _capture_each = not_compiled(_feed_each)  # one graph break for all
 

@@ -43,7 +43,7 @@ class RotationHook:
     def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Rotate what enters the head."""
         matrix = head.get_buffer("rotation")
-        pairs, structure = paths_and_leaves((args, kwargs), self.arguments)
+        pairs = paths_and_leaves((args, kwargs), self.arguments)
 
         def fits(leaf: Tensor) -> bool:
             return self.dims.fit(leaf.shape, len(matrix), all_of_them=self.covers_all)
@@ -53,7 +53,7 @@ class RotationHook:
             rotated(leaf, matrix, self.dims) if self.noted.get(path) else leaf
             for path, (_, leaf) in zip(paths, pairs, strict=True)
         ]
-        return rebuilt((args, kwargs), leaves, structure)
+        return rebuilt((args, kwargs), leaves)
 
 
 @dataclass(frozen=True)

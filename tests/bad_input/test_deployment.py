@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -157,13 +158,13 @@ def test_a_head_with_an_attribute_of_that_name() -> None:
     train(model, optimizer, 1)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated, but used
 def test_quantization_of_a_wrapped_model_says_to_fold_it_first() -> None:
+    quantize: Any = torch.ao.quantization.quantize_dynamic
     model, optimizer = wrap()
     train(model, optimizer, 0)
-    quantized = torch.ao.quantization.quantize_dynamic(model.eval(), {nn.Linear})
+    quantized = quantize(model.eval(), {nn.Linear})
     with pytest.raises(RuntimeError, match=r"^A head must be the module .* hooks, .* Call optimizer\.fold\(\) before"):
         quantized(model.inputs(0))
     optimizer.fold()
-    quantized = torch.ao.quantization.quantize_dynamic(model.eval(), {nn.Linear})
-    quantized(model.inputs(0))
+    quantize(model.eval(), {nn.Linear})(model.inputs(0))
