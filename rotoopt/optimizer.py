@@ -79,7 +79,8 @@ class RotoGradOptimizer(OptimizerWrapper):
         num_tasks: K, instead of ``heads``, for functional heads: feed them with :meth:`rotate`.
         dim: Dimension or dimensions of the representation that are rotated (several are flattened together):
             -1 for vectors ``(B, d)`` and token sequences ``(B, T, d)``, 1 for the channels of ``(B, C, H, W)`` maps.
-            All others count as samples. ``None``: -1 for up to three dimensions, and an error for more.
+            All others count as samples. ``None``: -1 for two or three dimensions, and an error for others, and
+            where the heads begin with layers that take another one.
         rotation_size: Rotate only the first m features along ``dim``. The rotations then exist from construction;
             otherwise they are made in the first training forward.
         rotate: ``False``, or one flag per task: that task keeps R_k = I (frozen, pretrained heads).

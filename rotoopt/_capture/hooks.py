@@ -12,7 +12,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from rotoopt._capture.capture import Capture
+from rotoopt._capture.first_layer import FirstLayer
 from rotoopt._capture.inputs import Inputs
+from rotoopt._capture.paths import Arguments
 from rotoopt._capture.whereabouts import ENTRY, LOST, STALE, Origin, checksum
 from rotoopt._torch.modules import unwrapped
 from rotoopt._torch.private import forward_pre_hooks, not_compiled
@@ -26,6 +28,7 @@ class HeadHook:
         capture: What rotates.
         task: k.
         part: Which of the modules of task k it is.
+        arguments: What it calls its arguments.
 
     Attributes:
         handles: What removes the hooks.
@@ -33,19 +36,26 @@ class HeadHook:
         origin: What this is a copy of; None for no copy, and for one that is trained itself.
     """
 
-    def __init__(self, capture: Capture, task: int, part: int) -> None:
+    def __init__(self, capture: Capture, task: int, part: int, arguments: Arguments) -> None:
         self.capture = capture
         self.task = task
         self.part = part
+        self.arguments = arguments
         self.handles: list[RemovableHandle] = []
         self.lost = False
         self.origin: Origin | None = None
 
-    def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Inputs:
         """Feed the head."""
+        if kwargs is None:
+            raise RuntimeError(
+                f"A head must be the module that was given in `heads`, got a {type(head).__name__} that took over its "
+                "hooks, as quantize_dynamic() and prepare_qat() make one. Call optimizer.fold() before: it makes the "
+                "rotations a part of the weights."
+            )
         if self.lost or self.origin is not None:
             self._warn(head)
-        return self.capture.feed_all(args, kwargs, self.task, self.part, training=head.training)
+        return self.capture.feed_all(args, kwargs, self.task, self.part, self.arguments, training=head.training)
 
     @not_compiled
     def _warn(self, head: nn.Module) -> None:
@@ -114,7 +124,8 @@ class HeadHook:
 
 def attach(capture: Capture, head: nn.Module, task: int, part: int) -> None:
     """Put rotation ``task`` in front of ``head``, which is module number ``part`` of the task."""
-    hook, inner = HeadHook(capture, task, part), unwrapped(head)
+    inner = unwrapped(head)
+    hook = HeadHook(capture, task, part, Arguments.of(inner))
     hook.handles = [
         # First of all hooks: wrappers such as FSDP's hand every head a tensor of its own, which is no longer z.
         head.register_forward_pre_hook(hook, prepend=True, with_kwargs=True),
@@ -123,6 +134,7 @@ def attach(capture: Capture, head: nn.Module, task: int, part: int) -> None:
         inner.register_load_state_dict_pre_hook(partial(hook.load)),  # type: ignore[no-untyped-call]
     ]
     capture.handles += hook.handles
+    capture.places.first_layers[task, part] = FirstLayer.of(inner)
 
 
 def hook_of(head: nn.Module) -> HeadHook | None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 # What is nested in lists, tuples and dicts. No public name looks there; torch.utils.pytree needs another package.
-from torch.utils._pytree import keystr as keystr
 from torch.utils._pytree import tree_flatten_with_path as tree_flatten_with_path
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_unflatten as tree_unflatten

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -155,3 +156,15 @@ def test_a_head_with_an_attribute_of_that_name() -> None:
             optimizer.fold()
         assert_same((model(model.inputs(1)), snapshot(model, optimizer)), before)
     train(model, optimizer, 1)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated, but used
+def test_quantization_of_a_wrapped_model_says_to_fold_it_first() -> None:
+    quantize: Any = torch.ao.quantization.quantize_dynamic
+    model, optimizer = wrap()
+    train(model, optimizer, 0)
+    quantized = quantize(model.eval(), {nn.Linear})
+    with pytest.raises(RuntimeError, match=r"^A head must be the module .* hooks, .* Call optimizer\.fold\(\) before"):
+        quantized(model.inputs(0))
+    optimizer.fold()
+    quantize(model.eval(), {nn.Linear})(model.inputs(0))
