@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from rotoopt._capture.adoption import adopt, previous_hooks, turned
 from rotoopt._capture.averages import warn_of_averages
 from rotoopt._capture.hooks import attach
+from rotoopt._capture.owner import Owner
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._deploy.fold import fold
 from rotoopt._deploy.refresh import refresh
@@ -61,6 +62,15 @@ class _Core(Core):
     built_in_step: bool
     idle_steps: int = 0
     rotograd_loaded: bool = False  # since the latest step
+    owner: Owner = field(default_factory=Owner)
+
+    def __post_init__(self) -> None:
+        self.engine.capture.owner = self.owner
+        self.owner.become(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.owner.become(self)
 
 
 class RotoGradOptimizer(OptimizerWrapper):
