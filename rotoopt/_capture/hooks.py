@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rotoopt._capture.capture import Capture
 from rotoopt._capture.inputs import Inputs
-from rotoopt._capture.whereabouts import ENTRY, LOST, STALE, Origin, checksum
+from rotoopt._capture.whereabouts import ENTRY, LOST, STALE, Origin, checksums
 from rotoopt._torch.modules import unwrapped
 from rotoopt._torch.private import forward_pre_hooks, not_compiled
 from rotoopt._torch.warn import warn_user
@@ -40,6 +40,7 @@ class HeadHook:
         self.handles: list[RemovableHandle] = []
         self.lost = False
         self.origin: Origin | None = None
+        self._awaits_gradients = False
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Feed the head."""
@@ -52,21 +53,43 @@ class HeadHook:
         if self.lost and self.capture.whereabouts.are_lost(self.task):
             warn_user(LOST)
         self.lost = False
+        if self.capture.owner is not None and not self.capture.owner.is_gone:
+            self.origin = None  # copied with its optimizer
         if self.origin is None:
             return
-        if head.training and torch.is_grad_enabled():
-            self.origin = None
-        elif self.origin.has_moved_on(head):
-            self.renew_origin(head)
+        trains = head.training and torch.is_grad_enabled()
+        if torch.is_grad_enabled() and not self._awaits_gradients:
+            self._await_gradients()
+        if self.origin.has_moved_on(self._weights, waits=not trains):
+            self.origin.renew(self._weights)
             warn_user(STALE)
+
+    def _await_gradients(self) -> None:
+        """Note when the weights of this copy get gradients: it is trained itself then, with the rotations it has."""
+        handles: list[RemovableHandle] = []
+
+        def trained(_: Tensor) -> None:
+            self.origin = None
+            for handle in handles:
+                handle.remove()
+
+        weights = [weight for weight in self._weights if weight.requires_grad and weight.is_leaf]
+        for weight in weights:
+            handle = weight.register_post_accumulate_grad_hook(trained)  # type: ignore[no-untyped-call]
+            handles.append(handle)
+        self._awaits_gradients = bool(weights)
+
+    @property
+    def _weights(self) -> Sequence[Tensor]:
+        return self.capture.whereabouts.weights(self.task, self.part)
 
     # ------------------------------------------------------------------ where the weights go
 
     def save(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
         """Add the rotation to what a state dict has beside its keys: ``state_dict._metadata``."""
-        number = checksum(state_dict, prefix)
-        if number is not None:  # else on every process another one, and rotations must be the same on all
-            metadata[ENTRY] = {**self.capture.whereabouts.saved(self.task, self.part), "checksum": number}
+        numbers = checksums(state_dict, prefix)
+        if numbers is not None:  # else on every process others, and rotations must be the same on all
+            metadata[ENTRY] = {**self.capture.whereabouts.saved(self.task, self.part), "checksums": numbers}
 
     def load(
         self,
@@ -82,29 +105,33 @@ class HeadHook:
         """Load the rotation that belongs to the weights in ``state_dict``."""
         if not any(key.startswith(prefix) for key in state_dict):
             return
-        saved, number = metadata.get(ENTRY), checksum(state_dict, prefix)
-        if saved is None or number is None or not torch.equal(saved["checksum"], number):
+        saved, numbers = metadata.get(ENTRY), checksums(state_dict, prefix)
+        if saved is None or numbers is None or numbers[0] not in saved["checksums"]:
             self.lost = self.capture.whereabouts.are_lost(self.task)
             return
         error = self.capture.whereabouts.load(self.task, self.part, saved)
         if error is not None:
             errors.append(f"{prefix}: {error}")
         self.lost = False
-        self.renew_origin(module)
+        if self.origin is not None:
+            names = [prefix + name for name, _ in module.named_parameters()]
+            is_whole = names and all(name in state_dict for name in names)
+            self.origin.renew([state_dict[name] for name in names] if is_whole else None)
 
-    def renew_origin(self, head: nn.Module) -> None:
+    def renew_origin(self) -> None:
         """Take the rotation for that of the weights of now."""
         if self.origin is not None:
-            self.origin = self.origin.renewed(head)
+            self.origin.renew(self._weights)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadHook:
         copied = HeadHook.__new__(HeadHook)
         memo[id(self)] = copied  # first: on its way a copy of the capture comes here again
-        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo), origin=Origin.of(self.capture.rotations))
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        copied.origin = Origin(self.capture.rotations, self._weights)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "origin": None}  # a process of its own has no original
+        return {**self.__dict__, "origin": None, "_awaits_gradients": False}  # a process of its own has no original
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -115,6 +142,7 @@ class HeadHook:
 def attach(capture: Capture, head: nn.Module, task: int, part: int) -> None:
     """Put rotation ``task`` in front of ``head``, which is module number ``part`` of the task."""
     hook, inner = HeadHook(capture, task, part), unwrapped(head)
+    capture.whereabouts.heads[task, part] = head
     hook.handles = [
         # First of all hooks: wrappers such as FSDP's hand every head a tensor of its own, which is no longer z.
         head.register_forward_pre_hook(hook, prepend=True, with_kwargs=True),

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -160,6 +161,75 @@ def test_average_of_the_weights_is_reported_until_it_is_refreshed() -> None:
         average.update_parameters(model)  # rotations have not turned since
         predict(average, x)
     assert_same(predict(average, x), predict(average.module, x))
+
+
+def by_copy(theirs: Tensor, own: Tensor) -> None:
+    with torch.no_grad():
+        theirs.copy_(own)
+
+
+def by_lerp(theirs: Tensor, own: Tensor) -> None:
+    theirs.data.mul_(0.5).add_(own.data, alpha=0.5)
+
+
+def by_data(theirs: Tensor, own: Tensor) -> None:
+    theirs.data = own.detach().clone()
+
+
+UPDATES: dict[str, Callable[[Tensor, Tensor], None]] = {"copy": by_copy, "lerp of data": by_lerp, "other data": by_data}
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "train, no_grad"])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+def test_a_target_network_is_reported_once_for_every_update(
+    update: Callable[[Tensor, Tensor], None], frozen: bool, mode: str
+) -> None:
+    """In whatever way its weights are written, and in whatever mode it runs."""
+    model, optimizer = wrap(**OPTIONS)
+    x = model.inputs(9)
+    train(model, optimizer, 0)
+    target = copy.deepcopy(model).requires_grad_(not frozen)
+    target.train(mode != "eval")
+
+    def run() -> int:
+        with warnings.catch_warnings(record=True) as record, nullcontext() if mode == "train" else torch.no_grad():
+            warnings.simplefilter("always")
+            target(x)
+        assert all(str(each.message).startswith(STALE) for each in record)
+        return len(record)
+
+    for _ in range(2):
+        train(model, optimizer, 1)
+        assert run() == 0  # a copy of the model as it was
+        train(model, optimizer, 2)
+        for theirs, own in zip(target.parameters(), model.parameters(), strict=True):
+            update(theirs, own)
+        assert run() == 2  # heads
+        assert run() == 0
+    train(model, optimizer, 3)
+    target.load_state_dict(model.state_dict())
+    assert_same(predict(target, x), predict(model, x))
+    train(model, optimizer, 4)
+    assert run() == 0
+    target.bfloat16()
+    with torch.no_grad():
+        target(x.bfloat16())
+
+
+@pytest.mark.parametrize("clears", [False, True])
+def test_a_copy_that_is_trained_itself_is_not_reported(clears: bool) -> None:
+    model, optimizer = wrap(**OPTIONS)
+    student = copy.deepcopy(model)
+    bare = sgd(student.parameters())
+    for batch in range(3):
+        train(model, optimizer, batch)
+        torch.autograd.backward(student.losses(batch)[0])
+        bare.step()
+        if clears:
+            bare.zero_grad()
+        predict(student.eval(), model.inputs(9))
+        student.train()
 
 
 def test_copies_that_are_right_are_not_reported() -> None:
