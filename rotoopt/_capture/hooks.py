@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rotoopt._capture.capture import Capture
 from rotoopt._capture.inputs import Inputs
-from rotoopt._capture.whereabouts import ENTRY, LOST, STALE, Origin, checksums
+from rotoopt._capture.whereabouts import ENTRY, LOST, STALE, Origin, checksums, is_here
 from rotoopt._torch.modules import unwrapped
 from rotoopt._torch.private import forward_pre_hooks, not_compiled
 from rotoopt._torch.warn import warn_user
@@ -50,7 +51,7 @@ class HeadHook:
 
     @not_compiled
     def _warn(self, head: nn.Module) -> None:
-        if self.lost and self.capture.whereabouts.are_lost(self.task):
+        if self.lost and not self.capture.whereabouts.are_loaded():
             warn_user(LOST)
         self.lost = False
         if self.capture.owner is not None and not self.capture.owner.is_gone:
@@ -103,11 +104,13 @@ class HeadHook:
         errors: list[str],
     ) -> None:
         """Load the rotation that belongs to the weights in ``state_dict``."""
-        if not any(key.startswith(prefix) for key in state_dict):
-            return
+        own = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
+        given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        if own and all(_is_same(value, own.get(name)) for name, value in given.items() if isinstance(value, Tensor)):
+            return  # nothing of this head, or model.state_dict() itself, which has followed the weights
         saved, numbers = metadata.get(ENTRY), checksums(state_dict, prefix)
         if saved is None or numbers is None or numbers[0] not in saved["checksums"]:
-            self.lost = self.capture.whereabouts.are_lost(self.task)
+            self.lost = self.capture.whereabouts.are_lost(self.task, saved)
             return
         error = self.capture.whereabouts.load(self.task, self.part, saved)
         if error is not None:
@@ -137,6 +140,13 @@ class HeadHook:
         """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
+
+
+def _is_same(value: Tensor, own: Tensor | None) -> bool:
+    """Whether ``value`` is the memory of ``own``, so that to load it changes nothing."""
+    if own is None or not (is_here(value) and is_here(own)):
+        return False
+    return value.data_ptr() == own.data_ptr() and value.shape == own.shape
 
 
 def attach(capture: Capture, head: nn.Module, task: int, part: int) -> None:

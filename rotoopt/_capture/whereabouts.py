@@ -77,9 +77,19 @@ class Whereabouts:
         """Note that the rotations are those of weights that were, or will be, loaded beside them."""
         self._loaded = changes_of(self._rotations)
 
-    def are_lost(self, task: int) -> bool:
-        """Whether weights of ``task`` that came without rotation need another one than it has now."""
-        return self._loaded != changes_of(self._rotations) and self._rotations.is_turned(task)
+    def are_loaded(self) -> bool:
+        """Whether the rotations are those that were loaded beside the weights."""
+        return self._loaded == changes_of(self._rotations)
+
+    def are_lost(self, task: int, saved: dict[str, Any] | None) -> bool:
+        """Whether weights of ``task`` that came without their rotation need another one than it has now.
+
+        Args:
+            task: k.
+            saved: What :meth:`saved` returned for other weights than came, if that is known.
+        """
+        needs_one = saved is not None and saved["rotation"] is not None
+        return not self.are_loaded() and (needs_one or self._rotations.is_turned(task))
 
 
 def checksums(state_dict: Mapping[str, Any], prefix: str) -> Tensor | None:
@@ -104,7 +114,7 @@ def checksums(state_dict: Mapping[str, Any], prefix: str) -> Tensor | None:
     return total
 
 
-def _is_here(tensor: Tensor) -> bool:
+def is_here(tensor: Tensor) -> bool:
     """Whether the values of ``tensor`` are all on this process."""
     return not hasattr(tensor, "to_local") and not tensor.is_meta and tensor.layout == torch.strided
 
@@ -144,7 +154,7 @@ class Origin:
     def _note(self, weights: Sequence[Tensor]) -> None:
         """Note what ``weights`` are, without waiting for the device."""
         self._versions = _versions_of(weights)
-        self._sums = [(each.dtype, sum_of_bits(each)) if _is_here(each) else None for each in weights]
+        self._sums = [(each.dtype, sum_of_bits(each)) if is_here(each) else None for each in weights]
 
     def has_moved_on(self, weights: Sequence[Tensor], *, waits: bool) -> bool:
         """Whether the weights of the copy have changed, and the rotations of the model, too.
@@ -177,6 +187,6 @@ def _versions_of(weights: Sequence[Tensor]) -> int:
 
 def _differs(weight: Tensor, noted: tuple[torch.dtype, Tensor] | None) -> bool:
     """Whether ``weight`` has changed since; a cast leaves it what it was."""
-    if noted is None or not _is_here(weight) or weight.dtype != noted[0]:
+    if noted is None or not is_here(weight) or weight.dtype != noted[0]:
         return False
     return not torch.equal(sum_of_bits(weight).to(noted[1].device), noted[1])

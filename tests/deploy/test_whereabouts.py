@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel
 
@@ -130,6 +131,92 @@ def test_weights_without_rotations_are_reported_if_any_has_turned(init: Any, los
             predict(model, x)
         assert len(record) == 2  # heads
     predict(model, x)
+
+
+def test_the_state_dict_itself_is_not_reported() -> None:
+    """It follows the weights, so that to load it changes nothing."""
+    model, optimizer = wrap(**OPTIONS)
+    train(model, optimizer, 0)
+    alias = model.state_dict()
+    train(model, optimizer, 1)
+    expected = predict(model, model.inputs(9))
+    model.load_state_dict(alias)
+    assert_same(predict(model, model.inputs(9)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+def test_a_state_dict_that_was_cast_has_its_rotations(dtype: torch.dtype, fresh: bool, own: torch.dtype) -> None:
+    model, optimizer = wrap(**OPTIONS)
+    model.to(own)
+    z = torch.ones(1, 6, dtype=own)
+    model.heads["left"](z).sum().backward()
+    optimizer.rotations.load_matrices(torch.linalg.qr(torch.randn(2, 6, 6))[0])
+    saved, expected = copy.deepcopy(model.state_dict()), optimizer.rotations.matrices.clone()
+    for key in saved:
+        saved[key] = saved[key].to(dtype)
+    optimizer.rotations.load_matrices(torch.eye(6).repeat(2, 1, 1))
+    if fresh:
+        model, optimizer = wrap()
+    model.load_state_dict(saved)
+    assert_same(optimizer.rotations.matrices, expected)
+    model.heads["left"](z.to(next(model.parameters())))
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_weights_that_were_averaged_are_reported_in_another_process(state: bool) -> None:
+    """Until the state of the optimizer is loaded, too: the rotations there are I."""
+    model, optimizer = wrap(**OPTIONS)
+    train(model, optimizer, 0)
+    other, its_optimizer = wrap(rotation_optimizer=OPTIONS["rotation_optimizer"])
+    other.load_state_dict(changed_in_place(model.state_dict()))
+    if state:
+        its_optimizer.load_state_dict(optimizer.state_dict())
+    with nullcontext() if state else pytest.warns(UserWarning, match=LOST):
+        predict(other, model.inputs(9))
+    predict(other, model.inputs(9))
+
+
+class Unit(nn.Module):
+    """A head without parameters: an embedding that is compared with others."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return functional.normalize(z[:, :2], dim=1)
+
+
+def with_unit() -> tuple[TwoTasks, RotoGradOptimizer]:
+    torch.manual_seed(0)
+    model = TwoTasks()
+    model.heads["right"] = Unit()
+    return model, RotoGradOptimizer(sgd(model.parameters()), model.heads, **OPTIONS)
+
+
+def test_a_head_without_parameters_has_its_rotation() -> None:
+    model, optimizer = with_unit()
+    x = model.inputs(9)
+    train(model, optimizer, 0)
+    target, saved, expected = copy.deepcopy(model), copy.deepcopy(model.state_dict()), predict(model, x)
+    train(model, optimizer, 1)
+    other, _ = with_unit()
+    for each in (model, other):
+        each.load_state_dict(saved)
+        assert_same(predict(each, x), expected)
+    train(model, optimizer, 2)
+    assert_same(predict(target, x), expected)
+    for theirs, own in zip(target.parameters(), model.parameters(), strict=True):
+        by_data(theirs, own)
+    for report, run in ((STALE, partial(predict, target)), (LOST, partial(predict, model))):
+        if report is LOST:
+            model.load_state_dict(items_of(saved))
+        with pytest.warns(UserWarning, match=report) as record:
+            run(x)
+        assert len(record) == 2  # heads
+        run(x)
+    target.load_state_dict(model.state_dict())
+    predict(target, x)
+    train(model, optimizer, 3)
+    predict(target, x)
 
 
 @pytest.mark.parametrize("order", ["model first", "optimizer first"])
