@@ -149,18 +149,29 @@ def _is_same(value: Tensor, own: Tensor | None) -> bool:
     return value.data_ptr() == own.data_ptr() and value.shape == own.shape
 
 
-def attach(capture: Capture, head: nn.Module, task: int, part: int) -> None:
-    """Put rotation ``task`` in front of ``head``, which is module number ``part`` of the task."""
+def attach(capture: Capture, head: nn.Module, task: int, part: int, name: str) -> None:
+    """Put rotation ``task`` in front of ``head``, which is module number ``part`` of the task ``name``.
+
+    Raises:
+        TypeError: If ``head`` takes no hooks.
+    """
     hook, inner = HeadHook(capture, task, part), unwrapped(head)
     capture.whereabouts.heads[task, part] = head
-    hook.handles = [
+    try:
         # First of all hooks: wrappers such as FSDP's hand every head a tensor of its own, which is no longer z.
-        head.register_forward_pre_hook(hook, prepend=True, with_kwargs=True),
+        hook.handles.append(head.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
         # Partial: torch sets an attribute of these.
-        inner.register_state_dict_post_hook(partial(hook.save)),  # type: ignore[no-untyped-call]
-        inner.register_load_state_dict_pre_hook(partial(hook.load)),  # type: ignore[no-untyped-call]
-    ]
-    capture.handles += hook.handles
+        hook.handles += [
+            inner.register_state_dict_post_hook(partial(hook.save)),  # type: ignore[no-untyped-call]
+            inner.register_load_state_dict_pre_hook(partial(hook.load)),  # type: ignore[no-untyped-call]
+        ]
+    except RuntimeError as error:
+        raise TypeError(
+            f"`heads` must be modules that take hooks, got a {type(head).__name__} for {name}: {error}. Give the "
+            "module as it was before torch.jit.script, and script it after fold()."
+        ) from error
+    finally:
+        capture.handles += hook.handles
 
 
 def hook_of(head: nn.Module) -> HeadHook | None:
