@@ -104,10 +104,8 @@ class HeadHook:
         errors: list[str],
     ) -> None:
         """Load the rotation that belongs to the weights in ``state_dict``."""
-        own = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
-        given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        if own and all(_is_same(value, own.get(name)) for name, value in given.items() if isinstance(value, Tensor)):
-            return  # nothing of this head, or model.state_dict() itself, which has followed the weights
+        if _changes_nothing(module, state_dict, prefix):
+            return
         saved, numbers = metadata.get(ENTRY), checksums(state_dict, prefix)
         if saved is None or numbers is None or numbers[0] not in saved["checksums"]:
             self.lost = self.capture.whereabouts.are_lost(self.task, saved)
@@ -120,6 +118,11 @@ class HeadHook:
             names = [prefix + name for name, _ in module.named_parameters()]
             is_whole = names and all(name in state_dict for name in names)
             self.origin.renew([state_dict[name] for name in names] if is_whole else None)
+
+    def load_part(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Note that weights of a part of the head come without its rotation: only the whole head has that."""
+        if not prefix and not _changes_nothing(module, state_dict):
+            self.lost = self.capture.whereabouts.are_lost(self.task, None)
 
     def renew_origin(self) -> None:
         """Take the rotation for that of the weights of now."""
@@ -140,6 +143,15 @@ class HeadHook:
         """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
+
+
+def _changes_nothing(module: nn.Module, state_dict: dict[str, Any], prefix: str = "") -> bool:
+    """Whether there is nothing to load, or ``module.state_dict()`` itself, which has followed the weights."""
+    own = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
+    given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    values = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    # A head without parameters is loaded with the rest of its model.
+    return bool(own) and all(_is_same(value, own.get(name)) for name, value in values.items())
 
 
 def _is_same(value: Tensor, own: Tensor | None) -> bool:
@@ -165,6 +177,10 @@ def attach(capture: Capture, head: nn.Module, task: int, part: int, name: str) -
             inner.register_state_dict_post_hook(partial(hook.save)),  # type: ignore[no-untyped-call]
             inner.register_load_state_dict_pre_hook(partial(hook.load)),  # type: ignore[no-untyped-call]
         ]
+        for layer in inner.modules():
+            if layer is not inner and not isinstance(layer, torch.jit.ScriptModule):
+                loaded = layer.register_load_state_dict_pre_hook(partial(hook.load_part))  # type: ignore[no-untyped-call]
+                hook.handles.append(loaded)
     except RuntimeError as error:
         raise TypeError(
             f"`heads` must be modules that take hooks, got a {type(head).__name__} for {name}: {error}. Give the "

@@ -133,6 +133,33 @@ def test_weights_without_rotations_are_reported_if_any_has_turned(init: Any, los
     predict(model, x)
 
 
+@pytest.mark.parametrize("turned", [True, False])
+def test_weights_of_a_part_of_a_head_are_reported(turned: bool) -> None:
+    """A state dict for every layer: none of them has the rotation of their head."""
+    torch.manual_seed(0)
+    model = TwoTasks()
+    model.heads["left"] = nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.Tanh()), nn.Linear(4, 1))
+    options = OPTIONS if turned else {"rotation_lr": 0.0}
+    optimizer = RotoGradOptimizer(sgd(model.parameters()), model.heads, **options)
+    x = model.inputs(9)
+    train(model, optimizer, 0)
+    whole, layers = copy.deepcopy(model.state_dict()), [model.heads["left"][0], model.heads["left"][1]]  # type: ignore[index]
+    best = [copy.deepcopy(layer.state_dict()) for layer in layers]
+    train(model, optimizer, 1)
+    model.load_state_dict(whole)
+    predict(model, x)
+    train(model, optimizer, 2)
+    for layer, saved in zip(layers, best, strict=True):
+        layer.load_state_dict(layer.state_dict())
+        predict(model, x)
+        layer.load_state_dict(saved)
+        with pytest.warns(UserWarning, match=LOST) if turned else nullcontext():
+            predict(model, x)
+        predict(model, x)
+    optimizer.remove()
+    assert not any(layer._load_state_dict_pre_hooks for layer in model.modules())
+
+
 def test_the_state_dict_itself_is_not_reported() -> None:
     """It follows the weights, so that to load it changes nothing."""
     model, optimizer = wrap(**OPTIONS)
