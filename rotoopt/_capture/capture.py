@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rotoopt._capture.agreement import Sketch
 from rotoopt._capture.fork import BackwardPass, Fed, Fork, Rotate
 from rotoopt._capture.inputs import Inputs, is_floating, paths_and_leaves, rebuilt
+from rotoopt._capture.owner import Owner
 from rotoopt._capture.paths import Arguments, Z
 from rotoopt._capture.places import Place, Places
 from rotoopt._capture.representation import RotatedDims, rotated, second_moment
@@ -43,6 +44,7 @@ class Capture:
         places: Which of the tensors that enter the heads are rotated.
         whereabouts: Whether the rotations are those of the weights behind them.
         shapes: Shapes of what entered latest in training, by task and place.
+        owner: Whose the gradients are; None if they are captured for the module that feeds the heads itself.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Capture:
         self.places = Places(rotations, dims)
         self.whereabouts = Whereabouts(rotations, self.places)
         self.shapes: dict[tuple[int, Place], torch.Size] = {}
+        self.owner: Owner | None = None
         self._paused = False
         self._running = running
         self._measures = measures
@@ -186,7 +189,9 @@ class Capture:
         if is_transformed():
             return self._rotate(rep, task, place, alone, own)
         matrix = self.places.matrix_for(rep, task, place, alone=alone, trains=True)
-        let_pass = self._paused or (task, place) in self.places.own  # with the true gradient, whatever it is
+        unowned = self.owner is not None and self.owner.is_gone
+        # With the true gradient, whatever it is.
+        let_pass = self._paused or unowned or (task, place) in self.places.own
         if not let_pass:
             self.fed.note(rep, task)
         if let_pass or not rep.requires_grad:

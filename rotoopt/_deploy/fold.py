@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,16 +96,27 @@ def fold(capture: Capture, heads: Sequence[Sequence[nn.Module]], names: Sequence
                 f"fold() must be free to add a buffer `rotation` to {each.name}, got a head with such an attribute: "
                 f"rename it. The rotation cannot be folded into the weights of this head: {plan}."
             )
+    # All that can fail comes before anything that changes what the model computes.
+    folded = [
+        (layer.weight, layer.folded(wide(layer.weight), each.matrix))
+        for each, plan in plans
+        if not isinstance(plan, UnfoldableError)
+        for layer in plan
+    ]
+    with ExitStack() as undo:
+        for each, plan in plans:
+            if isinstance(plan, UnfoldableError):
+                _add_buffer(each, plan)
+                undo.callback(delattr, each.module, "rotation")
+        undo.pop_all()
     capture.detach()
     for each, plan in plans:
         if isinstance(plan, UnfoldableError):
             arguments = Arguments.of(each.module)
             hook = RotationHook(capture.dims, arguments, each.noted, covers_all=capture.rotations.covers_all)
-            each.module.register_buffer("rotation", each.matrix)
             each.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-        else:
-            for layer in plan:
-                layer.weight.copy_(layer.folded(wide(layer.weight), each.matrix))
+    for weight, rotated_weight in folded:
+        weight.copy_(rotated_weight)
     if reasons:
         warn_user(
             "Every head should begin with a linear layer, to fold its rotation into, got some that do not. "
@@ -113,6 +125,18 @@ def fold(capture: Capture, heads: Sequence[Sequence[nn.Module]], names: Sequence
             "these keys in addition, and does not load into a plain model: save the model as a whole, with torch.save "
             "or torch.export, or begin these heads with nn.Linear or nn.Conv2d when you train again."
         )
+
+
+def _add_buffer(head: Rotated, reason: UnfoldableError) -> None:
+    """Add the rotation to a head that keeps it."""
+    try:
+        head.module.register_buffer("rotation", head.matrix)
+    except Exception as error:  # a traced module raises AttributeError, others what they like
+        raise RuntimeError(
+            f"fold() must be free to add a buffer `rotation` to {head.name}, got a {type(head.module).__name__} that "
+            f"takes none ({error}). Train the module as it was before torch.jit.trace, and trace what was folded. The "
+            f"rotation cannot be folded into the weights of this head: {reason}."
+        ) from error
 
 
 def _check_foldable(capture: Capture, heads: Sequence[Sequence[nn.Module]]) -> None:

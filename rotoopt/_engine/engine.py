@@ -18,7 +18,7 @@ from rotoopt._engine.arguments import Losses, Parts, check_backbone_loss, check_
 from rotoopt._engine.memory import Memory
 from rotoopt._engine.record import StepRecord
 from rotoopt._engine.turning import cosines_of, rotation_gradients
-from rotoopt._engine.watch import SilentHeads
+from rotoopt._engine.watch import ForeignSteps, SilentHeads
 from rotoopt._engine.weighing import Weighing
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._rotation.step import RotationGradient
@@ -75,6 +75,7 @@ class Engine:
         )
         self._wiring = Wiring(self.names, heads, self.capture.places)
         self._silent_heads = SilentHeads(self.names)
+        self._foreign_steps = ForeignSteps(heads)
         self._record: StepRecord | None = None
         self._running: BackwardPass | None = None
         self._passes: list[BackwardPass] = []  # those since the latest step
@@ -195,6 +196,7 @@ class Engine:
         number = backward_pass_id()
         if self._running is None or self._running.number not in (None, number):
             self.close()
+            self._foreign_steps.observe(len(self._passes))
             try:
                 one_tensor = self._wiring.check_running(self.capture.fed)
                 self._running = self._open(None, None, one_tensor=one_tensor, number=number)

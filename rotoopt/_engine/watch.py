@@ -1,4 +1,4 @@
-"""Watches: heads that deliver no gradient, and parameters that nobody updates. Nothing fails, and nothing learns."""
+"""Watches: heads that deliver no gradient, parameters that nobody updates, and steps of another optimizer."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rotoopt._torch.warn import warn_user
 SILENT_STEPS = 20
 IDLE_STEPS = 2
 UNTRAINED_STEPS = 10
+FOREIGN_PASSES = 32  # more than LBFGS makes in a step
 
 
 class SilentHeads:
@@ -104,6 +105,33 @@ class UntrainedHeads:
                 f"Every parameter of a head should be updated, by this optimizer or another one, got "
                 f"{', '.join(untrained)} as they were {UNTRAINED_STEPS} steps ago. Pass model.parameters() to the "
                 "optimizer, or freeze them: requires_grad_(False)."
+            )
+
+
+class ForeignSteps:
+    """Warns of backward passes that the user calls and nobody steps on, while the weights of the heads change.
+
+    Args:
+        heads: The parts of the K heads.
+    """
+
+    def __init__(self, heads: Sequence[Parts]) -> None:
+        self._watched = [param for parts in heads for _, param in _named_parameters(parts, "")]
+        self._versions = 0
+
+    def observe(self, num_waiting: int) -> None:
+        """Take note of a backward pass that begins after ``num_waiting`` others that wait for a step."""
+        if num_waiting not in (0, FOREIGN_PASSES):
+            return
+        versions = sum(version(param) for param in self._watched if not param.is_inference())
+        before, self._versions = self._versions, versions
+        if num_waiting == FOREIGN_PASSES and versions != before:
+            warn_user(
+                "The optimizer whose heads a loss passes through must make the steps, got weights that something else "
+                f"has changed, and {FOREIGN_PASSES} backward passes without step() or zero_grad(). It weighs the "
+                "gradients that something else steps on. Either (a) another optimizer has taken over: call remove() or "
+                "fold() on the RotoGradOptimizer, or (b) step() was called on the wrapped optimizer: call it on the "
+                "RotoGradOptimizer."
             )
 
 

@@ -168,3 +168,26 @@ def test_quantization_of_a_wrapped_model_says_to_fold_it_first() -> None:
         quantized(model.inputs(0))
     optimizer.fold()
     quantize(model.eval(), {nn.Linear})(model.inputs(0))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_fold_of_a_traced_head_changes_nothing() -> None:
+    """It takes no buffer, and no layer can be found in it."""
+    torch.manual_seed(0)
+    model = TwoTasks()
+    traced = torch.jit.trace(nn.Sequential(nn.Linear(6, 2), nn.Tanh()), torch.ones(5, 6))  # type: ignore[no-untyped-call]
+    heads = {"left": model.heads["left"], "norm": nn.LayerNorm(6), "right": traced}
+    model.heads = nn.ModuleDict(heads)
+    optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), model.heads, init="haar")
+    x = model.inputs(0)
+    z = model.backbone(x)
+    optimizer.step([head(z).square().mean() for head in model.heads.values()])
+    keys, before = list(model.state_dict()), [output.detach() for output in model(x)]
+    with pytest.raises(RuntimeError, match=r"buffer `rotation` to right, got a \w+ that takes none .*jit.trace"):
+        optimizer.fold()
+    assert_same([output.detach() for output in model(x)], before)
+    assert list(model.state_dict()) == keys
+    del model.heads["right"]
+    optimizer.zero_grad()
+    z = model.backbone(x)
+    optimizer.step([*(head(z).square().mean() for head in model.heads.values()), None])

@@ -107,7 +107,7 @@ def before_wrapping(model: TwoTasks, optimizer: RotoGradOptimizer) -> Callable[[
     optimizer.remove()
     losses, rep = model.losses(5)
     for task, head in enumerate(model.heads.values()):
-        attach(optimizer._core.engine.capture, head, task, 0)
+        attach(optimizer._core.engine.capture, head, task, 0, "a")
     return lambda: optimizer.step(losses, rep)
 
 
