@@ -75,8 +75,9 @@ def draw(ways: dict[str, list[list[Tensor]]], path: Path) -> None:
                 axis.plot(way[:, 0], way[:, 1], color="#e66101", linewidth=1.2, alpha=0.9)
                 axis.plot(*way[-1], "o", color="black", markersize=6)
             axis.set_aspect("equal")
-            axis.set_title(f"{method}: what task {task + 1} sees", fontsize=11)
-    figure.suptitle("Ways from all starts (dots: where they end). Stars: the best point of each task", fontsize=11)
+            axis.set_title(f"{method}, space of task {task + 1}", fontsize=11)
+            axis.set(xlabel=f"$r_{{{task + 1},1}}$", ylabel=f"$r_{{{task + 1},2}}$")
+    figure.suptitle("Paths from all starts (dots: final points), losses (darker is lower), minima (stars)", fontsize=11)
     figure.savefig(path, dpi=120)
 
 
