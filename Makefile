@@ -2,16 +2,19 @@
 # pyproject.toml has changed. Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
-# Pinned, because an unpinned torch may come with several gigabytes of CUDA packages.
+# Pinned, so that numbers and tests stay what they are. pip prefers the build for CPUs, 2.13.0+cpu,
+# wherever one of its indexes has it. Another one: make demo TORCH=torch
 TORCH := torch==2.13.0
 
 VENV := .venv
 BIN := $(VENV)/bin
+WITH_TORCH := $(VENV)/.torch-installed
+DEMO := $(VENV)/.demo-installed
 STAMP := $(VENV)/.installed
 MODELS := $(VENV)/.models-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-slow test-models lint docs demo clean
+.PHONY: help test test-slow test-models test-bounds lint docs demo clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -25,6 +28,9 @@ test-slow: lint docs ## The same, slow tests included
 test-models: $(MODELS) ## Train models of transformers, timm, torchvision and stable-baselines3
 	$(BIN)/pytest -q -rs --runslow tests/models
 
+test-bounds: ## The core of the tests with the oldest and the newest torch, and every Python at hand
+	$(PYTHON) tests/bounds.py
+
 lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
 	$(BIN)/ruff check -q .
 	$(BIN)/ruff format -q --check .
@@ -32,21 +38,42 @@ lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
 
 docs: $(STAMP) ## Build the documentation into docs/_build/html; warnings are errors
 	$(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
+	$(BIN)/python -m tests.publishing.remote docs/_build/html
 
-demo: $(STAMP) ## Train the digit-pair example
+demo: $(DEMO) ## Train the digit-pair example
 	$(BIN)/python examples/digit_pairs.py
 
-clean: ## Delete the virtual environment, caches and build outputs
-	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## Delete the virtual environments, caches and build outputs
+	rm -rf $(VENV) .venv-bounds build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The second command repeats the pin so that no dependency can replace torch.
-$(STAMP): pyproject.toml Makefile
+# The sizes are those of 2026-11, Python 3.11 on Linux. Every later command repeats the pin so that
+# no dependency can replace torch.
+$(WITH_TORCH): Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q '$(TORCH)'
-	$(BIN)/pip install -q '$(TORCH)' -e '.[dev]'
+	@if $(BIN)/pip show -q torch 2>/dev/null; then \
+	  echo 'torch is there: pip looks whether it is $(TORCH).'; \
+	elif [ "$$(uname -s)" != Linux ] || \
+	    $(BIN)/pip index versions torch 2>/dev/null | grep -qF '$(patsubst torch==%,%,$(TORCH))+cpu'; then \
+	  echo 'pip is about to download $(TORCH), the build for CPUs: 0.2 GB.'; \
+	else \
+	  echo 'pip is about to download $(TORCH) with CUDA: 2.7 GB. The build for CPUs is 0.2 GB, and enough'; \
+	  echo 'for everything here: to have that, stop this (Ctrl-C), set, and start again,'; \
+	  echo '    export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu'; \
+	fi
+	$(BIN)/pip install '$(TORCH)'
 	@touch $@
 
+$(DEMO): $(WITH_TORCH) pyproject.toml
+	@echo 'pip is about to download what the examples need: geotorch, scikit-learn, matplotlib, rich. 0.1 GB.'
+	$(BIN)/pip install '$(TORCH)' -e '.[examples]'
+	@touch $@
+
+$(STAMP): $(WITH_TORCH) pyproject.toml
+	@echo 'pip is about to download what development needs, 100 packages: 0.2 GB.'
+	$(BIN)/pip install '$(TORCH)' -e '.[dev]'
+	@touch $(DEMO) $@
+
 $(MODELS): $(STAMP)
-	$(BIN)/pip install -q '$(TORCH)' -e '.[models]'
+	$(BIN)/pip install '$(TORCH)' -e '.[models]'
 	@touch $@

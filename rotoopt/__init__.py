@@ -14,6 +14,8 @@ from rotoopt._rotation.rotations import Rotations
 from rotoopt.optimizer import RotoGradOptimizer
 from rotoopt.weighting import EqualWeighting, GradNorm, ProgressWeighting, RotoGradWeighting, Weighting
 
+__version__ = "0.1.0"
+
 __all__ = [
     "RotoGradOptimizer",
     "Rotations",

@@ -40,7 +40,7 @@ def _with_containers_of(given: Any, again: Any) -> tuple[Any, bool]:
             return given, True
         again.update({key: item for key, (item, _) in items.items()})
         return again, False
-    if not isinstance(given, list | tuple):
+    if not isinstance(given, (list, tuple)):  # torch.compile before 2.9 knows no `A | B`
         return again, again is given
     parts = [_with_containers_of(*pair) for pair in zip(given, again, strict=True)]
     if all([same for _, same in parts]):  # noqa: C419

@@ -16,7 +16,7 @@ from rotoopt._torch.private import compiled_module, without_compiled_prefixes
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return ``module`` without torch.compile and DistributedDataParallel around it, which change its names."""
     inner = compiled_module(module)
-    if isinstance(module, DistributedDataParallel | DataParallel):
+    if isinstance(module, (DistributedDataParallel, DataParallel)):  # torch.compile before 2.9 knows no `A | B`
         inner = module.module
     return module if inner is None else unwrapped(inner)
 

@@ -33,7 +33,7 @@ ABSENT = "0.82"  # a light gray
 
 def matplotlib(module: str) -> Any:
     """Import a module of matplotlib, or say how to install it."""
-    return require(f"matplotlib.{module}", install="pip install 'rotoopt[plot]'")
+    return require(f"matplotlib.{module}", install="pip install matplotlib")
 
 
 def new_figure(num_rows: int, num_columns: int, num_tasks: int) -> tuple[Figure, Any]:

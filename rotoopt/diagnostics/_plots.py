@@ -23,7 +23,7 @@ def plot_history(history: History) -> Figure:
         The figure, of ``matplotlib.pyplot``: ``plt.show()`` shows it, ``figure.savefig(path)`` saves it.
 
     Raises:
-        ImportError: If matplotlib is not installed (``pip install 'rotoopt[plot]'``).
+        ImportError: If matplotlib is not installed (``pip install matplotlib``).
         RuntimeError: If nothing was recorded.
 
     Example:
@@ -67,7 +67,7 @@ def plot_losses(history: History, *, ax: Axes | None = None) -> Axes:
         The axes.
 
     Raises:
-        ImportError: If matplotlib is not installed (``pip install 'rotoopt[plot]'``).
+        ImportError: If matplotlib is not installed (``pip install matplotlib``).
         RuntimeError: If nothing was recorded.
 
     Example:

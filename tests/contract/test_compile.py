@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.torch_version import TorchVersion
 
 from rotoopt import RotoGradOptimizer
 from rotoopt._engine.arguments import Heads
@@ -19,6 +20,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),  # inductor's own import
 ]
+
+OLD = TorchVersion(torch.__version__) < "2.12"
 
 Forward = Callable[[Tensor], Sequence[Tensor]]
 Way = Callable[[TwoTasks, Any], tuple[Forward, Heads]]
@@ -151,6 +154,7 @@ def test_autocast_is_exact(way: str) -> None:
     assert_same(*runs)
 
 
+@pytest.mark.skipif(OLD, reason="this torch runs a head uncompiled when it cannot compile its hook")
 @pytest.mark.parametrize("way", WAYS)
 def test_only_the_network_is_compiled_and_once(way: str) -> None:
     """One graph for the backbone and one per head, with linear, tanh, linear, linear: nothing of ours."""

@@ -244,7 +244,7 @@ def test_draws_where_it_is_told_and_changes_no_settings(plot: Plot, K: int) -> N
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     for plot in (plot_history, plot_losses):
-        with pytest.raises(ImportError, match=r"matplotlib must be installed.*pip install 'rotoopt\[plot\]'"):
+        with pytest.raises(ImportError, match=r"matplotlib must be installed.*pip install matplotlib"):
             plot(random_history(2, 1))
 
 
