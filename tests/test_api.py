@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 
 import rotoopt
+import rotoopt.comparison
 import rotoopt.rotograd
 import rotoopt.weighting
 

@@ -31,6 +31,7 @@ LAYERS = (
     "optimizer",
     "rotograd",
     "diagnostics",
+    "comparison",
     "testing",
     "regularization",
 )

@@ -12,17 +12,16 @@ batches. rotograd 0.1.6 runs in an environment of its own, which is made on firs
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 
+from rotoopt.comparison import _store as store
+from rotoopt.comparison._processes import Failure, outcomes
 from rotoopt.diagnostics import mean_relative_change
 from tests.benchmarks.comparison_methods import METHODS, SINGLE_TASK, Method, Setting
 from tests.benchmarks.comparison_run import Job, run
@@ -88,27 +87,17 @@ def final_jobs(problem: Problem, method: Method, results: Results, seeds: int, *
 def run_all(jobs: Sequence[Job], results: Results, num_processes: int, out: Path) -> None:
     """Run what is missing, and save every result at once."""
     missing = [job for job in jobs if job not in results]
-    # Spawned, not forked: a process that has used torch's thread pool must not be forked.
-    with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(run, job): job for job in missing}
-        for count, future in enumerate(as_completed(futures), start=1):
-            results[futures[future]] = future.result()
-            save(results, out)
-            print(f"{count}/{len(missing)}  {futures[future]}", flush=True)
+    for count, outcome in enumerate(outcomes(run, missing, num_processes), start=1):
+        if isinstance(outcome.result, Failure):
+            raise RuntimeError(f"{outcome.job} must run, got:\n{outcome.result.traceback}")
+        results[outcome.job] = outcome.result
+        store.save(out, ({"job": asdict(job), "values": values} for job, values in results.items()))
+        print(f"{count}/{len(missing)}  {outcome.job}", flush=True)
 
 
 def load(path: Path) -> Results:
     """Read the results that are there already."""
-    entries = json.loads(path.read_text()) if path.exists() else []
-    return {Job(**entry["job"]): entry["values"] for entry in entries}
-
-
-def save(results: Results, path: Path) -> None:
-    """Write all results."""
-    lines = [json.dumps({"job": asdict(job), "values": values}) for job, values in results.items()]
-    partial = path.with_suffix(".partial")  # an interruption leaves the old file or the new one
-    partial.write_text("[\n" + ",\n".join(lines) + "\n]\n")
-    partial.replace(path)
+    return {Job(**entry["job"]): entry["values"] for entry in store.load(path)}
 
 
 def main() -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 
+from rotoopt.comparison._picture import draw_changes, label, new_figure
+from rotoopt.comparison._statistics import LIMIT
 from tests.benchmarks.comparison import NAMES, load
 from tests.benchmarks.comparison_methods import DEFAULT, PLAIN_SUM, SINGLE_TASK
-from tests.benchmarks.comparison_tables import LIMIT, relative_changes, tested
+from tests.benchmarks.comparison_tables import clipped, relative_changes, tested
 from tests.benchmarks.problems import PROBLEMS
 
 SHOWN = (PLAIN_SUM, "scale only", "GradNorm", "TorchJD IMTLG", "TorchJD FairGrad", "TorchJD UPGrad", DEFAULT)
@@ -27,27 +29,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default="quality.png", help="the picture (quality.png)")
     args = parser.parse_args()
     mpl.use("Agg")
-    import matplotlib.pyplot as plt
 
     results = load(args.results)
     metrics = {name: tested(PROBLEMS[name], results, args.seeds) for name in NAMES}
     metrics = {name: of for name, of in metrics.items() if SINGLE_TASK in of}
-    shown = [method for method in SHOWN if all(method in of for of in metrics.values())]
-    columns = -(-len(metrics) // 2)
-    figure, axes = plt.subplots(2, columns, figsize=(2.6 * columns, 6), sharey=True, layout="constrained")
+    shown = [method for method in SHOWN if any(method in of for of in metrics.values())]
+    figure, axes = new_figure(2, -(-len(metrics) // 2), num_rows=len(shown))
     for axis, (name, of) in zip(axes.flat, metrics.items(), strict=False):
         changes = relative_changes(PROBLEMS[name], of)
-        axis.set_title(name)
-        axis.axvline(0, color="0.6", linewidth=1)
-        for row, method in enumerate(reversed(shown)):
-            values = changes[method].clamp(-LIMIT, LIMIT).mean(dim=1)
-            error = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.zeros(())
-            color = "tab:red" if method == DEFAULT else "tab:blue"
-            axis.errorbar(values.mean(), row, xerr=error, fmt="o", markersize=5, color=color, capsize=2)
-        axis.set_yticks(range(len(shown)), [*reversed(shown)])
+        rows = {method: clipped(changes[method]) if method in changes else torch.empty(0) for method in shown}
+        draw_changes(axis, rows, name, highlighted=DEFAULT)
     for axis in axes.flat[len(metrics) :]:
         axis.remove()
-    figure.supxlabel("Delta-m against one network per task, % (metrics clipped to 100; higher is better)")
+    label(figure, f"Delta-m against one network per task, % (metrics clipped to {LIMIT:.0f}; right is better)")
     figure.savefig(args.out, dpi=110)
 
 

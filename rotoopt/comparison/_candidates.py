@@ -1,0 +1,98 @@
+"""Candidates: the options that are compared, and a description by which their results are found again."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from rotoopt.weighting import EqualWeighting, GradNorm, RotoGradWeighting, Weighting
+
+Options = Mapping[str, Any]
+
+
+class _Copies(Mapping[str, Options]):
+    """Candidates that are handed out as copies: a weighting serves one optimizer only."""
+
+    def __init__(self, candidates: dict[str, Options]) -> None:
+        self._candidates = candidates
+
+    def __getitem__(self, name: str) -> Options:
+        return copy.deepcopy(self._candidates[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._candidates)
+
+    def __len__(self) -> int:
+        return len(self._candidates)
+
+    def __repr__(self) -> str:
+        return repr(self._candidates)
+
+
+CANDIDATES: Mapping[str, Options] = _Copies(
+    {
+        "plain sum": {"weighting": EqualWeighting(), "rotate": False},
+        "scale only": {"weighting": RotoGradWeighting(), "rotate": False},
+        "GradNorm": {"weighting": GradNorm(), "rotate": False},
+        "default, rotate=False": {"rotate": False},
+        "default": {},
+    }
+)
+"""What :func:`compare` tries by default: options of :class:`~rotoopt.RotoGradOptimizer`, by name.
+
+``"plain sum"`` trains as ``sum(losses).backward()`` does, ``"scale only"`` gives all task gradients one norm in every
+step. Add your own with ``{**CANDIDATES, "UPGrad": {"weighting": UPGrad(), "rotate": False}}``.
+"""
+
+
+def check_unused(name: str, options: Options) -> None:
+    """Raise if the weighting of a candidate serves an optimizer already: its copies would, too.
+
+    Raises:
+        ValueError: Then.
+    """
+    weighting = options.get("weighting")
+    if isinstance(weighting, Weighting) and weighting._bound:
+        raise ValueError(
+            f"`candidates[{name!r}]` must have a weighting of its own, got a {type(weighting).__name__} that an "
+            f"optimizer uses. Make a new {type(weighting).__name__}: every run gets a copy of it."
+        )
+
+
+def describe(value: Any) -> str:
+    """Write an option with all that it consists of: the same in every process, another one if something changes.
+
+    A function is described by its name alone.
+
+    Example:
+        >>> describe({"weighting": EqualWeighting(), "rotate": False})
+        "{'rotate': False, 'weighting': EqualWeighting()}"
+        >>> describe(GradNorm(alpha=0.5)) == describe(GradNorm(alpha=1.0))
+        False
+    """
+    return _describe(value, ())
+
+
+def _describe(value: Any, inside: tuple[int, ...]) -> str:
+    if id(value) in inside:
+        return "..."
+    inside = (*inside, id(value))
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(sorted(f"{key!r}: {_describe(each, inside)}" for key, each in value.items())) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_describe(each, inside) for each in value) + "]"
+    if isinstance(value, Tensor):
+        return f"tensor({value.tolist()})"
+    if isinstance(value, functools.partial):
+        return f"partial({_describe([value.func, value.args, value.keywords], inside)})"
+    if hasattr(value, "__qualname__"):  # functions and classes
+        return f"{value.__module__}.{value.__qualname__}"
+    if hasattr(value, "__dict__"):
+        parts = (f"{name}={_describe(each, inside)}" for name, each in sorted(vars(value).items()))
+        return f"{type(value).__qualname__}({', '.join(parts)})"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))

@@ -1,0 +1,91 @@
+"""Candidates: the plain sum is the plain sum, options serve one run each, and a description says what they are."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rotoopt import EqualWeighting, GradNorm, ProgressWeighting, RotoGradOptimizer, RotoGradWeighting
+from rotoopt.comparison import CANDIDATES
+from rotoopt.comparison._candidates import describe
+from tests.comparison.trainings import make_losses, make_network
+
+
+def weights_after_training(seed: int, step: Callable[..., None], wrap: Callable[..., Any]) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    backbone, heads = make_network()
+    adam = torch.optim.Adam([*backbone.parameters(), *heads.parameters()], lr=0.01)
+    optimizer = wrap(adam, heads)
+    for _ in range(5):
+        losses = make_losses(backbone, heads)
+        optimizer.zero_grad()
+        step(optimizer, losses)
+    return [*backbone.parameters(), *heads.parameters()]
+
+
+def on_the_sum(optimizer: torch.optim.Optimizer, losses: list[torch.Tensor]) -> None:
+    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
+@given(st.integers(0, 2**20))
+def test_plain_sum_trains_as_the_sum_of_the_losses_bit_for_bit(seed: int) -> None:
+    plain = weights_after_training(seed, on_the_sum, lambda adam, heads: adam)
+    ours = weights_after_training(
+        seed,
+        lambda optimizer, losses: optimizer.step(losses),
+        lambda adam, heads: RotoGradOptimizer(adam, heads, **CANDIDATES["plain sum"]),
+    )
+    assert all(torch.equal(one, other) for one, other in zip(plain, ours, strict=True))
+
+
+def test_candidates_are_made_anew_whenever_they_are_asked_for() -> None:
+    for name in CANDIDATES:
+        for _ in range(2):  # an optimizer refuses a weighting that serves another one
+            backbone, heads = make_network()
+            RotoGradOptimizer(torch.optim.SGD(backbone.parameters(), lr=0.1), heads, **CANDIDATES[name])
+
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"rotate": False},
+    {"rotate": [True, False]},
+    {"weighting": EqualWeighting()},
+    {"weighting": RotoGradWeighting()},
+    {"weighting": ProgressWeighting()},
+    {"weighting": ProgressWeighting(alpha=0.0)},
+    {"weighting": ProgressWeighting(decay=0.0)},
+    {"weighting": GradNorm()},
+    {"weighting": GradNorm(lr=0.1)},
+    {"weighting": torch.nn.Linear(1, 1)},
+    {"weighting": torch.sum},
+    {"weighting": make_losses},
+    {"weighting": object()},
+)
+
+
+def test_a_description_is_that_of_a_copy_and_of_nothing_else() -> None:
+    descriptions = [describe(options) for options in OPTIONS]
+    assert descriptions == [describe(copy.deepcopy(options)) for options in OPTIONS]
+    assert descriptions == [describe(pickle.loads(pickle.dumps(options))) for options in OPTIONS]
+    assert len(set(descriptions)) == len(OPTIONS)
+    assert not any("0x" in each for each in descriptions)
+
+
+def test_a_description_of_something_that_holds_itself_ends() -> None:
+    weighting = EqualWeighting()
+    weighting.friend = weighting  # type: ignore[attr-defined]
+    assert describe(weighting) == "EqualWeighting(friend=...)"
+
+
+def test_torchjd_aggregators_are_described_with_their_options() -> None:
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    assert describe(aggregation.FairGrad(alpha=1.0)) != describe(aggregation.FairGrad(alpha=2.0))
+    assert describe(aggregation.UPGrad()) == describe(aggregation.UPGrad())

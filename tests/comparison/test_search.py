@@ -1,0 +1,36 @@
+"""The search: neither a metric near zero nor a learning rate that diverges decides alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rotoopt.comparison._search import choose_lr, yardstick
+
+LOWER = torch.tensor([-1.0, -1.0])
+
+
+def test_a_metric_near_zero_does_not_choose_alone() -> None:
+    """Ten times an error that is next to nothing counts as much as all of the other metric, and no more."""
+    candidate = {0.1: torch.tensor([[1e-5, 0.01]]), 1.0: torch.tensor([[1.6e-6, 0.8]])}
+    assert choose_lr(candidate, torch.tensor([1e-6, 1.0]), LOWER) == 0.1
+
+
+@given(st.integers(1, 4))
+def test_a_learning_rate_with_which_no_run_fails_is_chosen_before_one_that_is_a_little_better(seeds: int) -> None:
+    good, better = torch.full((seeds, 2), 0.50), torch.full((seeds, 2), 0.49)
+    better[-1] = torch.nan
+    assert choose_lr({0.1: good, 1.0: better}, torch.ones(2), LOWER) == 0.1
+
+
+@given(st.floats(1.0, 1e9) | st.just(torch.inf) | st.just(torch.nan))
+def test_a_learning_rate_that_is_far_off_does_not_move_what_others_are_judged_against(bad: float) -> None:
+    values = {0.1: torch.full((3, 2), 0.4), 0.2: torch.full((3, 2), 0.6), 0.3: torch.full((3, 2), 0.7)}
+    expected = yardstick(values)
+    assert expected.tolist() == pytest.approx([0.6, 0.6])
+    moved = yardstick({**values, 0.3: torch.full((3, 2), bad)})
+    assert 0.4 <= moved[0].item() <= 0.6 + 1e-6
+    if bad < torch.inf:
+        assert torch.equal(moved, expected)

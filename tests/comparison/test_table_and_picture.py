@@ -1,0 +1,72 @@
+"""What is shown: the table says what the numbers say, and the picture shows them."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
+
+from rotoopt.comparison import Comparison
+from rotoopt.comparison._table import plus_minus
+from tests.comparison.test_compare import compared
+
+mpl.use("Agg")
+
+
+def made(plain: list[float], default: list[float]) -> Comparison:
+    metrics = {"plain sum": {"error": torch.tensor(plain)}, "default": {"error": torch.tensor(default)}}
+    return Comparison(metrics, {"error": False}, tuple(range(len(plain))), "plain sum")
+
+
+@given(st.integers(-90_000, 90_000), st.integers(0, 90_000), st.integers(-12, 0))
+def test_a_cell_has_the_numbers_to_about_three_digits_of_the_larger_one(whole: int, part: int, scale: int) -> None:
+    mean, half = whole * 10.0**scale, part * 10.0**scale
+    text = plus_minus(torch.tensor([mean - half, mean + half], dtype=torch.float64))
+    written = [float(each) for each in text.split(" ± ")]
+    rounding = 0.006 * max(abs(mean), half)
+    assert len(text) <= 21
+    assert written == pytest.approx([mean, half], rel=1e-6, abs=rounding if "e" in text else max(rounding, 0.00051))
+
+
+def test_a_column_of_clipped_changes_is_there_where_clipping_does_something() -> None:
+    assert "clipped" not in str(made([1.0, 2.0], [0.5, 1.0]))
+    assert "clipped" in str(made([0.1, 0.1], [1.0, 1.0]))
+
+
+def test_a_table_of_one_seed_has_no_errors_and_one_of_no_runs_no_numbers() -> None:
+    text = str(made([1.0], [0.5]))
+    assert "| default | 0.500 | +50.0 |" in text
+    assert "1 seed." in text
+    assert "| default | - | - | -100.0 ± 0.0 |" in str(made([1.0, 1.0], [torch.nan, torch.nan]))
+
+
+def test_all_rows_have_as_many_cells() -> None:
+    for result in (compared(), compared(lrs=[0.1, 1.0]), made([0.0, 0.0], [1.0, 1.0])):
+        rows = [line for line in str(result).splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in rows}) == 1
+
+
+@pytest.mark.parametrize("default", [[0.5, 0.7], [0.5, torch.nan], [torch.nan, torch.nan]])
+def test_the_picture_shows_the_means_and_no_page_hides_it(default: list[float]) -> None:
+    result = made([1.0, 2.0], default)
+    figure = result.plot()
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Delta-m", "error"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["default", "plain sum"]
+    expected = result.delta_m("default", clipped=True).mean().item()
+    drawn = [[float(x) for x in cast(Any, line.get_xdata())] for line in figure.axes[0].lines]
+    assert any(len(places) == 1 and abs(places[0] - expected) < 1e-6 for places in drawn)
+    assert figure.patch.get_alpha() == 0
+    texts = [to_rgb(label.get_color()) for axes in figure.axes for label in axes.get_xticklabels()]
+    assert all(0.175 < luminance(text) < 0.22 for text in texts)  # 4 to 1 or more against white and against black
+    plt.close(figure)
+
+
+def luminance(color: tuple[float, float, float]) -> float:
+    red, green, blue = (((channel + 0.055) / 1.055) ** 2.4 for channel in color)
+    return float(0.2126 * red + 0.7152 * green + 0.0722 * blue)
