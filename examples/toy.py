@@ -71,7 +71,7 @@ def draw(paths: dict[str, list[list[Tensor]]], path: Path) -> None:
             axis.set_aspect("equal")
             axis.set_title(f"{method}, space of task {task + 1}", fontsize=11)
             axis.set(xlabel=f"$r_{{{task + 1},1}}$", ylabel=f"$r_{{{task + 1},2}}$")
-    figure.suptitle("Paths from all starts (dots: final points), losses (darker is lower), minima (stars)", fontsize=11)
+    figure.suptitle("Paths from all starts, final points (dots), contours of the losses, minima (stars)", fontsize=11)
     figure.savefig(path, dpi=120)
 
 
