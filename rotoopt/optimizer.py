@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
@@ -33,7 +33,7 @@ from rotoopt._engine.arguments import (
 from rotoopt._engine.engine import Engine
 from rotoopt._engine.memory import misfit
 from rotoopt._engine.record import StepRecord
-from rotoopt._engine.watch import UntrainedHeads
+from rotoopt._engine.watch import IdleSteps, UntrainedHeads
 from rotoopt._rotation.cayley_step import CayleyStep
 from rotoopt._rotation.coordinates import OptimizerStep, RotationOptimizer
 from rotoopt._rotation.rotations import Init, Rotations
@@ -59,7 +59,7 @@ class _Core(Core):
     rotation_step: RotationStep
     untrained_heads: UntrainedHeads
     built_in_step: bool
-    idle_steps: int = 0
+    idle_steps: IdleSteps = field(default_factory=IdleSteps)
     rotograd_loaded: bool = False  # since the latest step
 
 
@@ -290,23 +290,13 @@ class RotoGradOptimizer(OptimizerWrapper):
             core.rotograd_loaded = False
             core.engine.finish_step(core.rotation_step.step, self.rotation_optimizer.param_groups[0]["lr"])
             core.untrained_heads.observe()
+            core.idle_steps.end()
         elif core.engine.capture.fed.tasks:
             core.engine.note_frozen()
-        elif not core.engine.capture.shapes:
-            self._note_idle_step()
-        return result
-
-    def _note_idle_step(self) -> None:
         # torch.distributed.checkpoint makes the optimizer's state by a step with a learning rate of zero.
-        if not any(group.get("lr", 1.0) for group in self.param_groups):
-            return
-        self._core.idle_steps += 1
-        if self._core.idle_steps == 2:
-            warn_user(
-                "The heads should have run in training mode before step(), got two steps and no head that ran. "
-                "Either (a) the model that is trained is not the one whose heads were given, (b) it stays in eval "
-                "mode, or (c) it was compiled and run before the optimizer was built: build it first."
-            )
+        elif any(group.get("lr", 1.0) for group in self.param_groups):
+            core.idle_steps.observe(trained_before=bool(core.engine.capture.shapes))
+        return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the parameters, and what was collected for the rotations."""

@@ -63,31 +63,53 @@ def gradnorm_gradient(J: Tensor, logits: Tensor, loss_ratios: Tensor, present: l
 
 
 class Progress:
-    """Equal norms on average, times progress: w_k = share_k / norm_k * (sum of norms), from the steps before."""
+    """Equal norms on average, times progress and signal: w_k = share_k / norm_k * (sum of norms), from steps before."""
 
     def __init__(self, n_tasks: int, alpha: float, decay: float = 0.95) -> None:
         self.alpha, self.slowest = alpha, 1 - decay
-        self.squares, self.losses, self.peaks, self.counts = torch.zeros(4, n_tasks).double()
+        self.norms, self.losses, self.peaks, self.counts = torch.zeros(4, n_tasks).double()
+        self.agreements: list[list[float]] = [[] for _ in range(n_tasks)]  # all so far
         self.weights = torch.ones(n_tasks).double()
         self.signed = [False] * n_tasks
 
-    def update(self, norms: Tensor, losses: Tensor, references: Tensor) -> None:
+    def update(self, norms: Tensor, losses: Tensor, references: Tensor, agreement: Tensor | None = None) -> None:
         """``norms`` and ``losses`` are NaN for absent tasks."""
         common, rates = self.peaks.clone(), torch.ones_like(self.weights)
         for k, (norm, loss) in enumerate(zip(norms.tolist(), losses.tolist(), strict=True)):
             if norm > 0:
                 self.counts[k] += 1
                 gain = max(self.slowest, 1 / self.counts[k].item())
-                self.squares[k] += gain * (norm**2 - self.squares[k])
+                self.norms[k] += gain * (norm - self.norms[k])
                 self.losses[k] += gain * (loss - self.losses[k])
                 self.signed[k] = self.signed[k] or loss < 0
-            self.peaks[k] = max(self.peaks[k].item(), self.squares[k].item() ** 0.5)
-            common[k] = max(self.squares[k].item() ** 0.5, norm / 3 if norm > 0 else 0.0, self.peaks[k].item() / 1000)
+                if agreement is not None:
+                    self.agreements[k].append(agreement[k].item())
+            self.peaks[k] = max(self.peaks[k].item(), self.norms[k].item())
+            common[k] = max(self.norms[k].item(), norm / 3 if norm > 0 else 0.0, self.peaks[k].item() / 1000)
             if not self.signed[k] and not references[k].isnan():
                 rates[k] = (self.losses[k] / references[k]).clamp(1e-4, 1e4)
         known = common > 0
-        shares = torch.where(known, rates**self.alpha, 0.0)
+        shares = torch.where(known, (rates * self.signal()) ** self.alpha, 0.0)
         self.weights = torch.where(known, shares / shares.sum() * common.sum() / common, 1.0)
+
+    def signal(self) -> Tensor:
+        """One minus the part that is noise; that of a task that is not known yet is the others' geometric mean."""
+        found = torch.full_like(self.weights, math.nan)
+        for k, all_so_far in enumerate(self.agreements):
+            mean = 0.0
+            for n, value in enumerate(all_so_far, start=1):
+                mean += (value - mean) / min(n, 10)
+            if all_so_far:
+                found[k] = min(max(1 - 1 / mean, 0.05), 1.0)
+        logs = found.log()
+        return logs.where(~logs.isnan(), logs.nanmean().nan_to_num(0.0)).exp()
+
+
+def agreement(G: Tensor, z: Tensor, seed: int) -> Tensor:
+    """|sum_b A_b|^2 / sum_b |A_b|^2 for A_b = sum_s g_bs z_bs^T, of random projections; 1 if samples share nothing."""
+    left, right = torch.randn(2, z.shape[-1], 8, generator=torch.Generator().manual_seed(seed)).double()
+    A = torch.einsum("kbsd,de,bsc,cf->kbfe", G, right, z, left)  # G: (K, B, samples of one, d), z the same without K
+    return A.sum(dim=1).square().sum(dim=(1, 2)) / A.square().sum(dim=(1, 2, 3))
 
 
 def rotation_gradient(U: Tensor, V: Tensor) -> Tensor:
@@ -223,11 +245,22 @@ class Oracle:
             self.known_norms = torch.where(self.norms > 0, self.norms, self.known_norms)
             if self.weighting == "gradnorm":
                 self._step_logits(J, present)
-            self.progress.update(self.norms, self.losses, self.loss_references.values)
+            self.progress.update(
+                self.norms, self.losses, self.loss_references.values, self._agreement(J, present, index, z.detach())
+            )
             if len(present) > 1:
                 self._step_rotations(J, present, index, z.detach().flatten()[index])
         self.t += 1
         return self.losses
+
+    def _agreement(self, J: Tensor, present: list[int], index: Tensor, z: Tensor) -> Tensor | None:
+        if self.t % self.turn_every:
+            return None
+        first_is_rotated = 0 in {i % z.ndim for i in ((self.dim,) if isinstance(self.dim, int) else self.dim)}
+        samples = index.view(1 if first_is_rotated else len(z), -1, index.shape[1])
+        found = torch.full((len(self.heads),), math.nan).double()
+        found[present] = agreement(J[:, samples], z.flatten()[samples], self.t * 2**20)
+        return found
 
     def _create_rotations(self, m: int) -> None:
         identities = torch.eye(m).expand(len(self.heads), m, m)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from rotoopt._capture.agreement import Sketch
 from rotoopt._capture.fork import BackwardPass, Fed, Fork, Rotate
 from rotoopt._capture.inputs import Inputs, is_floating, paths_and_leaves, rebuilt
 from rotoopt._capture.places import Place, Places, Z
@@ -33,6 +34,7 @@ class Capture:
         dims: The dimensions to rotate.
         running: Returns the backward pass that runs, which gets the gradients.
         measures: Returns whether second moments of what is rotated are needed in the present step.
+        seed: Returns that of the projections by which agreement is measured in the present step; None if it is not.
 
     Attributes:
         handles: The handles of the hooks that feed the heads.
@@ -48,6 +50,7 @@ class Capture:
         dims: RotatedDims,
         running: Callable[[], BackwardPass],
         measures: Callable[[], bool],
+        seed: Callable[[], int | None],
     ) -> None:
         self.rotations = rotations
         self.dims = dims
@@ -59,6 +62,7 @@ class Capture:
         self._paused = False
         self._running = running
         self._measures = measures
+        self._seed = seed
         self._forks = WeakTensorKeyDictionary()
         self._changes_input: dict[tuple[int, Place], bool] = {}  # whether a head changes what it gets there in place
         # What it got first, and how often that had been changed.
@@ -205,9 +209,17 @@ class Capture:
                 )
             fork = self._forks[rep] = Fork(rep, len(self.rotations), self._running)
             self.fed.forks.add(fork)
+            self._sketch(rep, fork)
         elif rep.is_leaf and fork.used:  # z is a parameter, the same tensor in every forward pass
             fork.used = ()
             fork.taps.clear()
             fork.second_moment = None
             self.fed.forks.add(fork)
+            self._sketch(rep, fork)
         return fork
+
+    def _sketch(self, rep: Tensor, fork: Fork) -> None:
+        seed = self._seed()
+        sketches = seed is not None and rep.ndim > 0 and self.dims.exist_in(rep.shape)
+        fork.sketch = Sketch(rep, self.dims, seed + self.fed.num_sketches) if sketches and seed is not None else None
+        self.fed.num_sketches += sketches

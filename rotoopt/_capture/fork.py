@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rotoopt._capture.agreement import SampleSums, Sketch
 from rotoopt._capture.places import Place
 from rotoopt._capture.representation import RotatedDims, rotated
-from rotoopt._torch.private import version
+from rotoopt._torch.private import register_first_hook, version
 from rotoopt.weighting import Measurements
 from rotoopt.weighting._gradients import TaskGradients
 from rotoopt.weighting._measurements import Reference, root_sum_square
@@ -73,6 +74,7 @@ class BackwardPass:
             the weights were known.
         measured: What was measured, when the pass is over.
         met: Gradients that have met.
+        sample_sums: Sums over samples, one for each tensor whose agreement is measured.
     """
 
     number: int | None
@@ -89,17 +91,27 @@ class BackwardPass:
     norms: dict[int, list[Tensor]] = field(default_factory=dict)
     measured: Measurements | None = None
     met: list[Met] = field(default_factory=list)
+    sample_sums: list[SampleSums] = field(default_factory=list)
 
-    def pass_on(self, task: int, grad: Tensor) -> Tensor:
+    def pass_on(self, task: int, grad: Tensor, sketch: Sketch | None) -> Tensor:
         """Measure the gradient of one task, and return it times its weight, which is known."""
         assert self.weights is not None
-        self.note(task, torch.linalg.vector_norm(grad))
+        norm = torch.linalg.vector_norm(grad)
+        self.note(task, norm)
+        if sketch is not None:  # of the unit gradient, whose squares neither overflow nor vanish
+            sums = sketch.sums(torch.where(norm > 0, grad / norm, 0.0)[None])
+            self.sample_sums.append(sums.scaled(norm).of_task(task, len(self.weights)))
         return self.weights[task].to(grad.dtype) * grad
 
     def note(self, task: int, norm: Tensor) -> None:
         """Note the norm of the gradient of one task at one tensor."""
         self.tasks.add(task)
         self.norms.setdefault(task, []).append(norm)
+
+    @property
+    def read_one_tensor(self) -> bool:
+        """Whether the head of every task has read one tensor."""
+        return all(len(norms) == 1 for norms in self.norms.values())
 
     def joint_norms(self) -> Tensor:
         """Return the norms over all tensors, zero for an absent task. Shape ``(K,)``."""
@@ -130,6 +142,7 @@ class Fork:
         taps: How often z enters the heads of each task.
         rotated: Whether z is rotated on its way into them.
         second_moment: That of z, where the rotations are to turn by it. Shape ``(m, m)``.
+        sketch: Projections of z, where agreement is measured.
         used: The tasks whose gradients came back in the latest backward pass in which they waited for each other.
     """
 
@@ -141,13 +154,15 @@ class Fork:
         self.taps: Counter[int] = Counter()
         self.rotated = False
         self.second_moment: Tensor | None = None
+        self.sketch: Sketch | None = None
         self.used: tuple[int, ...] = ()
         self._num_tasks = num_tasks
         self._running = running
         self._waiting: Tensor | None = None  # G, shape (K, *shape)
         self._arrived: set[int] = set()
         self._of: BackwardPass | None = None
-        rep.register_hook(self._join)  # type: ignore[no-untyped-call]
+        # A hook of the user's, as one that scales or clips the gradient at z, is for the sum of all.
+        register_first_hook(rep, self._join)
 
     @property
     def tasks(self) -> Set[int]:
@@ -166,7 +181,7 @@ class Fork:
         """
         this = self._running()
         if not self._waits(this):
-            return this.pass_on(task, grad)
+            return this.pass_on(task, grad, self.sketch)
         if self._of is not this:  # a pass before has failed, and left something here
             self._waiting, self._arrived, self._of = None, set(), this
         first = self._waiting is None
@@ -203,11 +218,13 @@ class Fed:
         tasks: Whether anything that entered its heads required grad, by task.
         forks: The forks of all tensors whose graphs are still there.
         addresses: Where the memory of everything begins that entered.
+        num_sketches: Of how many tensors agreement is measured.
     """
 
     tasks: dict[int, bool] = field(default_factory=dict)
     forks: WeakSet[Fork] = field(default_factory=WeakSet)
     addresses: set[int] = field(default_factory=set)
+    num_sketches: int = 0
 
     def note(self, rep: Tensor, task: int) -> None:
         """Note that ``rep`` enters the head of ``task``."""

@@ -17,7 +17,7 @@ from rotoopt._capture.wiring import Wiring
 from rotoopt._engine.arguments import Losses, Parts, check_backbone_loss, check_losses, check_rep, warn_of_frozen
 from rotoopt._engine.memory import Memory
 from rotoopt._engine.record import StepRecord
-from rotoopt._engine.turning import partial_cosines, rotation_gradients
+from rotoopt._engine.turning import cosines_of, rotation_gradients
 from rotoopt._engine.watch import SilentHeads
 from rotoopt._engine.weighing import Weighing
 from rotoopt._rotation.rotations import Rotations
@@ -25,7 +25,8 @@ from rotoopt._rotation.step import RotationGradient
 from rotoopt._torch.private import backward_pass_id
 from rotoopt._torch.processes import Processes
 from rotoopt.weighting import Measurements, Weighting
-from rotoopt.weighting._gradients import all_finite, task_mask
+
+MANY_TENSORS = 1 << 20  # that enter heads in one forward pass; fewer have seeds of their own
 
 
 class Engine:
@@ -67,7 +68,7 @@ class Engine:
         self.normalize_losses = normalize_losses
         self.turn_every = turn_every
         self._needs_second_moment = needs_second_moment
-        self.capture = Capture(rotations, dims, self._running_pass, self._measures_second_moments)
+        self.capture = Capture(rotations, dims, self._running_pass, self._measures_second_moments, self._agreement_seed)
         self.memory = Memory(rotations, weighting)
         self._weighing = Weighing(
             weighting, self.memory, rotations, processes, burn_in_period=burn_in_period, turn_every=turn_every
@@ -127,7 +128,7 @@ class Engine:
         known = {task: loss.detach().squeeze().to(like) for task, loss in present.items()}
         values = torch.stack([known[k] if k in known else like.new_full((), torch.nan) for k in range(len(like))])
         if self.processes.count > 1:
-            values = self.processes.mean(values, task_mask(set(present), values))
+            values = self.processes.mean(values, self.memory.mask(set(present)))
         return values
 
     def _open(
@@ -182,6 +183,11 @@ class Engine:
         """Return whether the turn of this step needs the second moment of the representation."""
         return self._needs_second_moment and self._weighing.turns_are_due
 
+    def _agreement_seed(self) -> int | None:
+        """Return the seed for the first tensor of this step, if the agreement of samples is measured in it."""
+        due = self.weighting.needs_agreement and self._weighing.turns_are_due
+        return self.memory.num_steps * MANY_TENSORS if due else None
+
     # ------------------------------------------------------------------ in the backward pass
 
     def _running_pass(self) -> BackwardPass:
@@ -206,11 +212,9 @@ class Engine:
             return
         if this.lagged:
             norms = this.joint_norms()
-            cosines = partial_cosines(this.met, norms) if this.meets else None
+            cosines = cosines_of(this, norms) if this.meets else None
             norms = norms if this.magnified is None else norms / this.magnified
-            this.measured = self._weighing.measure(
-                this, norms, task_mask(this.tasks, norms), all_finite(norms), cosines
-            )
+            this.measured = self._weighing.measure(this, norms, self.memory.mask(this.tasks), cosines)
         memory = self.memory
         memory.norm_reference, memory.loss_reference = this.norm_reference, this.loss_reference
         self._record = StepRecord.of(this, memory, self.rotations, self._record, begun=bool(self._passes))
@@ -233,11 +237,13 @@ class Engine:
         return bool(self._passes)
 
     @torch.no_grad()
-    def finish_step(self, turn: Callable[[Sequence[RotationGradient]], Tensor], rotation_lr: float | Tensor) -> None:
+    def finish_step(
+        self, turn: Callable[[Sequence[RotationGradient]], Tensor | None], rotation_lr: float | Tensor
+    ) -> None:
         """Learn from the backward passes since the latest step, have the rotations turned, and forget the passes.
 
         Args:
-            turn: Turns the rotations, and returns by what angles, in radians. Shape ``(K,)``.
+            turn: Turns the rotations, and returns by what angles, in radians, shape ``(K,)``; None if it turned none.
             rotation_lr: Their learning rate.
         """
         if not self.pending:
@@ -252,9 +258,15 @@ class Engine:
                 )
             angles = turn(self._rotation_gradients(measured))
         memory = self.memory
-        memory.total_angles = memory.total_angles + angles
+        if angles is not None:
+            memory.total_angles = memory.total_angles + angles
         assert self._record is not None  # there was a pass
-        self._record = replace(self._record, angles=angles, total_angles=memory.total_angles, rotation_lr=rotation_lr)
+        self._record = replace(
+            self._record,
+            angles=memory.rest if angles is None else angles,
+            total_angles=memory.total_angles,
+            rotation_lr=rotation_lr,
+        )
         memory.num_steps += 1
         self.capture.places.decide()
         self._silent_heads.observe(self._passes)

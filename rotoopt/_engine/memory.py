@@ -6,9 +6,11 @@ import copy
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rotoopt._rotation.rotations import Rotations
 from rotoopt.weighting import Weighting
+from rotoopt.weighting._gradients import task_mask
 from rotoopt.weighting._measurements import Reference
 
 
@@ -26,6 +28,7 @@ class Memory:
         norm_reference: ||G_k(t0)||.
         loss_reference: |L_k(t0)|.
         total_angles: By how much each rotation has turned, in radians. Shape ``(K,)``.
+        rest: The angles of a step in which no rotation turns: zeros. Shape ``(K,)``.
     """
 
     def __init__(self, rotations: Rotations, weighting: Weighting) -> None:
@@ -37,15 +40,22 @@ class Memory:
         self.norm_reference = Reference.unknown(K, device, dtype)
         self.loss_reference = Reference.unknown(K, device, dtype)
         self.total_angles = torch.zeros(K, device=device, dtype=dtype)
+        self.rest = torch.zeros(K, device=device, dtype=dtype)
+        self._all_tasks = torch.ones(K, device=device, dtype=torch.bool)
         self._rotations = rotations
         self._weighting = weighting
 
     def to(self, device: torch.device) -> None:
         """Move everything but the rotations to ``device``."""
         self.weights, self.known_norms = self.weights.to(device), self.known_norms.to(device)
-        self.total_angles = self.total_angles.to(device)
+        self.total_angles, self.rest = self.total_angles.to(device), self.rest.to(device)
+        self._all_tasks = self._all_tasks.to(device)
         self.norm_reference, self.loss_reference = self.norm_reference.to(device), self.loss_reference.to(device)
         self._weighting.to(device)
+
+    def mask(self, tasks: set[int]) -> Tensor:
+        """Return ``tasks`` as a mask; if these are all, always the same tensor. Shape ``(K,)``, bool."""
+        return self._all_tasks if len(tasks) == len(self._all_tasks) else task_mask(tasks, self.weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of everything, as plain containers of tensors and numbers."""

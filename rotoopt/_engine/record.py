@@ -100,7 +100,9 @@ class StepRecord:
         assert measured is not None
         assert weights is not None
         losses, present = measured.losses, measured.present
-        norms, weights = (each.where(present, 0.0) for each in (measured.norms, weights))  # these may be NaN
+        norms = measured.norms
+        if len(this.tasks) < len(norms):
+            norms, weights = (each.masked_fill(~present, 0.0) for each in (norms, weights))
         if begun and previous is not None:
             norms = torch.where(present, norms, previous.grad_norms)
             weights = torch.where(present, weights, previous.weights)
@@ -122,7 +124,7 @@ class StepRecord:
             cosines=cosines,
             present=present,
             finite=measured.finite,
-            angles=torch.zeros_like(memory.total_angles),
+            angles=memory.rest,
             total_angles=memory.total_angles,
             rotation_lr=math.nan,
             rotations=rotations,

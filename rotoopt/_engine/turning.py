@@ -43,27 +43,39 @@ def _num_usable(passes: Sequence[BackwardPass]) -> Tensor | None:
 
 def _of_batch(met: Met, this: BackwardPass, measured: Measurements, dims: RotatedDims) -> RotationGradient:
     norms = measured.norms if this.magnified is None else measured.norms * this.magnified
-    directions = met.gradients.divided(norms)
+    directions = _usable(met.gradients.divided(norms), this)
     return _factors(directions, directions.sum(0) / measured.present.sum(), met, this, dims)
 
 
 def _of_pass(met: Met, this: BackwardPass, num_usable: Tensor | None, dims: RotatedDims) -> RotationGradient:
-    directions = met.gradients.directions()
+    directions = _usable(met.gradients.directions(), this)
     target = directions.sum(0) / met.gradients.num_present
     return _factors(directions, target if num_usable is None else target / num_usable, met, this, dims)
 
 
 def _factors(directions: Tensor, target: Tensor, met: Met, this: BackwardPass, dims: RotatedDims) -> RotationGradient:
     assert this.measured is not None  # it is closed
-    usable = this.measured.finite
-    directions, target = torch.where(usable, directions, 0.0), torch.where(usable, target, 0.0)
-    moment = met.second_moment
     return RotationGradient(
         dims.view_stacked(directions.view(-1, *met.shape)),
         dims.view(target.view(met.shape)),
-        usable,
-        None if moment is None else torch.where(usable, moment, 0.0),
+        this.measured.finite,
+        None if met.second_moment is None else _usable(met.second_moment, this),
     )
+
+
+def _usable(tensor: Tensor, this: BackwardPass) -> Tensor:
+    """Return ``tensor``, or zeros where something in the pass was not finite."""
+    assert this.measured is not None
+    return tensor.masked_fill(~this.measured.finite, 0.0)
+
+
+def cosines_of(this: BackwardPass, norms: Tensor) -> Tensor:
+    """Return the cosines of the gradients of ``this``, with these ``norms``. Shape ``(K, K)``."""
+    met = this.met
+    # The ordinary case: all gradients met at one tensor.
+    if len(met) == 1 and met[0].gradients.tasks == tuple(sorted(this.tasks)) and this.read_one_tensor:
+        return met[0].gradients.cosines.to(norms)
+    return partial_cosines(met, norms)
 
 
 def partial_cosines(met: Sequence[Met], norms: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from rotoopt._torch.private import version
 from rotoopt._torch.warn import warn_user
 
 SILENT_STEPS = 20
+IDLE_STEPS = 2
 UNTRAINED_STEPS = 10
 
 
@@ -44,6 +45,28 @@ class SilentHeads:
                         "optimizer was built, or (c) its task is absent from all of these batches, and all is well. "
                         "optimizer.step(losses) tells which."
                     )
+
+
+class IdleSteps:
+    """Warns of steps before which no head has run in training mode, so that nothing was weighed."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def end(self) -> None:
+        """Take note of a step that was none."""
+        self._count = 0
+
+    def observe(self, *, trained_before: bool) -> None:
+        """Take note of one, after others in which heads ran if ``trained_before``."""
+        self._count += 1
+        if self._count == (SILENT_STEPS if trained_before else IDLE_STEPS):
+            warn_user(
+                f"The heads should have run in training mode before step(), got {self._count} steps and no head that "
+                "ran. Either (a) the model stays in eval mode, as after a validation without model.train() behind it, "
+                "(b) its heads are bypassed, as by head.forward(z), (c) the model that is trained is not the one whose "
+                "heads were given, or (d) it was compiled and run before the optimizer was built: build it first."
+            )
 
 
 class UntrainedHeads:

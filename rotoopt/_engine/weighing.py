@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rotoopt._capture.agreement import SampleSums
 from rotoopt._capture.fork import BackwardPass, Fork, Met
 from rotoopt._engine.memory import Memory
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._torch.processes import Processes
 from rotoopt.weighting import Measurements, Weighting
-from rotoopt.weighting._gradients import JoinedGradients, TaskGradients, task_mask
+from rotoopt.weighting._gradients import JoinedGradients, TaskGradients, all_finite
 from rotoopt.weighting._measurements import Reference, joined, joined_across
 
 
@@ -62,7 +63,7 @@ class Weighing:
         """Return the gradient for a tensor, of those of all tasks that waited there."""
         this.tasks.update(tasks)
         with torch.autocast(grads.device.type, enabled=False):
-            gradients = TaskGradients.of(grads.flatten(1), tasks, task_mask(set(tasks), self._memory.weights))
+            gradients = TaskGradients.of(grads.flatten(1), tasks, self._memory.mask(set(tasks)))
             if this.lagged:
                 for task in tasks:
                     this.note(task, gradients.norms[task])
@@ -72,6 +73,9 @@ class Weighing:
                 gradients = self._joined_batch(this, gradients)
                 vector = self._weigh(this, gradients)
                 vector = vector if this.magnified is None else vector * this.magnified
+            if fork.sketch is not None:
+                sums = fork.sketch.sums(gradients.scaled.view(-1, *fork.shape)).scaled(gradients.scale)
+                this.sample_sums.append(sums)
             # Alone, a task is its own target. What other processes have, the host does not know.
             alone = len(tasks) == 1 and self._processes.count == 1
             turns = self.turns_are_due and fork.rotated
@@ -95,7 +99,7 @@ class Weighing:
                 "of two forward passes, or tensors that were made before the latest backward pass. Back-propagate "
                 "what belongs to one forward pass before the next one, or call optimizer.backward(losses)."
             )
-        this.measured = self.measure(this, gradients.norms, gradients.present, gradients.finite, gradients.cosines)
+        this.measured = self.measure(this, gradients.norms, gradients.present, gradients.cosines, gradients.finite)
         finite, known = this.measured.finite, this.measured.norms
         this.known_norms = torch.where(finite & (known > 0), known, this.known_norms)
         this.weights = self._weights_of(this.measured)
@@ -109,7 +113,7 @@ class Weighing:
         # Without memory, and without learning: losses of a pass are parts of those of the step, which nobody knows yet.
         remembered = dict(weighting.state)
         weighting.state.clear()
-        weights = weighting(measured)
+        weights = weighting(replace(measured, present=measured.present & (measured.norms > 0)))
         weighting.state.clear()
         weighting.state.update(remembered)
         return weights
@@ -122,21 +126,30 @@ class Weighing:
     def loss_reference(self, this: BackwardPass) -> Reference:
         """Return |L_k(t0)| with the losses of ``this``, before anybody knows whether its gradients are finite."""
         assert this.losses is not None
-        return this.loss_reference.updated(this.losses.abs(), burnt_in=self.burnt_in)
+        sizes = this.losses.abs()
+        return this.loss_reference.updated(sizes, sizes < torch.inf, burnt_in=self.burnt_in)
 
     def measure(
-        self, this: BackwardPass, norms: Tensor, present: Tensor, finite: Tensor, cosines: Tensor | None
+        self, this: BackwardPass, norms: Tensor, present: Tensor, cosines: Tensor | None, finite: Tensor | None = None
     ) -> Measurements:
-        """Return what ``this`` measured, and take the references that are due."""
+        """Return what ``this`` measured, and take the references that are due.
+
+        Args:
+            this: The backward pass.
+            norms: ||G_k||, zero for an absent task. Shape ``(K,)``.
+            present: Which tasks took part. Shape ``(K,)``, bool.
+            cosines: Those of the gradients, if they met. Shape ``(K, K)``.
+            finite: Whether all gradients were finite, if the norms do not tell. Shape ``()``, bool.
+        """
+        sizes = norms if finite is None else torch.where(finite, 0.0, torch.inf)
         if this.losses is not None:
-            sizes = this.losses.abs()
-            finite_losses = sizes < torch.inf
-            if len(this.tasks) < len(norms):
-                finite_losses = finite_losses | ~present
-            finite = finite & finite_losses.all()
-            this.loss_reference = this.loss_reference.updated(sizes * finite, burnt_in=self.burnt_in)
+            losses = this.losses if len(this.tasks) == len(norms) else this.losses.masked_fill(~present, 0.0)
+            sizes = torch.hypot(sizes, losses)
+        finite = all_finite(sizes)
+        if this.losses is not None:
+            this.loss_reference = this.loss_reference.updated(this.losses.abs(), finite, burnt_in=self.burnt_in)
         if not this.lagged:  # else once per step, from all backward passes together
-            this.norm_reference = this.norm_reference.updated(norms * finite, burnt_in=self.burnt_in)
+            this.norm_reference = this.norm_reference.updated(norms, finite, burnt_in=self.burnt_in)
             norms = torch.where(present, norms, this.known_norms)
         return Measurements(
             norms, present, finite, this.losses, cosines, this.norm_reference.values, this.loss_reference.values
@@ -153,19 +166,42 @@ class Weighing:
             if not self._weighting.needs_one_tensor:
                 memory.weights = torch.where(latest.measured.finite, latest.weights, memory.weights)
             return latest.measured
-        measured = joined([this.measured for this in passes if this.measured is not None])
+        parts = [this.measured for this in passes if this.measured is not None]
+        # Alone, a pass whose weights were known is the joined batch: its norms are zero where a task is absent.
+        measured = parts[0] if latest.lagged and len(parts) == self._processes.count == 1 else joined(parts)
         if self._processes.count > 1 and not waited:
             self._check_processes()
             measured = joined_across(measured, self._processes)
-        reference = memory.norm_reference.updated(measured.norms, burnt_in=self.burnt_in)
-        known = torch.where(measured.norms > 0, measured.norms, memory.known_norms)
-        memory.known_norms, memory.norm_reference = known.to(memory.known_norms), reference
-        if self._weighting.lagged:
-            seen = replace(measured, norms=torch.where(measured.present, measured.norms, known))
-        else:  # a gradient that is zero now need not be so in the next step, where the weight is used
-            seen = replace(measured, norms=known, present=measured.present & (known > 0))
-        weights = self._weighting(replace(seen, norm_references=reference.values)).to(memory.weights)
+        if self._weighting.needs_norm_references:
+            memory.norm_reference = memory.norm_reference.updated(
+                measured.norms, measured.finite, burnt_in=self.burnt_in
+            )
+        # A gradient that is zero now need not be so in the next step, where the weight is used.
+        present = (measured.norms > 0) & measured.finite
+        known = torch.where(present, measured.norms, memory.known_norms)
+        memory.known_norms = known.to(memory.known_norms)
+        seen = replace(
+            measured,
+            norms=known,
+            present=present,
+            norm_references=memory.norm_reference.values,
+            agreement=self._agreement(passes),
+        )
+        weights = self._weighting(seen).to(memory.weights)
         if memory.num_steps + 1 < self._weighting.num_waiting:
             weights = torch.ones_like(weights)
         memory.weights = torch.where(measured.finite, weights, memory.weights)
         return measured
+
+    def _agreement(self, passes: Sequence[BackwardPass]) -> Tensor | None:
+        """Return how much the samples of all ``passes`` agree; None if that is not measured in this step."""
+        if not (self._weighting.needs_agreement and self.turns_are_due):
+            return None
+        parts = [
+            sums if this.lagged is False or this.magnified is None else sums.scaled(1.0 / this.magnified)
+            for this in passes
+            for sums in this.sample_sums
+        ]
+        if not parts:  # other processes may have some
+            parts = [SampleSums.none(len(self._memory.weights), self._memory.weights)]
+        return SampleSums.joined(parts, self._processes).agreement()

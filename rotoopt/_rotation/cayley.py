@@ -17,7 +17,10 @@ class Skew(Protocol):
     r"""K skew matrices :math:`S_k = N_k - N_k^\top` with :math:`N_k = W_k V^\top`."""
 
     def half_squared_norm(self) -> Tensor:
-        r"""Return :math:`\tfrac12 \lVert S_k \rVert_F^2`, or zero where S_k is but rounding. Shape ``(K,)``."""
+        r"""Return :math:`\tfrac12 \lVert S_k \rVert_F^2`. Shape ``(K,)``."""
+
+    def has_direction(self) -> Tensor:
+        """Return where S_k is more than rounding; where N_k is symmetric, as that of an aligned task, it is not."""
 
     def in_metric(self, factor: Tensor) -> Ascent:
         """Return the way up in the metric G, of which ``factor`` is the lower Cholesky factor, shape ``(m, m)``."""
@@ -63,14 +66,20 @@ class SampleSkew:
 
     def half_squared_norm(self) -> Tensor:
         """From inner products of samples."""
-        whole = (self._VV * self._WW).sum((-2, -1))  # the squared norm of N
-        return _unless_rounding(whole - (self._VW * self._VW.mT).sum((-2, -1)), whole)
+        return (_inner(self._VV, self._WW) - _inner(self._VW, self._VW.mT)).clamp(min=0.0)
+
+    def has_direction(self) -> Tensor:
+        """From inner products of samples."""
+        return _exceeds_rounding(self.half_squared_norm(), _inner(self._VV, self._WW))
 
     def in_metric(self, factor: Tensor) -> Ascent:
         """In O(n m^2): of rank 2n, too."""
         W, V, n = self._W, self._V, self._V.shape[-1]
         solved = torch.cholesky_solve(torch.cat([V, W.movedim(0, 1).flatten(1)], dim=1), factor)
         inverse_V, inverse_W = solved[:, :n], solved[:, n:].reshape(len(V), len(W), n).movedim(1, 0)
+        # W - c V makes the same S. Where gradients are almost aligned, S is a small difference of large terms without.
+        along = (_inner(inverse_W, inverse_V) / _inner(inverse_V, inverse_V)).nan_to_num(0.0)[:, None, None]
+        W, inverse_W = W - along * V, inverse_W - along * inverse_V
         VV, WW, VW = V.mT @ inverse_V, W.mT @ inverse_W, V.mT @ inverse_W  # in the metric
         skew = SampleSkew(inverse_W, inverse_V)
         return Ascent(
@@ -100,12 +109,15 @@ class DenseSkew:
     """
 
     def __init__(self, correlation: Tensor) -> None:
-        self._S = correlation - correlation.mT
-        self._whole = correlation.square().sum((-2, -1))
+        self._N, self._S = correlation, correlation - correlation.mT
 
     def half_squared_norm(self) -> Tensor:
         """From the entries."""
-        return _unless_rounding(0.5 * self._S.square().sum((-2, -1)), self._whole)
+        return 0.5 * _inner(self._S, self._S)
+
+    def has_direction(self) -> Tensor:
+        """From the entries."""
+        return _exceeds_rounding(self.half_squared_norm(), _inner(self._N, self._N))
 
     def in_metric(self, factor: Tensor) -> Ascent:
         """In O(m^3)."""
@@ -123,9 +135,8 @@ def _inner(one: Tensor, other: Tensor) -> Tensor:
     return (one * other).sum((-2, -1))
 
 
-def _unless_rounding(half_squared_norm: Tensor, whole: Tensor) -> Tensor:
-    """Return zero where N is symmetric but for rounding, as that of an aligned task: its S has no direction."""
-    return torch.where(half_squared_norm > 4 * torch.finfo(whole.dtype).eps * whole, half_squared_norm, 0.0)
+def _exceeds_rounding(half_squared_norm: Tensor, squared_norm_of_N: Tensor) -> Tensor:
+    return half_squared_norm > 4 * torch.finfo(squared_norm_of_N.dtype).eps * squared_norm_of_N
 
 
 def cayley_delta(skew: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class NormalizedStep(Optimizer):
                 if param.grad is not None:
                     total = self.state[param].setdefault("sum", torch.zeros_like(param))
                     total.add_(param.grad.square())
-                    param.copy_(torch.where(total > 0, group["lr"] / total.sqrt(), 0.0))
+                    param.copy_(total.rsqrt().nan_to_num_(posinf=0.0).mul_(group["lr"]))  # 0 before the first gradient
         return loss
 
 
@@ -95,29 +95,30 @@ class CayleyStep:
         self._num_turns = 0
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[RotationGradient]) -> Tensor:
+    def step(self, gradients: Sequence[RotationGradient]) -> Tensor | None:
         """Turn the rotations, and repair what rounding did to some of their columns; return the angles."""
         self._follow(self.rotations.device)
         if not gradients:
             self.optimizer.step()  # a scheduler expects to see one
-            return torch.zeros_like(self._sizes)
+            return None
         matrices = self.rotations.matrices
         m = matrices.shape[-1]
         gradient = self._skew(gradients, m)
         ascent = gradient.in_metric(self._metric.factor(gradients, matrices))
         norm = ascent.skew.half_squared_norm()
-        turns = (gradient.half_squared_norm() > 0) & (norm > 0) & self.rotations.rotates
-        turns = turns & (ascent.change > 0) & (ascent.rise > 0)  # but for rounding, they are
-        self._sizes.grad = torch.where(turns, (ascent.change / m).sqrt(), 0.0)
+        positive = torch.minimum(ascent.rise, ascent.change) > 0  # but for rounding, both are
+        clear = gradient.has_direction() & ascent.skew.has_direction()
+        rests = ~(clear & positive & self.rotations.rotates)
+        self._sizes.grad = (ascent.change / m).sqrt().masked_fill(rests, 0.0)
         self.optimizer.step()
         self._sizes.grad = None
         longest = torch.minimum(ascent.rise / norm, norm.rsqrt())
-        step = torch.where(turns, torch.minimum(self._sizes * self._schedule.share(), longest), 0.0)
+        step = torch.minimum(self._sizes * self._schedule.share(), longest).masked_fill(rests, 0.0)
         ascent.skew.turn_(matrices, step)
         count = -(-m // REPAIRED_SHARE)
         repair_columns_(matrices, self._num_turns * count % m, count, step > 0)
         self._num_turns += 1
-        return step * (2.0 * norm / m).sqrt()
+        return step * (norm * (2.0 / m)).sqrt()
 
     def _skew(self, gradients: Sequence[RotationGradient], m: int) -> Skew:
         """Return the sum of the gradients, in the dtype of the rotations and the form that is cheaper to turn by."""

@@ -93,13 +93,13 @@ class OptimizerStep:
             )
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[RotationGradient]) -> Tensor:
+    def step(self, gradients: Sequence[RotationGradient]) -> Tensor | None:
         """Turn the rotations by what the optimizer makes of the gradients; return the angles."""
         coordinates, rotations = self._coordinates, self._coordinates.rotations
         if coordinates.parameter.device != rotations.device:
             move_(coordinates.parameter, self.optimizer, rotations.device)
         if not gradients:
-            return torch.zeros_like(rotations.rotates, dtype=rotations.dtype)
+            return None
         coordinates.parameter.grad = coordinates.gradient(gradients)
         self.optimizer.step()
         coordinates.parameter.grad = None

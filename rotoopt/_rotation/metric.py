@@ -29,7 +29,8 @@ class Metric:
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
-        self._mean: Tensor | None = None  # shape (m, m), trace m; zero where nothing was measured
+        self._mean: Tensor | None = None  # shape (m, m), trace m
+        self._memory: Tensor | None = None  # how much of it a turn keeps: nothing before the first measurement
 
     def factor(self, gradients: Sequence[RotationGradient], like: Tensor) -> Tensor:
         """Learn from the moments of ``gradients``, and return the Cholesky factor of G.
@@ -39,29 +40,32 @@ class Metric:
             like: The rotations. Shape ``(K, m, m)``.
         """
         m, identity = like.shape[-1], torch.eye(like.shape[-1], device=like.device, dtype=like.dtype)
-        before = torch.zeros_like(identity) if self._mean is None else self._mean
         moments = [each.second_moment for each in gradients if each.second_moment is not None]
-        total = torch.stack(moments).sum(0).to(like) if moments else torch.zeros_like(identity)
+        total = sum(moments[1:], moments[0]).to(like, copy=True) if moments else torch.zeros_like(identity)
         if self._processes.count > 1:
             self._processes.sum_(total)
-        trace, known = total.trace(), before.trace() > 0
-        measured = (trace > 0) & trace.isfinite()
-        latest = total * (m / trace)
-        mean = torch.where(known, torch.lerp(latest, before, MEMORY), latest)
-        self._mean = torch.where(measured, mean, before)
-        damped = torch.where(measured | known, self._mean, identity) + DAMPING * identity
+        trace = total.trace()
+        measured = (trace > 0) & (trace < torch.inf)
+        latest = total.mul_(m / trace)
+        if self._mean is None or self._memory is None:
+            self._mean, self._memory = identity, torch.zeros_like(trace)
+        self._mean = torch.where(measured, torch.lerp(latest, self._mean, self._memory), self._mean)
+        self._memory = self._memory.masked_fill(measured, MEMORY)
+        damped = torch.add(self._mean, identity, alpha=DAMPING)
         factor, info = torch.linalg.cholesky_ex(damped)  # `_ex`: no device synchronization
         return torch.where(info == 0, factor, identity)  # of a moment that rounding has made indefinite: all the same
 
     def to(self, device: torch.device) -> None:
         """Move what is remembered to ``device``."""
-        self._mean = None if self._mean is None else self._mean.to(device)
+        if self._mean is not None and self._memory is not None:
+            self._mean, self._memory = self._mean.to(device), self._memory.to(device)
 
     def state_dict(self) -> dict[str, Tensor | None]:
         """Return what is needed to resume."""
-        return {"mean": self._mean}
+        return {"mean": self._mean, "memory": self._memory}
 
     def load_state_dict(self, state_dict: dict[str, Tensor | None], like: Tensor) -> None:
         """Load what :meth:`state_dict` returned, onto the device of ``like``."""
-        mean = state_dict["mean"]
+        mean, memory = state_dict["mean"], state_dict["memory"]
         self._mean = None if mean is None else mean.to(like)
+        self._memory = None if memory is None else memory.to(like)

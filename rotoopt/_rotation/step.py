@@ -58,7 +58,8 @@ class RotationGradient:
 
 def sum_of_correlations(gradients: Sequence[RotationGradient], size: int, processes: Processes) -> Tensor:
     """Return the sum of the N of ``gradients``, over the joined batch of all processes. ``(K, size, size)``."""
-    correlation = torch.stack([each.correlation(size) for each in gradients]).sum(0)
+    first, *others = (each.correlation(size) for each in gradients)
+    correlation = sum(others, first)
     if processes.count > 1:
         processes.sum_(correlation)
     return correlation
@@ -83,11 +84,12 @@ class RotationStep(Protocol):
     optimizer: Optimizer
     needs_second_moment: bool
 
-    def step(self, gradients: Sequence[RotationGradient]) -> Tensor:
+    def step(self, gradients: Sequence[RotationGradient]) -> Tensor | None:
         """Turn the rotations by the sum of ``gradients``, those of the backward passes since the latest step.
 
         Returns:
             The angle by which each rotation turned, in radians: the root mean square over all vectors. Shape ``(K,)``.
+            None where there are no gradients.
         """
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,6 +26,20 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Step = Callable[..., float | None]
 
 
+def register_first_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor]) -> None:
+    """Register ``hook`` before those that ``tensor`` has, which then see what it returns.
+
+    ``Tensor.register_hook`` appends. A node of its own behind the tensor would do it in public, and would hide the
+    tensor from everything that looks for what entered the heads.
+    """
+    handle = tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+    hooks = tensor._backward_hooks
+    assert hooks is not None
+    # Autograd reads the order in which they were put in, not that of an OrderedDict.
+    others = [(key, hooks.pop(key)) for key in list(hooks) if key != handle.id]
+    hooks.update(others)
+
+
 def make_hook_tables(optimizer: Optimizer) -> None:
     """Give ``optimizer`` the tables that its ``register_*_hook`` methods fill.
 

@@ -45,8 +45,8 @@ CANDIDATES: Mapping[str, Options] = _Copies(
 )
 """What :func:`compare` tries by default: options of :class:`~rotoopt.RotoGradOptimizer`, by name.
 
-``"plain sum"`` trains as ``sum(losses).backward()`` does, ``"scale only"`` gives all task gradients one norm in every
-step. Add your own with ``{**CANDIDATES, "UPGrad": {"weighting": UPGrad(), "rotate": False}}``.
+``"plain sum"`` trains as ``sum(losses).backward()`` does, up to the order of additions; ``"scale only"`` gives all task
+gradients one norm in every step. Add your own: ``{**CANDIDATES, "UPGrad": {"weighting": UPGrad(), "rotate": False}}``.
 """
 
 

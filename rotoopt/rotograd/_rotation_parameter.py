@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from rotoopt._rotation.coordinates import Coordinates
 from rotoopt._rotation.step import RotationGradient
@@ -30,14 +30,12 @@ class RotationParameter:
         """The coordinates, zero after :meth:`turn`. Shape ``(K, m, m)``."""
         return self._coordinates.parameter
 
-    def add(self, gradients: Sequence[RotationGradient]) -> Tensor:
-        """Add the gradient of a backward pass; there is none where one task was alone. Nothing turns: return zeros."""
+    def add(self, gradients: Sequence[RotationGradient]) -> None:
+        """Add the gradient of a backward pass; there is none where one task was alone. Nothing turns yet."""
         if gradients:
             grad = self._coordinates.gradient(gradients)
             self.parameter.grad = grad if self.parameter.grad is None else self.parameter.grad + grad
             self._graded = True
-        matrices = self._coordinates.rotations.matrices
-        return matrices.new_zeros(len(matrices))
 
     def turn(self) -> None:
         """Apply what an optimizer has done, if anything."""

@@ -19,13 +19,19 @@ class Measurements:
     Attributes:
         norms: :math:`\lVert G_k \rVert`, the norm of the gradient of task k at the representation over the whole batch;
             for an absent task the last one that was known, zero if none was. Shape ``(K,)``.
-        present: Which tasks took part. Shape ``(K,)``, bool.
+        present: Which tasks took part. Shape ``(K,)``, bool. Where the weights are used in the next step, a task whose
+            gradient is zero counts as absent: in the next step it need not be zero.
         finite: Whether all losses and gradients were finite; if not, nothing should be remembered. Shape ``()``, bool.
         losses: L_k, NaN for an absent task. Shape ``(K,)``. ``None`` where the user back-propagated them.
         cosines: Cosines between the gradients, zero for an absent or zero one. Shape ``(K, K)``. ``None`` where they
             did not meet: see :attr:`Weighting.needs_cosines`.
         norm_references: :math:`\lVert G_k(t_0) \rVert`, NaN where there is none yet. Shape ``(K,)``.
         loss_references: :math:`|L_k(t_0)|`, NaN where there is none yet. Shape ``(K,)``.
+        agreement: How much the samples of the batch agree about what a task asks for: with :math:`A_{kb} = g_{kb}
+            z_b^\top`, the gradient of a matrix in front of head k for sample b, :math:`\lVert \sum_b A_{kb} \rVert^2 /
+            \sum_b \lVert A_{kb} \rVert^2`. One on average for a gradient that is noise alone, the number of samples
+            where all are the same; NaN for an absent task. Estimated from 64 random projections. Shape ``(K,)``.
+            ``None`` where it was not measured: see :attr:`Weighting.needs_agreement`.
     """
 
     norms: Tensor
@@ -35,6 +41,7 @@ class Measurements:
     cosines: Tensor | None
     norm_references: Tensor
     loss_references: Tensor
+    agreement: Tensor | None = None
 
     @cached_property
     def norm_ratios(self) -> Tensor:
@@ -140,20 +147,21 @@ class Reference:
         values = torch.full((num_tasks,), float("nan"), device=device, dtype=dtype)
         return cls(values, torch.zeros(num_tasks, dtype=torch.bool, device=device))
 
-    def updated(self, current: Tensor, *, burnt_in: bool) -> Reference:
+    def updated(self, current: Tensor, finite: Tensor, *, burnt_in: bool) -> Reference:
         """Return the references after a step.
 
         Args:
             current: The values of this step, in absolute value; zero or NaN for a task that has none. Shape ``(K,)``.
+            finite: Whether they are finite, together or each. Shape ``()`` or ``(K,)``, bool.
             burnt_in: Whether the burn-in is over.
         """
-        valid = (current > 0) & (current < torch.inf)
+        valid = (current > 0) & finite
         if burnt_in:
-            take = valid & ~self.settled
+            take = valid > self.settled  # and not
         else:
             take = valid & ~(self.values >= current * torch.finfo(self.values.dtype).eps ** 0.5)  # NaN, too
         values = torch.where(take, current.to(self.values.dtype), self.values)
-        return Reference(values, self.settled | take if burnt_in else self.settled)
+        return Reference(values, self.settled | valid if burnt_in else self.settled)
 
     def known_or_one(self) -> Tensor:
         """Return the references, and one where there is none. Shape ``(K,)``."""

@@ -24,7 +24,7 @@ from tests.contract.models import (
     wrap,
 )
 
-IDLE = r"heads should have run in training mode before step\(\), got two steps and no head that ran. Either \(a\)"
+IDLE = r"heads should have run in training mode before step\(\), got 2 steps and no head that ran. Either \(a\)"
 FROZEN = r"The representation should require grad, got one that does not. Either \(a\) the backbone is frozen"
 
 
@@ -102,6 +102,25 @@ def test_heads_that_never_run(mistake: Callable[[TwoTasks], TwoTasks], scheduled
 
     step(0)  # one may be a library that makes the state of the optimizer
     assert_warns_once([partial(step, 1)], IDLE)
+    step(2)
+
+
+def test_heads_that_run_no_more() -> None:
+    """As after a validation that left the model in eval mode; what was absent for a while is no fault."""
+    model, optimizer = wrap()
+
+    def step(batch: int) -> None:
+        optimizer.zero_grad()
+        back_propagate(model.losses(batch)[0])
+        optimizer.step()
+
+    for _ in range(2):
+        model.train()
+        step(0)
+        model.eval()
+        for batch in range(SILENT_STEPS - 1):
+            step(batch)
+    assert_warns_once([partial(step, 1)], f"got {SILENT_STEPS} steps and no head that ran")
     step(2)
 
 

@@ -65,14 +65,14 @@ class Method:
         own: What the second number of a setting is for: the learning rate of ``"rotations"`` or ``"weights"``, or which
             ``"draw"`` of random weights.
         official: Whether it runs in the environment of the official package.
-        variant: Whether it is the default with one part changed: it shows what that part does, and has no rank.
+        variant: Of which method it is one with one part changed: it shows what that part does, and has no rank.
     """
 
     name: str
     make: Callable[..., Training]
     own: str | None = None
     official: bool = False
-    variant: bool = False
+    variant: str | None = None
 
     def settings(self, problem: Problem) -> list[Setting]:
         """Return the six settings to choose from."""
@@ -85,6 +85,12 @@ class Method:
         """Return a training of ``trial``."""
         lr = setting.factor * trial.lr
         return self.make(trial, lr) if setting.own_lr is None else self.make(trial, lr, setting.own_lr)
+
+
+class WithoutSignal(ProgressWeighting):
+    """The default as it was at first."""
+
+    needs_agreement = False
 
 
 class FirstNorms(Weighting):
@@ -103,8 +109,10 @@ def _rotograd(init: str) -> Callable[..., Training]:
     )
 
 
-def _weighted(make: Callable[[], Weighting], **options: Any) -> Callable[..., Training]:
-    return lambda trial, lr: WithOptimizer(trial, lr, weighting=make(), **{"rotate": False, **options})
+def _weighted(
+    make: Callable[[], Weighting], training: Callable[..., Training] = WithOptimizer, **options: Any
+) -> Callable[..., Training]:
+    return lambda trial, lr: training(trial, lr, weighting=make(), **{"rotate": False, **options})
 
 
 def _gradnorm(trial: Trial, lr: float, own_lr: float) -> Training:
@@ -124,6 +132,7 @@ def _aggregated(name: str, told: dict[str, Any]) -> Callable[..., Training]:
 SINGLE_TASK = "one network per task"
 PLAIN_SUM = "plain sum"
 DEFAULT = "default"
+WITHOUT_SIGNAL = "default without signal"
 
 _ours = partial(WithModule, package="rotoopt.rotograd")
 
@@ -136,13 +145,19 @@ METHODS = {
         Method("sum of log losses", sum_of_logs),
         Method("first norms", _weighted(FirstNorms)),
         Method(DEFAULT, WithOptimizer),
-        Method("default, rotate=False", partial(WithOptimizer, rotate=False), variant=True),
-        Method("default, random turns", RandomTurns, variant=True),
-        Method("default, fixed haar", partial(WithOptimizer, init="haar", rotation_lr=0.0), variant=True),
-        Method("default, haar", partial(WithOptimizer, init="haar"), variant=True),
-        Method("default, first layers", with_first_layers, variant=True),
-        Method("default without progress", _weighted(lambda: ProgressWeighting(alpha=0.0)), variant=True),
-        Method("default without memory", _weighted(lambda: ProgressWeighting(decay=0.0)), variant=True),
+        Method(WITHOUT_SIGNAL, _weighted(WithoutSignal, rotate=True), variant=DEFAULT),
+        *(
+            Method(f"{WITHOUT_SIGNAL}, {name}", make, variant=WITHOUT_SIGNAL)
+            for name, make in {
+                "rotate=False": _weighted(WithoutSignal),
+                "random turns": _weighted(WithoutSignal, RandomTurns, rotate=True),
+                "fixed haar": _weighted(WithoutSignal, rotate=True, init="haar", rotation_lr=0.0),
+                "haar": _weighted(WithoutSignal, rotate=True, init="haar"),
+                "first layers": _weighted(WithoutSignal, with_first_layers),
+                "no progress": _weighted(partial(WithoutSignal, alpha=0.0)),
+                "no memory": _weighted(partial(WithoutSignal, decay=0.0)),
+            }.items()
+        ),
         Method("scale only", _weighted(RotoGradWeighting)),
         Method("RotoGrad, identity", _rotograd("identity"), "rotations"),
         Method("RotoGrad, haar", _rotograd("haar"), "rotations"),

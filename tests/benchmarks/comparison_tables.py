@@ -13,7 +13,7 @@ from rotoopt.comparison import _table as tables
 from rotoopt.comparison._table import row, rule
 from rotoopt.diagnostics import mean_rank
 from tests.benchmarks.comparison import SEARCH_SEEDS, Results, choose, final_jobs
-from tests.benchmarks.comparison_methods import DEFAULT, METHODS, PLAIN_SUM, SINGLE_TASK, Method
+from tests.benchmarks.comparison_methods import DEFAULT, METHODS, PLAIN_SUM, SINGLE_TASK, WITHOUT_SIGNAL, Method
 from tests.benchmarks.comparison_run import Job
 from tests.benchmarks.problems import Problem
 
@@ -33,7 +33,8 @@ def markdown(problems: Sequence[Problem], results: Results, seeds: int) -> str:
         if SINGLE_TASK in metrics:
             changes[problem.name] = relative_changes(problem, metrics)
             details.append(_metrics(problem, metrics, changes[problem.name], results))
-    return "\n\n".join([_summary(changes), _parts(changes), _untuned(problems, results), *details])
+    parts = [_parts(changes, whole) for whole in (DEFAULT, WITHOUT_SIGNAL)]
+    return "\n\n".join([_summary(changes), *parts, _untuned(problems, results), *details])
 
 
 def tested(problem: Problem, results: Results, seeds: int) -> dict[str, Tensor]:
@@ -105,14 +106,15 @@ def _summary(changes: Changes) -> str:
     return "\n".join(lines)
 
 
-def _parts(changes: Changes) -> str:
-    """Return the table of what is lost or won where a part of the default is another one."""
-    lines = ["### Ahead of the default, points of Delta-m (metrics clipped to 100 %)", ""]
+def _parts(changes: Changes, whole: str) -> str:
+    """Return the table of what is lost or won where a part of the method ``whole`` is another one."""
+    lines = [f"### Ahead of the {whole}, points of Delta-m (metrics clipped to 100 %)", ""]
     lines += [row("", changes), rule(len(changes))]
     for name in _methods(changes):
-        if METHODS[name].variant:
-            ahead = [clipped(of[name]) - clipped(of[DEFAULT]) if name in of else None for of in changes.values()]
-            lines.append(row(name, ["" if of_seeds is None else _cell(of_seeds, sign="+") for of_seeds in ahead]))
+        if METHODS[name].variant == whole:
+            both = [(of[name], of[whole]) if name in of and whole in of else None for of in changes.values()]
+            ahead = ["" if pair is None else _cell(clipped(pair[0]) - clipped(pair[1]), sign="+") for pair in both]
+            lines.append(row(name.removeprefix(f"{whole}, "), ahead))
     return "\n".join(lines)
 
 

@@ -120,7 +120,7 @@ class FirstLayer(nn.Module):
 def with_first_layers(trial: Trial, lr: float, **options: Any) -> WithOptimizer:
     """Return a control: heads that begin with a trained layer instead of a rotation."""
     trial.heads = nn.ModuleList(nn.Sequential(FirstLayer(trial.d, trial.dim), head) for head in trial.heads)
-    return WithOptimizer(trial, lr, rotate=False, **options)
+    return WithOptimizer(trial, lr, **{"rotate": False, **options})
 
 
 class SumOfLosses(Training):

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.tutorial docs/tutorial.md
 
 A ``text`` block right behind a ``python`` block gets what that one printed. The pictures that the page shows go to
-``docs/images``. Takes two minutes on one core.
+``docs/images``.
 """
 
 from __future__ import annotations

@@ -142,6 +142,6 @@ class Twins:
                 grad = params[name].grad
                 terms = [factor * grads[name] for factor, (_, grads) in zip(factors, parts, strict=True)]
                 got = torch.zeros_like(terms[0]) if grad is None else grad
-                error += float((got - sum(terms)).double().square().sum())
-                total += float(sum(term.double().norm() for term in terms)) ** 2
+                error += float((got - sum(terms)).detach().double().square().sum())
+                total += float(sum(term.detach().double().norm() for term in terms)) ** 2
             assert error**0.5 <= tolerance * total**0.5

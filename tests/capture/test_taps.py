@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.testing import assert_close
 
-from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer, RotoGradWeighting
+from rotoopt import EqualWeighting, GradNorm, ProgressWeighting, RotoGradOptimizer, RotoGradWeighting, Weighting
 from rotoopt.weighting import Measurements
 from tests.asserts import eps
 from tests.samplers import DTYPES, LAYOUTS, NUM_TASKS, SEEDS, Bench, Lagged, Layout, Sampler, batches, network
@@ -189,3 +189,36 @@ def test_cosines_of_several_passes_are_those_of_their_joined_batch() -> None:
         seen.append(weighting.seen)
     assert seen[0].cosines is not None
     assert_close(seen[1].cosines, seen[0].cosines, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("weighting", [EqualWeighting, ProgressWeighting, RotoGradWeighting])
+@pytest.mark.parametrize("first", [True, False], ids=["before the heads run", "after"])
+def test_hook_of_the_user_on_z_sees_the_sum_of_all(weighting: type[Weighting], *, first: bool) -> None:
+    """As one that scales the gradient at z, or clips it: in every step, also where gradients wait for each other."""
+    sampler, K = Sampler(0), 3
+    seen: list[Tensor] = []
+    optimizer = RotoGradOptimizer(
+        SGD([torch.zeros(1).double().requires_grad_()], lr=0.1), num_tasks=K, weighting=weighting(), turn_every=2
+    )
+
+    def halved(grad: Tensor) -> Tensor:
+        seen.append(grad)
+        return 0.5 * grad
+
+    for _ in range(5):
+        root, grads = sampler.normal(4, 6).requires_grad_(), sampler.normal(K, 4, 6)
+        z = root * 1
+        if first:
+            z.register_hook(halved)  # type: ignore[no-untyped-call]
+        fed = optimizer.rotate(z)
+        if not first:
+            z.register_hook(halved)  # type: ignore[no-untyped-call]
+        matrices = optimizer.rotations.matrices.clone()
+        optimizer.step([(r * grad).sum() for r, grad in zip(fed, grads, strict=True)], z)
+        assert optimizer.last_step is not None
+        weights = optimizer.last_step.weights
+        expected = sum(w * grad @ R for w, grad, R in zip(weights, grads, matrices, strict=True))
+        assert_close(seen[-1], expected, rtol=1e-10, atol=1e-12)
+        assert root.grad is not None
+        assert_close(root.grad, 0.5 * expected, rtol=1e-10, atol=1e-12)
+    assert len(seen) == 5

@@ -18,16 +18,18 @@ from rotoopt.comparison._candidates import describe
 from tests.comparison.trainings import make_losses, make_network
 
 
-def weights_after_training(seed: int, step: Callable[..., None], wrap: Callable[..., Any]) -> list[torch.Tensor]:
+def weights_after_training(
+    seed: int, num_tasks: int, step: Callable[..., None], wrap: Callable[..., Any]
+) -> torch.Tensor:
     torch.manual_seed(seed)
-    backbone, heads = make_network()
+    backbone, heads = make_network(num_tasks)
     adam = torch.optim.Adam([*backbone.parameters(), *heads.parameters()], lr=0.01)
     optimizer = wrap(adam, heads)
     for _ in range(5):
         losses = make_losses(backbone, heads)
         optimizer.zero_grad()
         step(optimizer, losses)
-    return [*backbone.parameters(), *heads.parameters()]
+    return torch.cat([param.detach().flatten() for param in (*backbone.parameters(), *heads.parameters())])
 
 
 def on_the_sum(optimizer: torch.optim.Optimizer, losses: list[torch.Tensor]) -> None:
@@ -35,15 +37,20 @@ def on_the_sum(optimizer: torch.optim.Optimizer, losses: list[torch.Tensor]) -> 
     optimizer.step()
 
 
-@given(st.integers(0, 2**20))
-def test_plain_sum_trains_as_the_sum_of_the_losses_bit_for_bit(seed: int) -> None:
-    plain = weights_after_training(seed, on_the_sum, lambda adam, heads: adam)
+@given(st.integers(0, 2**20), st.integers(1, 4))
+def test_plain_sum_trains_as_the_sum_of_the_losses(seed: int, num_tasks: int) -> None:
+    """Bit for bit with up to two tasks; of more, the gradients are added up in another order."""
+    plain = weights_after_training(seed, num_tasks, on_the_sum, lambda adam, heads: adam)
     ours = weights_after_training(
         seed,
+        num_tasks,
         lambda optimizer, losses: optimizer.step(losses),
         lambda adam, heads: RotoGradOptimizer(adam, heads, **CANDIDATES["plain sum"]),
     )
-    assert all(torch.equal(one, other) for one, other in zip(plain, ours, strict=True))
+    if num_tasks <= 2:
+        assert torch.equal(plain, ours)
+    else:
+        torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-5)  # Adam divides rounding by small moments
 
 
 def test_candidates_are_made_anew_whenever_they_are_asked_for() -> None:

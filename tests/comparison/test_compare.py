@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -126,18 +127,20 @@ def test_a_run_that_raises_loses_itself_alone_and_is_tried_again(tmp_path: Path)
             assert torch.equal(result.metrics[name][metric][rest], whole.metrics[name][metric][rest])
     assert "two failed with seed 1: TwoArguments: out of" in table(result)
     assert "(2 of 3)" in table(result)
+    assert "diverged" not in table(result)
     torch.testing.assert_close(result.delta_m("two", clipped=True)[[0, 2]], whole.delta_m("two", clipped=True)[[0, 2]])
     assert result.delta_m("two", clipped=True)[1].isnan()
     assert table(compared(path=path)) == table(whole)  # only the failed run ran
 
 
-def test_a_candidate_that_always_raises_is_a_row_without_numbers() -> None:
+def test_a_candidate_that_always_raises_is_a_row_without_numbers(tmp_path: Path) -> None:
     def refuses(seed: int, value: float) -> dict[str, float]:
         if value == 2.0:
             raise ValueError("no twos\nplease")
         return formula(seed, value)
 
-    result = compared(refuses, seeds=5)
+    first, result = (compared(refuses, seeds=5, path=tmp_path / "comparison.json") for _ in range(2))
+    assert table(first) == table(result)
     assert "| two | - | - | - |" in table(result)
     assert "two failed with seed 4: ValueError: no twos" in table(result).splitlines()
     torch.testing.assert_close(result.delta_m("half"), compared(seeds=5).delta_m("half"))
@@ -228,6 +231,20 @@ def test_all_default_candidates_train() -> None:
     assert all(of.isfinite().all() for each in result.metrics.values() for of in each.values())
     assert all((of > 0).all() for of in result.ms_per_step.values())
     assert len({of["left"][0].item() for of in result.metrics.values()}) == len(result.metrics)
+
+
+def test_time_per_step_is_in_milliseconds() -> None:
+    def sleeps(seed: int, value: float) -> dict[str, float]:
+        sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        for _ in range(4):
+            time.sleep(0.005 * value)
+            sgd.step()
+        return formula(seed, value)
+
+    times = compared(sleeps, seeds=2).ms_per_step
+    assert [len(of_seeds) for of_seeds in times.values()] == [2, 2, 2]
+    assert (times["two"] >= 10).all()
+    assert (times["two"] < 1000).all()
 
 
 def test_progress_is_one_line_per_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

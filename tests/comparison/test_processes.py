@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rotoopt.comparison import CANDIDATES, compare
 from tests.comparison.test_compare import VALUES, compared, numbers, table
-from tests.comparison.trainings import HIGHER_IS_BETTER, ends, raises, train
+from tests.comparison.trainings import HIGHER_IS_BETTER, ends, raises, threads, train
 
 
 @pytest.mark.slow
@@ -41,6 +42,14 @@ def test_a_run_that_raises_in_a_process_loses_itself_alone() -> None:
 def test_a_process_that_ends_is_told() -> None:
     with pytest.raises(RuntimeError, match=r"got one that ended without an answer.*memory.*__main__"):
         compared(ends, processes=2)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(("ours", "theirs"), [(5, 2.0), (1, 1.0)])
+def test_processes_share_the_threads(ours: int, theirs: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: ours)
+    assert compared(threads, processes=2).metrics["two"]["left"].tolist() == [theirs] * 3
 
 
 def test_what_cannot_be_imported_is_refused_at_once() -> None:

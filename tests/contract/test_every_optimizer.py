@@ -29,6 +29,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.01, "momentum": 0.9, "nesterov": True},
     "SparseAdam": {"lr": 0.01},  # for sparse gradients only: a table as backbone, and heads that are frozen
 }
+if not hasattr(torch.optim, "Muon"):  # before torch 2.9
+    del ARGUMENTS["Muon"]
 
 
 def classes() -> dict[str, type[Optimizer]]:

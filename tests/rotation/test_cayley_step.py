@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -156,6 +156,7 @@ def test_step_without_gradient_keeps_every_bit_after_others() -> None:
         before = rotations.matrices.clone()
         angles = step.step([each])
     assert_same_bits(rotations.matrices, before)
+    assert angles is not None
     assert not angles.any()
 
 
@@ -215,7 +216,9 @@ def test_turns_follow_the_schedule_of_the_network(K: int, n: int, m: int, seed: 
         step = CayleyStep(rotations, 1e-6, Processes(), network)
         step.step([unusable(gradient)])  # it has seen the highest rate
         network.param_groups[0]["lr"] *= factor
-        angles.append(step.step([gradient]))
+        angle = step.step([gradient])
+        assert angle is not None
+        angles.append(angle)
     assert_close(angles[1], share * angles[0], rtol=1e-3, atol=1e-12)
 
 
@@ -421,8 +424,9 @@ def test_the_gradient_of_no_samples_changes_nothing(
     assert_same_bits(turned(R, none, dense_from=dense), R)
 
 
+@example(K=2, n=1, m=2, seed=82, apart=-1.0, dense=math.inf)  # lost 3e-5 once, of which the test allows 1e-5
 @given(K=NUM_TASKS, n=NUM_SAMPLES, m=SIZES, seed=SEEDS, apart=st.floats(-8, -1), dense=st.sampled_from([0.0, math.inf]))
-def test_gradients_that_are_almost_aligned_turn_nothing_into_nan(
+def test_gradients_that_are_almost_aligned_leave_rotations(
     K: int, n: int, m: int, seed: int, apart: float, dense: float
 ) -> None:
     """What is left of their difference is rounding, of either sign; in float32, features of very different variance."""

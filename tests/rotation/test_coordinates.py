@@ -198,8 +198,7 @@ def test_coordinates_of_a_task_that_is_not_rotated_have_no_gradient() -> None:
 def test_step_without_gradients_turns_by_nothing() -> None:
     rotations = haar(3, 4, torch.float64)
     before = rotations.matrices.clone()
-    angles = OptimizerStep(rotations, OPTIMIZERS["Adam"], Processes()).step([])
-    assert_same_bits(angles, torch.zeros(3).double())
+    assert OptimizerStep(rotations, OPTIMIZERS["Adam"], Processes()).step([]) is None
     assert_same_bits(rotations.matrices, before)
 
 

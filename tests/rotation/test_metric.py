@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from rotoopt import EqualWeighting
 from rotoopt._capture.representation import RotatedDims, second_moment
-from rotoopt._rotation.metric import DAMPING, Metric
+from rotoopt._rotation.metric import DAMPING, MEMORY, Metric
 from rotoopt._torch.processes import Processes
 from tests.asserts import assert_same_bits, eps
 from tests.oracle import Metric as Oracle
@@ -64,7 +64,7 @@ def test_what_says_nothing_is_not_remembered(bad: float, *, first: bool) -> None
 def test_a_moment_that_is_not_positive_does_not_spoil_anything() -> None:
     """As rounding may leave it, of very many features."""
     metric, like = Metric(Processes()), torch.zeros(2, 3, 3).double()
-    metric.load_state_dict({"mean": torch.diag(torch.tensor([3.0, 1.0, -1.0]))}, like)
+    metric.load_state_dict({"mean": torch.diag(torch.tensor([3.0, 1.0, -1.0])), "memory": torch.tensor(MEMORY)}, like)
     assert torch.equal(metric.factor([], like), torch.eye(3).double())
 
 

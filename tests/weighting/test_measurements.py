@@ -113,5 +113,5 @@ def test_unknown_references_divide_by_one() -> None:
 def test_references_stay_in_their_dtype() -> None:
     reference = Reference.unknown(2, torch.device("cpu"), torch.float32)
     current = torch.tensor([2.0, 3.0], dtype=torch.float64)  # of a representation that is wider than the network
-    updated = reference.updated(current, burnt_in=False)
+    updated = reference.updated(current, torch.tensor(True), burnt_in=False)
     assert_same_bits(updated.values, current.float())

@@ -30,11 +30,16 @@ def bench(K: int, dtype: torch.dtype = torch.float64, alpha: float = 0.5, **opti
     )
 
 
-def measured(norms: Tensor, losses: Tensor | None = None, references: Tensor | None = None) -> Measurements:
+def measured(
+    norms: Tensor,
+    losses: Tensor | None = None,
+    references: Tensor | None = None,
+    agreement: Tensor | None = None,
+) -> Measurements:
     """Return what a step measures of tasks that are all there."""
     everywhere, unknown = torch.ones(len(norms), dtype=torch.bool), torch.full_like(norms, torch.nan)
     known = unknown if references is None else references
-    return Measurements(norms, everywhere, torch.tensor(True), losses, None, unknown, known)
+    return Measurements(norms, everywhere, torch.tensor(True), losses, None, unknown, known, agreement)
 
 
 def shares(found: Bench) -> Tensor:
@@ -81,16 +86,15 @@ def test_weighted_norms_add_up_to_those_of_the_plain_sum(K: int, seed: int, alph
 
 @pytest.mark.parametrize("K", [2, 5])
 def test_norms_are_equal_on_average(K: int) -> None:
-    """Of gradients whose size jumps around a mean of its own for each task. Roots of mean squares."""
+    """Of gradients whose size jumps around a mean of its own for each task."""
     sampler, weighting = Sampler(0), ProgressWeighting(decay=0.999)
-    means, squares = sampler.log_scales(K, -3, 3), torch.zeros(K).double()
+    means, total = sampler.log_scales(K, -3, 3), torch.zeros(K).double()
     for step in range(1200):
         norms = means * (0.5 + sampler.uniform(K))
         weights = weighting(measured(norms))
-        squares += (weights * norms / means.mean()).square() if step >= 200 else 0
-    roots = squares.sqrt()
-    # The mean of 1000 squares is known to 1.7 %, its root to half of that.
-    assert_close(roots, roots.mean().expand(K), rtol=0.03, atol=0)
+        total += weights * norms / means.mean() if step >= 200 else 0
+    # The mean of 1000 norms is known to 0.9 %.
+    assert_close(total, total.mean().expand(K), rtol=0.03, atol=0)
 
 
 @pytest.mark.parametrize("K", [2, 5])
@@ -106,6 +110,33 @@ def test_share_of_a_task_that_converges_falls_and_of_one_that_does_not_rises(K: 
     assert shares == sorted(shares, reverse=converges)
     assert shares[0] == pytest.approx(1 / K)
     assert shares[-1] < 0.25 / K if converges else shares[-1] > 1.5 / K
+
+
+@given(K=NUM_TASKS, seed=SEEDS, alpha=ALPHAS)
+def test_shares_are_in_proportion_to_the_signal(K: int, seed: int, alpha: float) -> None:
+    """One minus the part that is noise; of a mean over ten turns, and what lies below a twentieth is chance."""
+    sampler, weighting, mean = Sampler(seed), ProgressWeighting(alpha), torch.zeros(K).double()
+    norms = 1 + sampler.uniform(K)
+    for turn in range(13):
+        latest = 2 * sampler.uniform(K) + sampler.log_scales(K, -1, 2)
+        mean += (latest - mean) / min(turn + 1, 10)
+        weights = weighting(measured(norms, agreement=latest))
+        assert_close(weighting(measured(norms)), weights)  # a step in which it is not measured changes nothing
+        expected = (1 - 1 / mean).clamp(0.05, 1.0) ** alpha
+        weighted = weights * norms
+        assert_close(weighted / weighted.sum(), expected / expected.sum())
+
+
+@given(K=st.integers(2, 6), seed=SEEDS, data=st.data())
+def test_a_task_whose_signal_is_unknown_has_the_mean_of_the_others(K: int, seed: int, data: st.DataObject) -> None:
+    """The geometric one, by which nobody else's share changes relative to another's."""
+    sampler, unknown = Sampler(seed), torch.tensor(data.draw(st.lists(st.booleans(), min_size=K, max_size=K)))
+    norms, found = torch.ones(K).double(), 2 + sampler.uniform(K)
+    weights = ProgressWeighting(1.0)(measured(norms, agreement=found.masked_fill(unknown, torch.nan)))
+    signal = 1 - 1 / found
+    mean = signal[~unknown].log().mean().exp() if not unknown.all() else torch.tensor(1.0).double()
+    expected = torch.where(unknown, mean, signal)
+    assert_close(weights / weights.sum(), expected / expected.sum())
 
 
 def test_weight_of_a_quadratic_loss_does_not_grow_while_it_converges() -> None:

@@ -19,6 +19,7 @@ KINDS = st.lists(st.lists(st.sampled_from(["valid", "absent", "zero"]), min_size
 BAD_KINDS = st.lists(
     st.lists(st.sampled_from(["valid", "absent", "zero", "nan", "inf"]), min_size=K, max_size=K), min_size=STEPS
 )
+FINITE = torch.tensor(True)
 VALUES = {"absent": math.nan, "zero": 0.0, "nan": math.nan, "inf": math.inf}
 
 
@@ -40,7 +41,7 @@ def test_reference_is_the_first_valid_value_and_the_first_after_the_burn_in(
     distinct = torch.arange(1.0, len(kinds) * K + 1).view(-1, K)  # every step and task has a value of its own
     for t, kind in enumerate(kinds):
         current = torch.tensor([VALUES.get(kind[task], float(distinct[t, task])) for task in range(K)])
-        reference = reference.updated(current, burnt_in=t >= burn_in)
+        reference = reference.updated(current, current < torch.inf, burnt_in=t >= burn_in)
         expected = expected_references(kinds[: t + 1], distinct, burn_in)
         assert_close(reference.values, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -52,12 +53,12 @@ def test_reference_that_was_rounding_is_taken_anew_before_the_burn_in_ends(
     """Rounding: less than the root of eps of the present value. Afterwards a reference stays."""
     noise = torch.full((K,), 10**log_noise, dtype=dtype)
     values = noise * 10**log_growth / torch.finfo(dtype).eps ** 0.5
-    first = Reference.unknown(K, torch.device("cpu"), dtype).updated(noise, burnt_in=False)
-    assert torch.equal(first.updated(values * 1.01, burnt_in=False).values, values * 1.01)
+    first = Reference.unknown(K, torch.device("cpu"), dtype).updated(noise, FINITE, burnt_in=False)
+    assert torch.equal(first.updated(values * 1.01, FINITE, burnt_in=False).values, values * 1.01)
     almost = 0.99 * noise / torch.finfo(dtype).eps ** 0.5
-    assert torch.equal(first.updated(almost, burnt_in=False).values, noise)
-    settled = Reference.unknown(K, torch.device("cpu"), dtype).updated(noise, burnt_in=True)
-    assert torch.equal(settled.updated(values * 1.01, burnt_in=True).values, noise)
+    assert torch.equal(first.updated(almost, FINITE, burnt_in=False).values, noise)
+    settled = Reference.unknown(K, torch.device("cpu"), dtype).updated(noise, FINITE, burnt_in=True)
+    assert torch.equal(settled.updated(values * 1.01, FINITE, burnt_in=True).values, noise)
 
 
 @given(kinds=KINDS, burn_in=BURN_INS, passes=st.integers(1, 2))
@@ -110,7 +111,7 @@ def test_ratios_are_those_to_the_references(seed: int) -> None:
 
 def test_saved_and_loaded_references_share_no_memory() -> None:
     unknown = Reference.unknown(K, torch.device("cpu"), torch.float32)
-    saved = unknown.updated(torch.full((K,), 2.0), burnt_in=True)
+    saved = unknown.updated(torch.full((K,), 2.0), FINITE, burnt_in=True)
     state = saved.state_dict()
     loaded = unknown.loaded(state)
     for tensor in state.values():

@@ -1,0 +1,100 @@
+"""How much the samples of a batch agree about what a task asks for: signal adds up over samples, noise does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rotoopt._capture.representation import RotatedDims
+from rotoopt._torch.processes import Processes
+from rotoopt.weighting._measurements import root_sum_square
+
+NUM_PROJECTIONS = 8  # of z, and of the gradients at z
+
+
+@dataclass(frozen=True)
+class SampleSums:
+    r"""Sums over the samples b of :math:`A_{kb} = g_{kb} z_b^\top`, the gradient of a matrix in front of head k.
+
+    Linear in the gradients, so that parts of a batch add up, and what a ``GradScaler`` does can be undone.
+
+    Attributes:
+        sums: Random projections of :math:`\sum_b A_{kb}`. Shape ``(K, 64)``.
+        lengths: :math:`(\sum_b \lVert A_{kb} \rVert^2)^{1/2}`, of the projections. Shape ``(K,)``.
+    """
+
+    sums: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def none(cls, num_tasks: int, like: Tensor) -> SampleSums:
+        """Return the sums over no samples, in the dtype of ``like``."""
+        return cls(like.new_zeros(num_tasks, NUM_PROJECTIONS**2), like.new_zeros(num_tasks))
+
+    def scaled(self, factor: Tensor | float) -> SampleSums:
+        """Return the sums for gradients times ``factor``, a number or of shape ``(K,)``."""
+        column = factor[:, None] if isinstance(factor, Tensor) and factor.ndim else factor
+        return SampleSums(self.sums * column, self.lengths * factor)
+
+    def of_task(self, task: int, num_tasks: int) -> SampleSums:
+        """Return these sums, of one task, as those of ``task`` among ``num_tasks``."""
+        whole = SampleSums.none(num_tasks, self.sums)
+        whole.sums[task], whole.lengths[task] = self.sums[0], self.lengths[0]
+        return whole
+
+    @classmethod
+    def joined(cls, parts: Sequence[SampleSums], processes: Processes) -> SampleSums:
+        """Return the sums over the joined batch of ``parts`` and of all processes."""
+        sums, lengths = parts[0].sums, parts[0].lengths
+        if len(parts) > 1:
+            sums = torch.stack([part.sums for part in parts]).sum(0)
+            lengths = root_sum_square(torch.stack([part.lengths for part in parts]))
+        if processes.count > 1:
+            told = processes.gather(torch.cat([sums, lengths[:, None]], dim=1))
+            sums, lengths = told[..., :-1].sum(0), root_sum_square(told[..., -1])
+        return cls(sums, lengths)
+
+    def agreement(self) -> Tensor:
+        r"""Return :math:`\lVert \sum_b A_{kb} \rVert^2 / \sum_b \lVert A_{kb} \rVert^2`, NaN if unknown. ``(K,)``.
+
+        One on average where samples have nothing in common, and the number of samples where they are all the same.
+        """
+        return (self.sums / self.lengths[:, None]).square().sum(1)
+
+
+class Sketch:
+    """Random projections of a representation, kept until its gradients come back.
+
+    The first dimension counts the samples, the positions of one are added up. New projections in every step: an error
+    of one step is not that of the next.
+
+    Args:
+        rep: z.
+        dims: Its rotated dimensions.
+        seed: That of the projections: one for each step and tensor, the same in all processes.
+    """
+
+    def __init__(self, rep: Tensor, dims: RotatedDims, seed: int) -> None:
+        self._dims = dims
+        features = dims.view(rep.detach())
+        features = features if features.dtype == torch.float64 else features.float()
+        generator = torch.Generator(rep.device).manual_seed(seed)
+        d = features.shape[1]
+        drawn = torch.randn(2, d, NUM_PROJECTIONS, device=rep.device, generator=generator).to(features.dtype)
+        self._of_rep, self._of_grads = drawn
+        self._num_samples = 1 if 0 in dims.resolve(rep.shape) else len(rep)
+        self._projected = self._samples(features.movedim(1, 2) @ self._of_rep)
+
+    def _samples(self, projected: Tensor) -> Tensor:
+        """Return ``(..., L, P, 8)`` as ``(..., B, L P / B, 8)``."""
+        lead = projected.shape[:-3]
+        return projected.reshape(*lead, self._num_samples, -1, NUM_PROJECTIONS)
+
+    def sums(self, grads: Tensor) -> SampleSums:
+        """Return the sums for gradients at the representation, shape ``(K, *z.shape)``."""
+        projected = self._samples(self._dims.view_stacked(grads).movedim(2, 3) @ self._of_grads.to(grads.dtype))
+        each = (projected.mT @ self._projected.to(grads.dtype)).flatten(2)  # (K, B, 64)
+        return SampleSums(each.sum(1), torch.linalg.vector_norm(each, dim=(1, 2)))
