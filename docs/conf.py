@@ -30,7 +30,7 @@ autodoc_inherit_docstrings = False
 
 html_theme = "furo"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["pages.css"]
 html_title = f"rotoopt {release}"
 
 mathjax_path = "mathjax/tex-chtml.js"

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 CANVAS = 12  # the two 8 x 8 digits share the 4 x 4 pixels in the middle
 BATCH = 128
 TEST_PAIRS = 2_000
-TEST_DIGITS = 597  # of 1,797 digit images; test pairs are made of these, training pairs never
+TEST_DIGITS = 597  # of 1,797 digit images; only test pairs use these
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task: what its head puts out, how it is trained, and how it is judged."""
+    """One task: the size of its output, its loss, and its metric."""
 
     name: str
     unit: str
@@ -59,7 +59,7 @@ TASKS = [
 
 @dataclass(frozen=True)
 class Pairs:
-    """Canvases with two digits each, and what every task should say about them."""
+    """Canvases with two digits each, and the targets of all tasks."""
 
     images: Tensor  # (N, 1, 12, 12), from 0 to 1
     targets: dict[str, Tensor]  # by task name: classes (N,), everything else (N, 1)

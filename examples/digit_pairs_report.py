@@ -27,7 +27,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one method on S seeds, with E epochs and K tasks."""
+    """The results of one method on S seeds, with E epochs and K tasks."""
 
     metrics: Tensor  # (S, E, K), on the test pairs
     cosines: Tensor | None  # (S, E, K, K), where the method measures them
@@ -51,7 +51,7 @@ class Result:
 
 
 def plus_minus(values: Tensor, sign: str = "") -> str:
-    """Write the numbers of several seeds as mean and standard deviation (0 for a lone seed)."""
+    """Write the numbers of several seeds as mean and standard deviation (0 for a single seed)."""
     mean, std = values.mean(), values.std(correction=min(1, len(values) - 1))
     decimals = 2 if abs(mean) < 10 else 1 if abs(mean) < 100 else 0
     return f"{mean:{sign}.{decimals}f} ± {std:.{decimals}f}"

@@ -1,10 +1,10 @@
-"""RotoGrad under DistributedDataParallel: N processes with a part of the batch each do what one does with all of it.
+"""RotoGrad under DistributedDataParallel: N processes on parts of a batch train like one process on the whole batch.
 
     torchrun --nproc_per_node=2 examples/distributed.py
     python examples/distributed.py --batch 128             # the same training in one process
 
-Takes some ten seconds on the CPU. Both commands end with the same losses but for rounding: 0.507 and 48.4, where
-predicting the mean would give 3.5 and 346.
+Takes some ten seconds on the CPU. Both commands print the same losses up to rounding errors, which grow over 1000
+steps. Predicting the mean would give 3.5 and 346. Output: docs/examples.md.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def main() -> None:
     if rank == 0 and record is not None and record.losses is not None:  # those of the joined batch
         print("losses after training: " + ", ".join(f"{loss:.4f}" for loss in record.losses.tolist()))
     if count > 1:
-        # The model goes first. As the last to use the group, it would wait for the group's threads and keep Python's
-        # lock meanwhile, for which one of these threads may wait: on a busy machine, a deadlock now and then.
+        # Delete the model first. If it held the last reference to the group, its destructor would wait for the threads
+        # of the group with the GIL held, and one of them may need the GIL: a rare deadlock on a busy machine.
         del model
         dist.destroy_process_group()
 

@@ -1,8 +1,9 @@
-"""Every example runs, shortened, in a process of its own, and prints the table that its header shows."""
+"""Every example runs, shortened, in a process of its own, and prints the table that the examples page shows."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "examples.md"  # shows what they print
+NUMBER = re.compile(r"\d+(\.\d+)?")
 
 # Arguments that shorten it, a line that it prints, and a file that it saves.
 EXAMPLES: dict[str, tuple[list[str], str, str | None]] = {
@@ -30,6 +33,7 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
     finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     assert line in finished.stdout
+    assert NUMBER.sub("#", finished.stdout.splitlines()[0]) in NUMBER.sub("#", PAGE.read_text(encoding="utf-8"))
     assert picture is None or (tmp_path / picture).stat().st_size > 10_000
 
 

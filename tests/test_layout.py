@@ -140,7 +140,7 @@ def drawn(heading: str) -> list[str]:
 
 @pytest.mark.parametrize("steps", [16, 17], ids=["rotations rest", "rotations turn"])
 def test_step_runs_through_the_files_that_are_drawn_and_in_their_order(steps: int) -> None:
-    way, aside = drawn("The way of a step"), drawn("What it asks on the way")
+    way, aside = drawn("What happens in a step"), drawn("Other files used in a step")
     assert len(way) == 8
     seen = files_of_a_step(steps)
     assert [path for path in seen if path in way] == way[: len(way) - (steps == 16)]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # From the palette of Okabe and Ito, which color-blind readers tell apart, without its yellow.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MAX_LINES = len(COLORS)
+LINE_HEIGHT = 0.01  # a line as thick as this share of the axis hides another that is nearer
 LOG_SPAN = 20.0  # ratio of largest to smallest value from which an axis is logarithmic
 MAX_COLUMNS = 80  # of a map
 ROW_HEIGHT = 0.125  # inches: rows of a map have labels
@@ -62,6 +63,8 @@ def draw_lines(
 ) -> None:
     """Draw the running median of every column of ``values`` (T, n), and all values behind it, faintly.
 
+    A line that lies on an earlier one is dashed, so that both are seen.
+
     Args:
         ax: Where to draw.
         steps: Shape ``(T,)``.
@@ -81,7 +84,9 @@ def draw_lines(
             ax.plot(steps[measured[positions]].numpy(), raw.numpy(), color=color, alpha=0.2, linewidth=0.6, zorder=1)
         known = medians[:, column].isfinite()
         x, y = steps[places[known]].numpy(), medians[known, column].numpy()
-        ax.plot(x, y, color=color, linewidth=2, label=label, zorder=2, marker="o" if len(x) == 1 else None)
+        below = num_coinciding(medians[:, : column + 1], log=ax.get_yscale() == "log")
+        style: Any = (0, (4, 4 * below)) if below else "solid"
+        ax.plot(x, y, color=color, linewidth=2, linestyle=style, label=label, marker="o" if len(x) == 1 else None)
     ax.grid(axis="y", alpha=0.3)
 
 
@@ -89,6 +94,16 @@ def spans_decades(values: Tensor) -> bool:
     """Whether all finite values are positive and some are many times larger than others."""
     finite = values[values.isfinite()]
     return finite.numel() > 0 and bool(finite.min() > 0) and bool(finite.max() / finite.min() > LOG_SPAN)
+
+
+def num_coinciding(values: Tensor, *, log: bool) -> int:
+    """Return how many columns of ``values`` (T, n) the last column covers in a plot."""
+    heights = values.log() if log else values
+    finite = heights[heights.isfinite()]
+    if not finite.numel():
+        return 0
+    gaps = (heights[:, :-1] - heights[:, -1:]).abs()
+    return int(((gaps <= LINE_HEIGHT * (finite.max() - finite.min())) | gaps.isnan()).all(dim=0).sum())
 
 
 def add_legend(ax: Axes) -> None:

@@ -259,3 +259,10 @@ def test_nothing_recorded_is_an_error(plot: Plot) -> None:
     with pytest.raises(RuntimeError, match="must have records, got none"):
         plot(History())
     assert not plt.get_fignums()
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.2])
+def test_lines_that_coincide_are_all_seen(gap: float) -> None:
+    drawn = lines(plot_rotations(random_history(3, 60, total_angles=0.5 + gap * torch.arange(3)))).values()
+    patterns = {str(line._dash_pattern) for line in drawn}  # type: ignore[attr-defined]
+    assert len(patterns) == (1 if gap else 3)  # the first is solid, those above it have gaps
