@@ -26,7 +26,7 @@ from rotoopt._torch.private import num_outputs, output_shapes, saved
 
 # Linear in all inputs, or in the only one that depends on a task.
 LINEAR = {"Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Stack", "Cat", "Clone", "ToCopy", "Expand", "Where"}
-LINEAR |= {"MaskedFill", "Index", "IndexSelect", "Gather", "MaskedSelect"} | REARRANGING
+LINEAR |= {"Alias", "MaskedFill", "Index", "IndexSelect", "Gather", "MaskedSelect"} | REARRANGING
 PRODUCTS = {"Mul", "Div", "Dot", "Mv", "Mm", "Bmm"}
 
 

@@ -38,7 +38,18 @@ ELEMENTWISE |= {
 }
 ELEMENTWISE |= {"Relu", "LeakyRelu", "PreluKernel", "Elu", "Gelu", "Silu", "Mish", "Softplus", "Hardtanh", "Erf"}
 ELEMENTWISE |= {"Threshold", "Clamp", "ClampMin", "ClampMax", "Maximum", "Minimum", "Where", "MaskedFill", "Lerp"}
-ELEMENTWISE |= {"Addcmul", "Addcdiv", "Atan2", "Xlogy", "Logaddexp", "NativeDropout", "Clone", "ToCopy", "Expand"}
+ELEMENTWISE |= {
+    "Addcmul",
+    "Addcdiv",
+    "Atan2",
+    "Xlogy",
+    "Logaddexp",
+    "NativeDropout",
+    "Alias",
+    "Clone",
+    "ToCopy",
+    "Expand",
+}
 RESHAPING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"}
 REARRANGING = RESHAPING | {"Select", "Slice", "Split", "SplitWithSizes", "Unbind", "Permute", "Transpose", "T"}
 REDUCING = {"Sum", "Mean", "LinalgVectorNorm", "Norm", "Amax", "Amin", "Max", "Min", "Logsumexp", "Var", "Std", "Prod"}

@@ -35,6 +35,15 @@ BEHIND: dict[str, tuple[Callable[[], nn.Module], Losses]] = {
     "normalization": (lambda: nn.LayerNorm(6), lambda model, layer: of_both(model, layer)),
     "linear": (lambda: nn.Linear(6, 3), lambda model, layer: of_both(model, layer)),
     "convolution": (lambda: nn.Conv1d(1, 3, 1), lambda model, layer: of_both(model, lambda out: layer(out[:, None]))),
+    "PReLU": (nn.PReLU, lambda model, layer: of_both(model, layer)),
+    "linear with two numbers": (
+        lambda: nn.Linear(2, 1, bias=False),
+        lambda model, layer: of_both(model, lambda out: layer(out[:, :2])),
+    ),
+    "number for each column": (
+        lambda: nn.PReLU(2),
+        lambda model, layer: of_both(model, lambda out: layer(out[:, :2])),
+    ),
     "weights of the backbone": (
         nn.Identity,
         lambda model, _: of_both(model, lambda out: F.linear(out, weight_of(model)[:, :1].expand(-1, 6))),
@@ -93,6 +102,27 @@ def test_weights_of_losses_are_nobodys_business(kind: str, way: str) -> None:
             optimizer.step()
         assert optimizer.last_step is not None
         assert optimizer.last_step.present.all()
+
+
+@pytest.mark.parametrize("kind", ["of samples", "of columns", "of columns, as losses"])
+@pytest.mark.parametrize("own", [False, True])
+def test_tasks_may_read_numbers_of_their_own_from_one_parameter(kind: str, own: bool) -> None:
+    """A log-variance or a scale for each task, in one vector: what each number gets is its own."""
+    model, s = TwoTasks(), nn.Parameter(torch.tensor([0.5, -0.5]))
+    optimizer = RotoGradOptimizer(SGD([*model.parameters(), s], lr=0.1), model.heads, rotate=False)
+
+    def losses() -> list[Tensor]:
+        z = model.backbone(model.inputs(0))
+        outputs = [head(z).mean(1, keepdim=True) for head in model.heads.values()]
+        if kind == "of samples":
+            return [(torch.exp(-s)[k] * out.square() + s[k]).mean() for k, out in enumerate(outputs)]
+        errors = (torch.cat(outputs, 1) * s.exp()).square()
+        return [errors[:, k].mean() for k in range(2)] if kind == "of columns" else list(errors.mean(0))
+
+    with optimizer.paused():
+        (expected,) = torch.autograd.grad(torch.stack(losses()).sum(), s)
+    back_propagate(losses()) if own else optimizer.backward(losses())
+    assert_close(s.grad, expected)
 
 
 def test_time_steps_of_one_task_may_share_a_parameter_that_is_not_listed() -> None:
