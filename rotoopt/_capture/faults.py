@@ -15,6 +15,7 @@ from rotoopt._capture.graph import (
     behind,
     inputs,
     is_leaf,
+    is_of_each,
     is_sum,
     is_tap,
     leaves,
@@ -27,7 +28,7 @@ from rotoopt.weighting import Weighting
 
 
 def check_losses(
-    losses: Mapping[int, Edge], names: Sequence[str], own: Mapping[int, int], backbone: Edge | None
+    losses: Mapping[int, Edge], fed: Fed, names: Sequence[str], own: Mapping[int, int], backbone: Edge | None
 ) -> None:
     """Raise unless every loss was computed by its own head, for the first time, and all of them share through heads.
 
@@ -36,6 +37,7 @@ def check_losses(
 
     Args:
         losses: What made the losses of the present tasks.
+        fed: What the heads were fed.
         names: How to call the K tasks in an error.
         own: The tasks by the ids of their parameters.
         backbone: What made a loss that must not pass through any head.
@@ -43,7 +45,7 @@ def check_losses(
     dependence = Dependence(losses.values())
     for task, loss in losses.items():
         through = dependence.tasks(loss)
-        if task not in through:
+        if task not in through and (through or not fed.is_frozen([task])):
             raise RuntimeError(_not_through_its_head(names[task], ", ".join(names[other] for other in sorted(through))))
         if dependence.is_mixed(loss):
             raise RuntimeError(_mixed([task, *sorted(through - {task})], names))
@@ -181,7 +183,8 @@ def check_not_bypassed(
         for node in with_own & with_shared:
             parts = inputs(node)
             # A penalty on all parameters adds them up, or puts them together; a layer takes an input and a weight.
-            if not is_sum(node) and any(p in with_own and q in with_shared for p in parts for q in parts if p is not q):
+            meet = any(p in with_own and q in with_shared for p in parts for q in parts if p is not q)
+            if meet and not is_sum(node) and not is_of_each(node):
                 param = next(param for param in leaves(reached([node])) if id(param) in own)
                 raise RuntimeError(_not_through_its_head(names[own[id(param)]], "none"))
 

@@ -68,6 +68,11 @@ def is_sum(node: Node) -> bool:
     return operation(node) in SUMS
 
 
+def is_of_each(node: Node) -> bool:
+    """Whether ``node`` treats each of a list of tensors by itself, as ``torch._foreach_norm`` does."""
+    return operation(node).startswith("Foreach")
+
+
 def operation(node: Node) -> str:
     """Return the name of the operation, as ``"Addmm"``."""
     name: str = node.name()

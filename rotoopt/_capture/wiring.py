@@ -39,7 +39,7 @@ class Wiring:
 
     def check(self, losses: Mapping[int, Tensor], fed: Fed, backbone_loss: Tensor | None) -> bool:
         """Return whether ``losses`` reach one tensor through their heads, and no other; raise if wired wrongly."""
-        tasks = frozenset(losses)
+        tasks = frozenset(losses) & fed.trained()  # others have a loss of their head alone
         made_by_now = [operation(loss.grad_fn) for loss in losses.values() if loss.grad_fn is not None]
         known = self._known(tasks, fed)
         if known is not None and self._made_by.get(tasks) == made_by_now:
@@ -47,7 +47,7 @@ class Wiring:
         self._made_by[tasks] = made_by_now
         made = {task: made_by(loss) for task, loss in losses.items()}
         backbone = None if backbone_loss is None else made_by(backbone_loss)
-        check_losses(made, self._names, self._own_parameters(), backbone)
+        check_losses(made, fed, self._names, self._own_parameters(), backbone)
         return self._remember(tasks, taps_of(node for node, _ in made.values()))
 
     def check_frozen(self, losses: Mapping[int, Tensor]) -> None:

@@ -264,3 +264,53 @@ def test_a_failed_backward_pass_leaves_nothing_behind() -> None:
     optimizer.step(losses(torch.ones(())))
     assert optimizer.last_step is not None
     assert optimizer.last_step.present.all()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_probe_on_stopped_gradients_is_trained_and_weighs_nothing(own: bool) -> None:
+    model, probe = TwoTasks(), nn.Linear(6, 3)
+    heads = {**model.heads, "probe": probe}
+    params = [*model.parameters(), *probe.parameters()]
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), heads, rotate=False)
+    for batch in range(3):
+        model.zero_grad()
+        probe.zero_grad()
+        z = model.backbone(model.inputs(batch))
+        losses = [head(z).square().mean() for head in model.heads.values()]
+        true = [
+            torch.autograd.grad(loss, weight_of(model), retain_graph=True)[0] for loss in plain_losses(model, batch)
+        ]
+        of_probe = (probe(z.detach()) - 1).square().mean()
+        (expected,) = torch.autograd.grad(of_probe, probe.weight, retain_graph=True)
+        back_propagate([*losses, of_probe]) if own else optimizer.backward([*losses, of_probe])
+        assert optimizer.last_step is not None
+        weights = optimizer.last_step.weights[:2]
+        assert_close(weight_of(model).grad, weights[0] * true[0] + weights[1] * true[1])
+        assert_close(probe.weight.grad, expected)
+        optimizer.step()
+
+
+def plain_losses(model: TwoTasks, batch: int) -> list[Tensor]:
+    """Return the losses of a copy that never was wrapped, at the same parameters."""
+    z = model.backbone(model.inputs(batch))
+    return [F.linear(z, *head.parameters()).square().mean() for head in model.heads.values()]
+
+
+@pytest.mark.parametrize("other", ["loss", "backbone_loss"])
+def test_a_constant_stands_in_for_an_absent_task(other: str) -> None:
+    model, optimizer = wrap(sgd)
+    left, right = model.losses(0)[0]
+    zero = torch.zeros((), requires_grad=True)
+    if other == "loss":
+        optimizer.step([left, zero])
+    else:
+        optimizer.step([left, right], backbone_loss=zero)
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.present.tolist() == [True, other != "loss"]
+
+
+def test_norms_of_a_list_of_parameters_are_a_penalty_like_any_other() -> None:
+    model, optimizer = wrap(sgd)
+    norms = torch._foreach_norm(list(model.parameters()))
+    back_propagate([torch.stack([*model.losses(0)[0], *norms]).sum()])
+    optimizer.step()

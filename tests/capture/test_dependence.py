@@ -170,3 +170,31 @@ def test_a_loss_that_mixes_the_outputs_of_heads_is_refused_whatever_the_size_of_
     losses = sum(out.square().mean() for out in outs)
     with pytest.raises(RuntimeError, match=r"The loss of heads\[0\] must be computed from the output of its own head"):
         back_propagate([losses + MIXTURES[name](outs, bench.y)])
+
+
+COLUMNS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
+    "column": lambda out, y: [(out[:, k] - y[:, k]).square().mean() for k in range(3)],
+    "slice": lambda out, y: [F.mse_loss(out[:, k : k + 1], y[:, k : k + 1]) for k in range(3)],
+    "split": lambda out, y: [each.square().mean() for each in torch.split(out - y, 1, 1)],
+    "mean over samples": lambda out, y: list((out - y).square().mean(0)),
+    "sum over samples by the number of labels": lambda out, y: list(((out - y).square() * (y > 0)).sum(0) / len(y)),
+    "norms": lambda out, y: list((out - y).norm(dim=0)),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_each_loss_may_read_its_part_of_what_all_heads_have_made(name: str) -> None:
+    bench, losses = Heads(8), COLUMNS[name]
+    for _ in range(3):
+        true = [
+            bench.true_gradient(lambda outs, y, k=task: losses(torch.cat(outs, 1), y)[k], task)  # type: ignore[misc]
+            for task in range(3)
+        ]
+        bench.optimizer.zero_grad()
+        bench.optimizer.backward(losses(torch.cat(bench.outputs(), 1), bench.y))
+        weights = bench.optimizer.last_step.weights  # type: ignore[union-attr]
+        assert_close(bench.backbone.weight.grad, sum(w * grad for w, grad in zip(weights, true, strict=True)))
+        bench.optimizer.step()
+    losses_of_others = losses(torch.cat(bench.outputs(), 1), bench.y)[::-1]
+    with pytest.raises(RuntimeError, match=r"loss of heads\[0\] must pass .* got one that passes through: heads\[2\]"):
+        bench.optimizer.step([losses_of_others[0], None, None])
