@@ -14,6 +14,7 @@ from rotoopt._capture.graph import (
     Node,
     behind,
     inputs,
+    is_checkpoint,
     is_leaf,
     is_of_each,
     is_sum,
@@ -124,6 +125,7 @@ def check_shared(
         own: The tasks by the ids of their parameters.
         terms: What made terms of a sum of losses, of whatever tasks.
     """
+    check_not_hidden(dependence, [*losses.values(), *terms], names)
     read: dict[int, _Read] = {}
     beside: dict[int, _Read] = {}  # the losses: their weights, and penalties
     of_tasks = [(term, dependence.tasks(term)) for term in terms]
@@ -145,6 +147,28 @@ def check_shared(
                 each = each or beside[key]
                 if is_trained(each.param):
                     raise RuntimeError(_around_the_heads(each, [names[task] for task in sorted(each.tasks)]))
+
+
+def check_not_hidden(dependence: Dependence, terms: Sequence[Edge], names: Sequence[str]) -> None:
+    """Raise if losses reach what a re-entrant checkpoint made without passing a head, and share it.
+
+    Its parameters are not in the graph: by themselves they cannot be found.
+    """
+    past: dict[Node, set[int]] = {}
+    for term in terms:
+        for node in filter(is_checkpoint, reached([term[0]], stop_at_taps=True)):
+            past.setdefault(node, set()).update(dependence.tasks(term) - dependence.tasks((node, 0)))
+    if not past:
+        return
+    shared = behind(taps_of(node for node, _ in terms))
+    for node, tasks in past.items():
+        if tasks and (node in shared or len(tasks) > 1):
+            raise RuntimeError(
+                "What tasks share must be reached through their heads, got the output of a re-entrant checkpoint, which "
+                f"the loss of {names[min(tasks)]} reaches without passing a head: nothing weighs its gradient there. "
+                "Put what goes around the head into it, or hand it to the head as an input. If it is shared by "
+                "nothing but a penalty, pass use_reentrant=False to checkpoint(), which shows what it is made of."
+            )
 
 
 @dataclass

@@ -63,6 +63,11 @@ def is_leaf(node: Node) -> bool:
     return hasattr(node, "variable")
 
 
+def is_checkpoint(node: Node) -> bool:
+    """Whether ``node`` is a re-entrant checkpoint, whose graph is made in the backward pass."""
+    return operation(node) == "CheckpointFunction"
+
+
 def is_sum(node: Node) -> bool:
     """Whether ``node`` adds numbers up, multiplies them, or puts them together."""
     return operation(node) in SUMS

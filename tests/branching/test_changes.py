@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from rotoopt import RotoGradOptimizer
 from rotoopt._capture.wiring import LOOK_EVERY
@@ -198,6 +200,23 @@ def test_parameters_of_a_head_that_are_handed_to_it_get_its_own_gradient(own: bo
         back_propagate(losses) if own else optimizer.backward(losses)
         assert_close(embedding.weight.grad, expected)
         optimizer.step()
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("around", ["one", "both", "none"])
+def test_what_goes_around_heads_from_a_reentrant_checkpoint_is_refused(around: str, own: bool) -> None:
+    """Its parameters are not in the graph of the losses, but it is."""
+    encoder, middle = nn.Linear(5, 6), nn.Linear(6, 6)
+    heads = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+    params = [*encoder.parameters(), *middle.parameters(), *heads.parameters()]
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), heads)
+    e = checkpoint(encoder, torch.randn(4, 5, requires_grad=True), use_reentrant=True)
+    z = middle(e)
+    num_around = {"one": 1, "both": 2, "none": 0}[around]
+    losses = [(head(z) + (e if k < num_around else 0)).square().mean() for k, head in enumerate(heads)]
+    refused = pytest.raises(RuntimeError, match="got the output of a re-entrant checkpoint, which the loss of heads")
+    with nullcontext() if around == "none" else refused:
+        back_propagate(losses) if own else optimizer.backward(losses)
 
 
 def test_heads_may_write_to_containers_that_they_get() -> None:
