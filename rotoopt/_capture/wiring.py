@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rotoopt._capture.dependence import Dependence
 from rotoopt._capture.faults import check_losses, check_shared, check_sum
 from rotoopt._capture.fork import Fed
-from rotoopt._capture.graph import Node, behind, leaves, made_by, operation, taps_of
+from rotoopt._capture.graph import Node, behind, leaves, made_by, operation, reached, taps_of
 from rotoopt._capture.places import Places
 from rotoopt._torch.private import running_roots
 
@@ -91,6 +91,12 @@ class Wiring:
                 self._places.own.add((tap.task, tap.place))  # nothing to weigh there
         self._one_tensor[tasks] = len({tap.fork for tap in taps}) == 1
         return self._one_tensor[tasks]
+
+    def is_own(self, rep: Tensor, task: int) -> bool:
+        """Return whether ``rep`` was made of parameters of ``task`` alone, as an embedding."""
+        own = self._own_parameters()
+        made_of = [rep] if rep.is_leaf else leaves(reached([rep.grad_fn]))
+        return all(own.get(id(param)) == task for param in made_of)
 
     def _own_parameters(self) -> dict[int, int]:
         """Return the tasks by the ids of the parameters that belong to them alone."""

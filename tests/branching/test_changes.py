@@ -219,6 +219,37 @@ def test_what_goes_around_heads_from_a_reentrant_checkpoint_is_refused(around: s
         back_propagate(losses) if own else optimizer.backward(losses)
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("frozen", [range(0, 5), range(2, 20)], ids=["from the start", "later"])
+@pytest.mark.filterwarnings("ignore:The representation should require grad")
+def test_a_backbone_that_was_frozen_behind_prompts_is_weighed_again_at_once(frozen: range, own: bool) -> None:
+    """While it is frozen, what enters a head was made of the prompt of its task alone."""
+    torch.manual_seed(0)
+    backbone, heads = nn.Linear(5, 6), nn.ModuleList(nn.Linear(6, 2) for _ in range(2))
+    prompts = nn.ParameterList(torch.randn(5) for _ in range(2))
+    params = [*backbone.parameters(), *heads.parameters(), *prompts]
+    parts = [(head, prompt) for head, prompt in zip(heads, prompts, strict=True)]
+    optimizer = RotoGradOptimizer(SGD(params, lr=1e-3), parts, rotate=False)
+    x = torch.randn(8, 5)
+
+    def losses() -> list[Tensor]:
+        outputs = [head(backbone(x + prompt)) for head, prompt in zip(heads, prompts, strict=True)]
+        return [30**k * (output - 1).square().mean() for k, output in enumerate(outputs)]
+
+    for step in range(frozen.stop + 2):
+        backbone.requires_grad_(step not in frozen)
+        optimizer.zero_grad()
+        if step in frozen:
+            back_propagate(losses()) if own else optimizer.backward(losses())
+        else:
+            with optimizer.paused():
+                true = [torch.autograd.grad(loss, backbone.weight)[0] for loss in losses()]
+            back_propagate(losses()) if own else optimizer.backward(losses())
+            weights = optimizer.last_step.weights  # type: ignore[union-attr]
+            assert_close(backbone.weight.grad, weights[0] * true[0] + weights[1] * true[1])
+        optimizer.step()
+
+
 def test_heads_may_write_to_containers_that_they_get() -> None:
     model = TwoTasks()
 
