@@ -164,8 +164,8 @@ def check_not_hidden(dependence: Dependence, terms: Sequence[Edge], names: Seque
     for node, tasks in past.items():
         if tasks and (node in shared or len(tasks) > 1):
             raise RuntimeError(
-                "What tasks share must be reached through their heads, got the output of a re-entrant checkpoint, which "
-                f"the loss of {names[min(tasks)]} reaches without passing a head: nothing weighs its gradient there. "
+                "What tasks share must be reached through their heads, got the output of a re-entrant checkpoint, "
+                f"which the loss of {names[min(tasks)]} reaches without passing a head: nothing weighs its gradient there. "
                 "Put what goes around the head into it, or hand it to the head as an input. If it is shared by "
                 "nothing but a penalty, pass use_reentrant=False to checkpoint(), which shows what it is made of."
             )
@@ -234,7 +234,9 @@ def _around_the_heads(read: _Read, names: Sequence[str]) -> str:
         "carries to the head as an input, (b) a head is called as head.forward(z), (c) a head reads something "
         "that was stored and not handed to it, or is in an object of a class of its own, (d) a penalty on "
         "the backbone is part of a loss: pass it as backbone_loss, or (e) a layer is applied to the outputs of "
-        "several heads: give every task a copy of its own, in `heads`. If the parameter belongs to one task, list it "
+        "several heads: give every task a copy of its own, in `heads`. A loss that was computed from gradients, as in "
+        "MAML, cannot be weighted: run its forward and backward under optimizer.paused(), and then optimizer.step() "
+        "without losses. If the parameter belongs to one task, list it "
         "there: heads={'task': (head, parameter)}. To weigh losses by it, multiply the losses, and not their errors."
     )
 

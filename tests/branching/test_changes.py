@@ -220,7 +220,7 @@ def test_what_goes_around_heads_from_a_reentrant_checkpoint_is_refused(around: s
 
 
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("frozen", [range(0, 5), range(2, 20)], ids=["from the start", "later"])
+@pytest.mark.parametrize("frozen", [range(5), range(2, 20)], ids=["from the start", "later"])
 @pytest.mark.filterwarnings("ignore:The representation should require grad")
 def test_a_backbone_that_was_frozen_behind_prompts_is_weighed_again_at_once(frozen: range, own: bool) -> None:
     """While it is frozen, what enters a head was made of the prompt of its task alone."""
