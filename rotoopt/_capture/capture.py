@@ -37,6 +37,7 @@ class Capture:
         running: Returns the backward pass that runs, which gets the gradients.
         measures: Returns whether second moments of what is rotated are needed in the present step.
         seed: Returns that of the projections by which agreement is measured in the present step; None if it is not.
+        is_own: Returns whether a tensor was made of parameters of a task alone.
 
     Attributes:
         handles: The handles of the hooks that feed the heads.
@@ -54,6 +55,7 @@ class Capture:
         running: Callable[[], BackwardPass],
         measures: Callable[[], bool],
         seed: Callable[[], int | None],
+        is_own: Callable[[Tensor, int], bool],
     ) -> None:
         self.rotations = rotations
         self.dims = dims
@@ -67,6 +69,7 @@ class Capture:
         self._running = running
         self._measures = measures
         self._seed = seed
+        self._is_own = is_own
         self._forks = WeakTensorKeyDictionary()
         self._changes_input: dict[tuple[int, Place], bool] = {}  # whether a head changes what it gets there in place
         # What it got first, and how often that had been changed.
@@ -189,10 +192,15 @@ class Capture:
         if is_transformed():
             return self._rotate(rep, task, place, alone, own)
         matrix = self.places.matrix_for(rep, task, place, alone=alone, trains=True)
+        own_place = not self._paused and (task, place) in self.places.own
+        if own_place and not self._is_own(rep, task):  # the backbone was frozen, and is no more
+            self.places.own.discard((task, place))
+            own_place = False
         unowned = self.owner is not None and self.owner.is_gone
-        # With the true gradient, whatever it is.
-        let_pass = self._paused or unowned or (task, place) in self.places.own
-        if not let_pass:
+        let_pass = self._paused or unowned or own_place  # with the true gradient, whatever it is
+        if own_place:
+            self.fed.tasks.setdefault(task, False)
+        elif not let_pass:
             self.fed.note(rep, task)
         if let_pass or not rep.requires_grad:
             out = rep if matrix is None else rotated(rep, matrix, self.dims)

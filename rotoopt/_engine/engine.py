@@ -68,7 +68,9 @@ class Engine:
         self.normalize_losses = normalize_losses
         self.turn_every = turn_every
         self._needs_second_moment = needs_second_moment
-        self.capture = Capture(rotations, dims, self._running_pass, self._measures_second_moments, self._agreement_seed)
+        self.capture = Capture(
+            rotations, dims, self._running_pass, self._measures_second_moments, self._agreement_seed, self._is_own
+        )
         self.memory = Memory(rotations, weighting)
         self._weighing = Weighing(
             weighting, self.memory, rotations, processes, burn_in_period=burn_in_period, turn_every=turn_every
@@ -183,6 +185,10 @@ class Engine:
     def _measures_second_moments(self) -> bool:
         """Return whether the turn of this step needs the second moment of the representation."""
         return self._needs_second_moment and self._weighing.turns_are_due
+
+    def _is_own(self, rep: Tensor, task: int) -> bool:
+        """Return whether ``rep`` was made of parameters of ``task`` alone."""
+        return self._wiring.is_own(rep, task)
 
     def _agreement_seed(self) -> int | None:
         """Return the seed for the first tensor of this step, if the agreement of samples is measured in it."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rotoopt._capture.fork import BackwardPass
@@ -82,6 +83,7 @@ class UntrainedHeads:
     def __init__(self, optimizer: Optimizer, heads: Sequence[Parts], names: Sequence[str]) -> None:
         updated = {id(param) for group in optimizer.param_groups for param in group["params"]}
         self._num_steps = 0
+        self._sums: dict[str, Tensor] = {}
         self._watched = {
             key: (param, version(param))
             for name, parts in zip(names, heads, strict=False)  # functional heads have names only
@@ -94,10 +96,15 @@ class UntrainedHeads:
         if not self._watched:
             return
         self._num_steps += 1
+        if self._num_steps == 1:
+            self._sums = {key: _sum(param) for key, (param, _) in self._watched.items()}
         if self._num_steps < UNTRAINED_STEPS:
             return
         untrained = [
-            key for key, (param, old) in self._watched.items() if param.requires_grad and version(param) == old
+            key
+            for key, (param, old) in self._watched.items()
+            # An optimizer that writes to `param.data` leaves the version as it was.
+            if param.requires_grad and version(param) == old and torch.equal(_sum(param).cpu(), self._sums[key].cpu())
         ]
         self._watched = {}
         if untrained:
@@ -133,6 +140,11 @@ class ForeignSteps:
                 "fold() on the RotoGradOptimizer, or (b) step() was called on the wrapped optimizer: call it on the "
                 "RotoGradOptimizer."
             )
+
+
+def _sum(param: Tensor) -> Tensor:
+    """Return a number that changes with ``param``."""
+    return torch.zeros(()) if nn.parameter.is_lazy(param) else param.detach().double().abs().sqrt().sum()
 
 
 def _named_parameters(parts: Parts, name: str) -> list[tuple[str, nn.Parameter]]:
