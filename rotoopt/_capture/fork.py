@@ -24,6 +24,7 @@ from rotoopt._capture.agreement import SampleSums, Sketch
 from rotoopt._capture.places import Place
 from rotoopt._capture.representation import RotatedDims, rotated
 from rotoopt._torch.private import version
+from rotoopt._torch.subclasses import plain
 from rotoopt.weighting import Measurements
 from rotoopt.weighting._gradients import TaskGradients
 from rotoopt.weighting._measurements import Reference, root_sum_square
@@ -275,7 +276,7 @@ class Rotate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         """Return what the fork lets pass."""
         (matrix,) = ctx.saved_tensors
-        at_rep = grad if grad.dtype == torch.float64 else grad.float()
+        at_rep = plain(grad if grad.dtype == torch.float64 else grad.float())
         if matrix is not None:
             at_rep = rotated(at_rep, matrix.mT, ctx.dims)
         goes_on = ctx.fork.arrive(ctx.task, at_rep)
