@@ -26,6 +26,7 @@ from rotoopt._torch.private import (
     not_compiled,
     version,
 )
+from rotoopt._torch.subclasses import plain, with_attributes_of
 
 
 class Capture:
@@ -173,7 +174,7 @@ class Capture:
             own: Whether the head may change what it gets in place, and must get a copy then.
         """
         captures = training and torch.is_grad_enabled()
-        return (self._capture if captures else self._rotate)(rep, task, place, alone, own)
+        return with_attributes_of(rep, (self._capture if captures else self._rotate)(rep, task, place, alone, own))
 
     def _rotate(self, rep: Tensor, task: int, place: Place, alone: bool, own: bool) -> Tensor:
         matrix = self.places.matrix_for(rep, task, place, alone=alone, trains=False)
@@ -211,7 +212,7 @@ class Capture:
         if matrix is not None:
             fork.rotated = True
             if fork.second_moment is None and self._measures():
-                fork.second_moment = second_moment(rep, matrix, self.dims)
+                fork.second_moment = second_moment(plain(rep), matrix, self.dims)
         self.shapes[task, place] = rep.shape
         out = Rotate.apply(rep, matrix, self.dims, fork, (task, place))  # type: ignore[no-untyped-call]
         return self._own_copy(out, (task, place)) if own and matrix is None else out
@@ -251,6 +252,8 @@ class Capture:
 
     def _sketch(self, rep: Tensor, fork: Fork) -> None:
         seed = self._seed()
-        sketches = seed is not None and rep.ndim > 0 and self.dims.exist_in(rep.shape)
-        fork.sketch = Sketch(rep, self.dims, seed + self.fed.num_sketches) if sketches and seed is not None else None
-        self.fed.num_sketches += sketches
+        if seed is None or rep.ndim == 0 or not self.dims.exist_in(rep.shape):
+            fork.sketch = None
+            return
+        fork.sketch = Sketch(plain(rep), self.dims, seed + self.fed.num_sketches)
+        self.fed.num_sketches += 1

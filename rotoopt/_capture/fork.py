@@ -23,6 +23,7 @@ from rotoopt._capture.agreement import SampleSums, Sketch
 from rotoopt._capture.places import Place
 from rotoopt._capture.representation import RotatedDims, rotated
 from rotoopt._torch.private import register_first_hook, version
+from rotoopt._torch.subclasses import plain
 from rotoopt.weighting import Measurements
 from rotoopt.weighting._gradients import TaskGradients
 from rotoopt.weighting._measurements import Reference, root_sum_square
@@ -284,7 +285,7 @@ class Rotate(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(SECOND_ORDER)
         (matrix,) = ctx.saved_tensors
-        at_rep = grad if grad.dtype == torch.float64 else grad.float()
+        at_rep = plain(grad if grad.dtype == torch.float64 else grad.float())
         if matrix is not None:
             at_rep = rotated(at_rep, matrix.mT, ctx.dims)
         goes_on = ctx.fork.arrive(ctx.task, at_rep)

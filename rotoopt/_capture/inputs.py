@@ -110,4 +110,5 @@ def _list_like(given: list[Any] | tuple[Any, ...], entries: list[Any]) -> Any:
         return again
     if kind is tuple:
         return tuple(entries)
-    return kind._make(entries) if hasattr(kind, "_make") else kind(entries)  # a named tuple; one of torch
+    # Named tuples, also of classes with another __new__; those of torch.
+    return tuple.__new__(kind, entries) if hasattr(kind, "_fields") else kind(entries)

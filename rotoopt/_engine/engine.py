@@ -24,6 +24,7 @@ from rotoopt._rotation.rotations import Rotations
 from rotoopt._rotation.step import RotationGradient
 from rotoopt._torch.private import backward_pass_id
 from rotoopt._torch.processes import Processes
+from rotoopt._torch.subclasses import plain
 from rotoopt.weighting import Measurements, Weighting
 
 MANY_TENSORS = 1 << 20  # that enter heads in one forward pass; fewer have seeds of their own
@@ -128,7 +129,7 @@ class Engine:
         """Return the losses of the joined batch, NaN for an absent task. Shape ``(K,)``."""
         self._follow_rotations()
         like = self.memory.weights
-        known = {task: loss.detach().squeeze().to(like) for task, loss in present.items()}
+        known = {task: plain(loss.detach()).squeeze().to(like) for task, loss in present.items()}
         values = torch.stack([known[k] if k in known else like.new_full((), torch.nan) for k in range(len(like))])
         if self.processes.count > 1:
             values = self.processes.mean(values, self.memory.mask(set(present)))
