@@ -48,7 +48,8 @@ def test_each_silence_of_a_head_in_backward_passes_of_ones_own_is_reported_once(
         assert all(message.startswith(start) for message, start in zip(found, expected, strict=True))
 
 
-FATES = st.lists(st.sampled_from(["ours", "another's", "data", "frozen", "frozen later", "nobody's"]), min_size=6, max_size=6)
+FATE = st.sampled_from(["ours", "another's", "data", "frozen", "frozen later", "nobody's"])
+FATES = st.lists(FATE, min_size=6, max_size=6)
 
 
 @given(fates=FATES)
