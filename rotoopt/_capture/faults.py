@@ -165,8 +165,8 @@ def check_not_hidden(dependence: Dependence, terms: Sequence[Edge], names: Seque
         if tasks and (node in shared or len(tasks) > 1):
             raise RuntimeError(
                 "What tasks share must be reached through their heads, got the output of a re-entrant checkpoint, "
-                f"which the loss of {names[min(tasks)]} reaches without passing a head: nothing weighs its gradient. "
-                "Put what goes around the head into it, or hand it to the head as an input. If it is shared by "
+                f"which the loss of {names[min(tasks)]} reaches without passing a head: nothing weighs its gradient "
+                "there. Put what goes around the head into it, or hand it to the head as an input. If it is shared by "
                 "nothing but a penalty, pass use_reentrant=False to checkpoint(), which shows what it is made of."
             )
 

@@ -12,7 +12,7 @@ from rotoopt._capture.fork import Fork
 Node = Any  # torch.autograd.graph.Node, whose attributes depend on the operation
 Edge = tuple[Node, int]  # what made a tensor, and which of its outputs that is
 
-# What adds losses up, or multiplies them: behind these, a sum of losses is still a sum of losses.
+# What adds numbers up, multiplies them or puts them together, as a penalty on all parameters does.
 SUMS = {"Add", "Sub", "Rsub", "Neg", "Mul", "Div", "Sum", "Mean", "Stack", "Cat", "Unbind", "Select"}
 SUMS |= {"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Clone", "ToCopy", "Expand"}
 # What DistributedDataParallel lets all outputs pass, and FSDP all inputs, each by itself.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from rotoopt._rotation.coordinates import Coordinates
 from rotoopt._rotation.step import RotationGradient
