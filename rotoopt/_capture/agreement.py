@@ -74,17 +74,14 @@ class Sketch:
     Args:
         rep: z.
         dims: Its rotated dimensions.
-        seed: That of the projections: one for each step and tensor, the same in all processes.
+        seed: That of the projections: one for each step and place, the same in all processes.
     """
 
     def __init__(self, rep: Tensor, dims: RotatedDims, seed: int) -> None:
         self._dims = dims
         features = dims.view(rep.detach())
         features = features if features.dtype == torch.float64 else features.float()
-        generator = torch.Generator(rep.device).manual_seed(seed)
-        d = features.shape[1]
-        drawn = torch.randn(2, d, NUM_PROJECTIONS, device=rep.device, generator=generator).to(features.dtype)
-        self._of_rep, self._of_grads = drawn
+        self._of_rep, self._of_grads = _drawn(features.shape[1], features, seed)
         self._num_samples = 1 if 0 in dims.resolve(rep.shape) else len(rep)
         self._projected = self._samples(features.movedim(1, 2) @ self._of_rep)
 
@@ -98,3 +95,13 @@ class Sketch:
         projected = self._samples(self._dims.view_stacked(grads).movedim(2, 3) @ self._of_grads.to(grads.dtype))
         each = (projected.mT @ self._projected.to(grads.dtype)).flatten(2)  # (K, B, 64)
         return SampleSums(each.sum(1), torch.linalg.vector_norm(each, dim=(1, 2)))
+
+
+def _drawn(size: int, like: Tensor, seed: int) -> Tensor:
+    """Return projections of z and of its gradients. Shape ``(2, size, 8)``."""
+    try:
+        generator = torch.Generator(like.device)
+    except RuntimeError:  # devices that draw no numbers
+        generator = torch.Generator()
+    shape = 2, size, NUM_PROJECTIONS
+    return torch.randn(shape, device=generator.device, generator=generator.manual_seed(seed)).to(like)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -207,7 +208,7 @@ class Capture:
             out = rep if matrix is None else rotated(rep, matrix, self.dims)
             own = own and matrix is None and (alone or (task, place) in self.shapes)
             return self._own_copy(out, (task, place)) if own else out
-        fork = self._fork(rep)
+        fork = self._fork(rep, place)
         fork.taps[task] += 1
         if matrix is not None:
             fork.rotated = True
@@ -229,7 +230,7 @@ class Capture:
             self._probes[key] = copy.detach(), version(copy)  # which share the count of changes
         return copy
 
-    def _fork(self, rep: Tensor) -> Fork:
+    def _fork(self, rep: Tensor, place: Place) -> Fork:
         fork: Fork | None = self._forks.get(rep)  # type: ignore[no-untyped-call]
         # A tensor that was changed in place since is another one, behind another operation.
         if fork is None or (fork.version != version(rep) and not rep.is_leaf):
@@ -241,19 +242,22 @@ class Capture:
                 )
             fork = self._forks[rep] = Fork(rep, len(self.rotations), self._running)
             self.fed.forks.add(fork)
-            self._sketch(rep, fork)
+            fork.sketch = self._sketch(rep, place)
         elif rep.is_leaf and fork.used:  # z is a parameter, the same tensor in every forward pass
             fork.used = ()
             fork.taps.clear()
             fork.second_moment = None
             self.fed.forks.add(fork)
-            self._sketch(rep, fork)
+            fork.sketch = self._sketch(rep, place)
         return fork
 
-    def _sketch(self, rep: Tensor, fork: Fork) -> None:
+    def _sketch(self, rep: Tensor, place: Place) -> Sketch | None:
+        """Return projections of ``rep``, if agreement is measured in this step.
+
+        What a head reads at one place has one seed: for a head that is called on several tensors, there would be one
+        matrix in front. So do tensors of different tasks, whose gradients do not add up here.
+        """
         seed = self._seed()
         if seed is None or rep.ndim == 0 or not self.dims.exist_in(rep.shape):
-            fork.sketch = None
-            return
-        fork.sketch = Sketch(plain(rep), self.dims, seed + self.fed.num_sketches)
-        self.fed.num_sketches += 1
+            return None
+        return Sketch(plain(rep), self.dims, seed + (0 if place == (0, Z) else zlib.crc32(repr(place).encode())))

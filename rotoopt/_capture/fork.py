@@ -77,6 +77,7 @@ class BackwardPass:
         known_norms: The latest ||G_k|| that is not zero, with this pass; zero where there was none. Shape ``(K,)``.
         norm_reference: ||G_k(t0)||, with this pass.
         loss_reference: |L_k(t0)|, with this pass.
+        expected: The tasks whose losses are back-propagated, if it is known.
         tasks: The tasks whose gradients have arrived.
         norms: Norms of the gradients that have arrived, by task: one for each tensor that entered its heads. Only if
             the weights were known.
@@ -95,6 +96,7 @@ class BackwardPass:
     known_norms: Tensor
     norm_reference: Reference
     loss_reference: Reference
+    expected: frozenset[int] = frozenset()
     tasks: set[int] = field(default_factory=set)
     norms: dict[int, list[Tensor]] = field(default_factory=dict)
     measured: Measurements | None = None
@@ -226,13 +228,11 @@ class Fed:
         tasks: Whether anything that entered its heads required grad, by task.
         forks: The forks of all tensors whose graphs are still there.
         addresses: Where the memory of everything begins that entered.
-        num_sketches: Of how many tensors agreement is measured.
     """
 
     tasks: dict[int, bool] = field(default_factory=dict)
     forks: WeakSet[Fork] = field(default_factory=WeakSet)
     addresses: set[int] = field(default_factory=set)
-    num_sketches: int = 0
 
     def note(self, rep: Tensor, task: int) -> None:
         """Note that ``rep`` enters the head of ``task``."""

@@ -27,7 +27,7 @@ from rotoopt._torch.processes import Processes
 from rotoopt._torch.subclasses import plain
 from rotoopt.weighting import Measurements, Weighting
 
-MANY_TENSORS = 1 << 20  # that enter heads in one forward pass; fewer have seeds of their own
+MANY_PLACES = 1 << 32  # where tensors enter heads: each has a seed of its own
 
 
 class Engine:
@@ -108,6 +108,7 @@ class Engine:
         scale = None if scaler is None else scaler.scale(torch.ones((), device=next(iter(present.values())).device))
         try:
             self._running = this = self._open(self._values(present), scale, one_tensor=one_tensor)
+            this.expected = frozenset(present)
             roots = list(present.values())
             if self.normalize_losses and not frozen:
                 divisors = self._weighing.loss_reference(this).known_or_one()
@@ -194,7 +195,7 @@ class Engine:
     def _agreement_seed(self) -> int | None:
         """Return the seed for the first tensor of this step, if the agreement of samples is measured in it."""
         due = self.weighting.needs_agreement and self._weighing.turns_are_due
-        return self.memory.num_steps * MANY_TENSORS if due else None
+        return self.memory.num_steps * MANY_PLACES if due else None
 
     # ------------------------------------------------------------------ in the backward pass
 

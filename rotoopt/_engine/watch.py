@@ -20,7 +20,7 @@ FOREIGN_PASSES = 32  # more than LBFGS makes in a step
 
 
 class SilentHeads:
-    """Warns of a head without gradient in backward passes that the user calls, where nobody says who is absent.
+    """Warns of a head that delivers no gradient although its loss is there, or as far as one knows.
 
     Args:
         names: How to call the K tasks.
@@ -33,13 +33,22 @@ class SilentHeads:
     def observe(self, passes: Sequence[BackwardPass]) -> None:
         """Take note of a step with these backward passes."""
         delivered = {task for this in passes for task in this.tasks}
-        own = any(this.number is not None for this in passes)
+        expected = {task for this in passes for task in this.expected}
+        own = any(this.number is not None for this in passes)  # where nobody says who is absent
         for task, name in enumerate(self._names):
             if task in delivered:
                 self._num_silent[task] = 0
-            elif own and self._num_silent[task] < SILENT_STEPS:
+            elif (own or task in expected) and self._num_silent[task] < SILENT_STEPS:
                 self._num_silent[task] += 1
-                if self._num_silent[task] == SILENT_STEPS:
+                if self._num_silent[task] < SILENT_STEPS:
+                    continue
+                if task in expected:
+                    warn_user(
+                        f"Every head should deliver a gradient, got none from {name} in {SILENT_STEPS} steps with its "
+                        "loss: it trains its head, and nothing else. Likely cause: its head reads z.detach(). If that "
+                        "is meant, as for a probe, all is well."
+                    )
+                else:
                     warn_user(
                         f"Every head should deliver a gradient, got none from {name} in {SILENT_STEPS} steps of your "
                         "own backward(). Likely causes: (a) its loss is no part of what is back-propagated, or is "

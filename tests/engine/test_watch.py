@@ -14,7 +14,15 @@ from torch import nn
 from torch.optim import SGD
 
 from rotoopt._engine.arguments import Parts
-from rotoopt._engine.watch import SILENT_STEPS, UNTRAINED_STEPS, SilentHeads, UntrainedHeads
+from rotoopt._engine.watch import (
+    FOREIGN_PASSES,
+    SILENT_STEPS,
+    UNTRAINED_STEPS,
+    ForeignSteps,
+    SilentHeads,
+    UntrainedHeads,
+)
+from tests.contract.models import back_propagate, wrap
 
 NAMES = ("a", "b", "c")
 BLOCK = st.tuples(st.integers(1, SILENT_STEPS + 2), st.booleans(), st.sets(st.integers(0, 2)))
@@ -35,8 +43,8 @@ def test_each_silence_of_a_head_in_backward_passes_of_ones_own_is_reported_once(
     for own, tasks in [(own, tasks) for length, own, tasks in blocks for _ in range(length)]:
         # A step of ours beside one of the user's is still one in which nobody said who is absent.
         passes: Any = [
-            SimpleNamespace(tasks=tasks, number=None),
-            SimpleNamespace(tasks=set(), number=3 if own else None),
+            SimpleNamespace(tasks=tasks, number=None, expected=frozenset()),
+            SimpleNamespace(tasks=set(), number=3 if own else None, expected=frozenset()),
         ]
         expected = []
         for task in range(3):
@@ -48,8 +56,9 @@ def test_each_silence_of_a_head_in_backward_passes_of_ones_own_is_reported_once(
         assert all(message.startswith(start) for message, start in zip(found, expected, strict=True))
 
 
-FATE = st.sampled_from(["ours", "another's", "data", "frozen", "frozen later", "nobody's"])
-FATES = st.lists(FATE, min_size=6, max_size=6)
+FATES = st.lists(
+    st.sampled_from(["ours", "another's", "data", "frozen", "frozen later", "nobody's"]), min_size=6, max_size=6
+)
 
 
 @given(fates=FATES)
@@ -89,3 +98,50 @@ def test_parameters_of_heads_that_nobody_updates_are_named_after_some_steps(fate
             assert f"got {', '.join(expected)} as they were {UNTRAINED_STEPS} steps ago" in found[0]
         else:
             assert found == []
+
+
+@given(num_passes=st.integers(1, 2 * FOREIGN_PASSES), changed_after=st.integers(0, 2 * FOREIGN_PASSES))
+def test_steps_of_another_optimizer_are_reported_once(num_passes: int, changed_after: int) -> None:
+    head = nn.Linear(2, 2)
+    watch, found = ForeignSteps([(head,)]), []
+    for number in range(num_passes):
+        found += warned(lambda number=number: watch.observe(number))  # type: ignore[misc]
+        if number == changed_after:
+            with torch.no_grad():
+                head.weight.add_(1.0)
+    assert len(found) == (changed_after < FOREIGN_PASSES < num_passes)
+    assert all(message.startswith("The optimizer whose heads a loss passes through must make") for message in found)
+
+
+def test_backward_passes_that_nobody_steps_on() -> None:
+    """Accumulated gradients are no steps of another optimizer, nor are passes between ``zero_grad``."""
+    for steps, clears in ((False, False), (True, True), (True, False)):
+        model, optimizer = wrap()
+        bare = SGD(model.parameters(), lr=0.01)
+
+        def run(steps: bool = steps, clears: bool = clears, bare: SGD = bare) -> None:
+            for batch in range(FOREIGN_PASSES + 2):
+                back_propagate(model.losses(batch)[0])  # noqa: B023
+                if steps:
+                    bare.step()
+                if clears:
+                    optimizer.zero_grad()  # noqa: B023
+
+        assert len(warned(run)) == (steps and not clears)
+
+
+def test_a_head_that_reads_a_detached_tensor_is_named_once() -> None:
+    """Its loss is there, and it may be a probe: no error. A task that is absent is not meant."""
+    model, optimizer = wrap()
+    found = []
+    for step in range(2 * SILENT_STEPS):
+        z = model.backbone(model.inputs(step))
+        losses = [model.heads["left"](z).square().mean(), model.heads["right"](z.detach()).square().mean()]
+
+        def run(losses: list[torch.Tensor] = losses, *, absent: bool = step % 2 == 0) -> None:
+            optimizer.zero_grad()
+            optimizer.step([losses[0], None if absent else losses[1]])
+
+        found += warned(run)
+    assert len(found) == 1
+    assert f"got none from right in {SILENT_STEPS} steps with its loss" in found[0]
