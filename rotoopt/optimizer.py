@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from rotoopt._capture.adoption import adopt, previous_hooks, turned
 from rotoopt._capture.averages import warn_of_averages
 from rotoopt._capture.hooks import attach
+from rotoopt._capture.owner import Owner
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._deploy.fold import fold
 from rotoopt._deploy.refresh import refresh
@@ -61,6 +62,15 @@ class _Core(Core):
     built_in_step: bool
     idle_steps: IdleSteps = field(default_factory=IdleSteps)
     rotograd_loaded: bool = False  # since the latest step
+    owner: Owner = field(default_factory=Owner)
+
+    def __post_init__(self) -> None:
+        self.engine.capture.owner = self.owner
+        self.owner.become(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.owner.become(self)
 
 
 class RotoGradOptimizer(OptimizerWrapper):
@@ -79,7 +89,8 @@ class RotoGradOptimizer(OptimizerWrapper):
         num_tasks: K, instead of ``heads``, for functional heads: feed them with :meth:`rotate`.
         dim: Dimension or dimensions of the representation that are rotated (several are flattened together):
             -1 for vectors ``(B, d)`` and token sequences ``(B, T, d)``, 1 for the channels of ``(B, C, H, W)`` maps.
-            All others count as samples. ``None``: -1 for up to three dimensions, and an error for more.
+            All others count as samples. ``None``: -1 for two or three dimensions, and an error for others, and
+            where the heads begin with layers that take another one.
         rotation_size: Rotate only the first m features along ``dim``. The rotations then exist from construction;
             otherwise they are made in the first training forward.
         rotate: ``False``, or one flag per task: that task keeps R_k = I (frozen, pretrained heads).
@@ -104,7 +115,7 @@ class RotoGradOptimizer(OptimizerWrapper):
             if there is one. Give a group of one process to keep it out of this.
 
     Raises:
-        TypeError: If ``optimizer`` is no built torch optimizer, or a head no module.
+        TypeError: If ``optimizer`` is no built torch optimizer, or a head no module that takes hooks.
         ValueError: If an option is out of range, a head is listed twice, or has a rotation that does not fit: a new
             optimizer for heads of another one takes over their rotations.
 
@@ -190,13 +201,19 @@ class RotoGradOptimizer(OptimizerWrapper):
             needs_second_moment=rotation_step.needs_second_moment,
             processes=processes,
         )
-        adopt(hooks, engine.capture, names)
-        warn_of_averages([modules_of(each) for each in parts])
+        modules = [modules_of(each) for each in parts]
+        warn_of_averages(modules)
+        try:
+            for task, head in enumerate(modules):
+                for number, module in enumerate(head):
+                    attach(engine.capture, module, task, number, names[task])
+            adopt(hooks, engine.capture, names)
+        except Exception:
+            engine.capture.detach()
+            used_weighting.release()
+            raise
         untrained = UntrainedHeads(optimizer, parts, names)
         self._wrap(_Core(optimizer, parts, engine, rotation_step, untrained, rotation_optimizer is None))
-        for task, head in enumerate(parts):
-            for number, module in enumerate(modules_of(head)):
-                attach(engine.capture, module, task, number)
 
     # ------------------------------------------------------------------ training
 

@@ -104,9 +104,35 @@ FOLDABLE = {
         lambda: Head(lambda self, z: {"a": self.a(z), "b": (self.b(z), None)}, a=nn.Linear(6, 2), b=nn.Linear(6, 3))
     ),
     "twice": Case(lambda: Head(lambda self, z: self.a(z) + self.a(z).tanh(), a=nn.Linear(6, 2))),
+    "transformer": Case(
+        lambda: nn.Sequential(nn.Linear(6, 6), nn.TransformerEncoderLayer(6, 2, 12, batch_first=True)), TOKENS
+    ),
+    "an exit that never meets z": Case(
+        lambda: Head(
+            lambda self, z: self.b(self.a(z)) if z.mean() < 1e3 else self.c(self.a(z)),
+            a=nn.Linear(6, 5),
+            b=nn.Linear(5, 2),
+            c=nn.Linear(5, 2),
+        )
+    ),
     "counts": Case(lambda: Head(count, a=nn.Linear(6, 2), b=nn.BatchNorm1d(2))),
     "draws numbers": Case(lambda: Head(lambda self, z: self.a(z) * torch.rand(()), a=nn.Linear(6, 2))),
 }
+
+
+def experts(self: Any, z: Tensor) -> Tensor:
+    """Sparse: each sample goes to one of four layers."""
+    chosen = self.gate(z).argmax(1)
+    layers = [self.a, self.b, self.c, self.d]
+    outputs = [layer(z) * (chosen == k)[:, None] for k, layer in enumerate(layers) if (chosen == k).any()]
+    return torch.stack(outputs).sum(0)
+
+
+def early_exit(self: Any, z: Tensor) -> Any:
+    first = self.a(z)
+    return self.b(first) if first.mean() < 1e3 else self.c(z)
+
+
 LATER, PASSED, OWNED = (
     "its first layers are not all that z goes through",
     "no layer takes z as it is",
@@ -162,6 +188,15 @@ UNFOLDABLE = {
     "as many rotated samples as features": Case(lambda: nn.Linear(6, 2), (6, 6), 0, LATER),
     "old weight_norm": Case(lambda: old_weight_norm(nn.Linear(6, 2)), reason=rf"{OWNED}.*or it is computed"),
     "hooked by the user": Case(lambda: hooked(nn.Linear(6, 2)), reason=PASSED),
+    "experts": Case(
+        lambda: Head(experts, gate=nn.Linear(6, 4), **{name: nn.Linear(6, 2) for name in "abcd"}),
+        (2, 6),
+        reason=r"[a-d]\.weight, which may meet z, was not used",
+    ),
+    "early exit": Case(
+        lambda: Head(early_exit, a=nn.Linear(6, 5), b=nn.Linear(5, 2), c=nn.Linear(6, 2)),
+        reason=r"c\.weight, which may meet z, was not used",
+    ),
     "no tensors": Case(
         lambda: Head(lambda self, z: torch.distributions.Normal(self.a(z), 1.0), a=nn.Linear(6, 2)), reason=LATER
     ),

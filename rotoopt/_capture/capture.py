@@ -14,7 +14,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rotoopt._capture.agreement import Sketch
 from rotoopt._capture.fork import BackwardPass, Fed, Fork, Rotate
 from rotoopt._capture.inputs import Inputs, is_floating, paths_and_leaves, rebuilt
-from rotoopt._capture.places import Place, Places, Z
+from rotoopt._capture.owner import Owner
+from rotoopt._capture.paths import Arguments, Z
+from rotoopt._capture.places import Place, Places
 from rotoopt._capture.representation import RotatedDims, rotated, second_moment
 from rotoopt._capture.whereabouts import Whereabouts
 from rotoopt._rotation.rotations import Rotations
@@ -24,6 +26,7 @@ from rotoopt._torch.private import (
     not_compiled,
     version,
 )
+from rotoopt._torch.subclasses import plain, with_attributes_of
 
 
 class Capture:
@@ -35,6 +38,7 @@ class Capture:
         running: Returns the backward pass that runs, which gets the gradients.
         measures: Returns whether second moments of what is rotated are needed in the present step.
         seed: Returns that of the projections by which agreement is measured in the present step; None if it is not.
+        is_own: Returns whether a tensor was made of parameters of a task alone.
 
     Attributes:
         handles: The handles of the hooks that feed the heads.
@@ -42,6 +46,7 @@ class Capture:
         places: Which of the tensors that enter the heads are rotated.
         whereabouts: Whether the rotations are those of the weights behind them.
         shapes: Shapes of what entered latest in training, by task and place.
+        owner: Whose the gradients are; None if they are captured for the module that feeds the heads itself.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class Capture:
         running: Callable[[], BackwardPass],
         measures: Callable[[], bool],
         seed: Callable[[], int | None],
+        is_own: Callable[[Tensor, int], bool],
     ) -> None:
         self.rotations = rotations
         self.dims = dims
@@ -59,10 +65,12 @@ class Capture:
         self.places = Places(rotations, dims)
         self.whereabouts = Whereabouts(rotations, self.places)
         self.shapes: dict[tuple[int, Place], torch.Size] = {}
+        self.owner: Owner | None = None
         self._paused = False
         self._running = running
         self._measures = measures
         self._seed = seed
+        self._is_own = is_own
         self._forks = WeakTensorKeyDictionary()
         self._changes_input: dict[tuple[int, Place], bool] = {}  # whether a head changes what it gets there in place
         # What it got first, and how often that had been changed.
@@ -91,7 +99,14 @@ class Capture:
             self._paused = before
 
     def feed_all(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], task: int, part: int, *, training: bool
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        task: int,
+        part: int,
+        arguments: Arguments,
+        *,
+        training: bool,
     ) -> Inputs:
         """Return the inputs of a module with every tensor among them fed, however deep in lists, tuples and dicts.
 
@@ -100,41 +115,53 @@ class Capture:
             kwargs: Those by keyword.
             task: k.
             part: Which of the modules of task k it is.
+            arguments: What it calls its arguments.
             training: Whether it trains.
         """
         if len(args) == 1 and not kwargs and is_floating(args[0]):
-            return (self.feed(args[0], task, (part, Z), training=training, own=True),), kwargs
+            place = (part, arguments.by_position(0))
+            return (self.feed(args[0], task, place, alone=True, training=training, own=True),), kwargs
         captures = training and torch.is_grad_enabled()
-        return (self._capture_each if captures else self._feed_each)((args, kwargs), task, part, captures)
+        feed = self._capture_each if captures else self._feed_each
+        return feed((args, kwargs), task, part, arguments, captures)
 
-    def _feed_each(self, inputs: Inputs, task: int, part: int, captures: bool) -> Inputs:
-        pairs, structure = paths_and_leaves(inputs)
-        if not any(is_floating(leaf) for _, leaf in pairs):
+    def _feed_each(self, inputs: Inputs, task: int, part: int, arguments: Arguments, captures: bool) -> Inputs:
+        pairs = paths_and_leaves(inputs, arguments)
+        num_floating = sum([is_floating(leaf) for _, leaf in pairs])
+        if not num_floating:
             found = ", ".join(str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for _, x in pairs)
             raise TypeError(
                 "A floating-point tensor must enter a head, by position or keyword, alone or in lists, tuples and "
                 f"dicts, got {found or 'no input'}. Objects of other classes are not looked into: for such inputs give "
                 "num_tasks=K instead of `heads`, and feed the heads the tensors of optimizer.rotate(z)."
             )
-        if not captures:
-            pairs = self.places.as_in_training(pairs, task, part)
+        paths = self.places.as_in_training(pairs, task, part, trains=captures)
         fed: list[Any] = []
-        for i, (path, leaf) in enumerate(pairs):
+        for i, (path, (_, leaf)) in enumerate(zip(paths, pairs, strict=True)):
             # mha(z, z, z) gets one tensor three times, too: its gradient is one.
             same = next((j for j in range(i) if pairs[j][1] is leaf and is_floating(leaf)), None)
             if same is not None:
-                self.places.note_same((part, path), (part, pairs[same][0]), task)
+                if captures:
+                    self.places.note_same((part, path), (part, paths[same]), task)
                 fed.append(fed[same])
             elif is_floating(leaf):
-                fed.append(self.feed(leaf, task, (part, path), training=captures, own=True))
+                alone = num_floating == 1
+                fed.append(self.feed(leaf, task, (part, path), alone=alone, training=captures, own=True))
             else:
                 fed.append(leaf)
-        return rebuilt(inputs, fed, structure)
+        return rebuilt(inputs, fed)
 
     _capture_each = not_compiled(_feed_each)  # one graph break for all
 
     def feed(
-        self, rep: Tensor, task: int, place: Place = (0, Z), *, training: bool = True, own: bool = False
+        self,
+        rep: Tensor,
+        task: int,
+        place: Place = (0, Z),
+        *,
+        alone: bool = True,
+        training: bool = True,
+        own: bool = False,
     ) -> Tensor:
         """Return R_k z, and capture its gradient if z is being trained.
 
@@ -142,45 +169,50 @@ class Capture:
             rep: z, which enters head k.
             task: k.
             place: Where it enters.
+            alone: Whether no other floating-point tensor enters.
             training: Whether the head trains.
             own: Whether the head may change what it gets in place, and must get a copy then.
         """
         captures = training and torch.is_grad_enabled()
-        return (self._capture if captures else self._rotate)(rep, task, place, own)
+        return with_attributes_of(rep, (self._capture if captures else self._rotate)(rep, task, place, alone, own))
 
-    def _rotate(self, rep: Tensor, task: int, place: Place, own: bool) -> Tensor:
-        matrix = self.places.matrix_for(rep, task, place, note=False)
+    def _rotate(self, rep: Tensor, task: int, place: Place, alone: bool, own: bool) -> Tensor:
+        matrix = self.places.matrix_for(rep, task, place, alone=alone, trains=False)
         if matrix is not None:
             return rotated(rep, matrix, self.dims)
-        copies = own and self._may_be_z(task, place) and self._changes_input.get((task, place)) is not False
+        may_be_z = alone or (task, place) in self.shapes  # and no mask or condition, by the looks of it
+        copies = own and may_be_z and self._changes_input.get((task, place)) is not False
         return rep.clone() if copies else rep
 
-    def _may_be_z(self, task: int, place: Place) -> bool:
-        """Whether what enters there is no mask or condition, by the looks of it."""
-        return place[1] == Z or (task, place) in self.shapes
-
     @not_compiled
-    def _capture(self, rep: Tensor, task: int, place: Place, own: bool) -> Tensor:
+    def _capture(self, rep: Tensor, task: int, place: Place, alone: bool, own: bool) -> Tensor:
         """Return R_k z and capture its gradient, unless no backward pass of ours can come.
 
         A graph break: a fork is filled in the backward pass, where torch.compile cannot follow.
         """
         if is_transformed():
-            return self._rotate(rep, task, place, own)
-        matrix = self.places.matrix_for(rep, task, place, note=rep.requires_grad)
-        let_pass = self._paused or (task, place) in self.places.own  # with the true gradient, whatever it is
-        if not let_pass:
+            return self._rotate(rep, task, place, alone, own)
+        matrix = self.places.matrix_for(rep, task, place, alone=alone, trains=True)
+        own_place = not self._paused and (task, place) in self.places.own
+        if own_place and not self._is_own(rep, task):  # the backbone was frozen, and is no more
+            self.places.own.discard((task, place))
+            own_place = False
+        unowned = self.owner is not None and self.owner.is_gone
+        let_pass = self._paused or unowned or own_place  # with the true gradient, whatever it is
+        if own_place:
+            self.fed.tasks.setdefault(task, False)
+        elif not let_pass:
             self.fed.note(rep, task)
         if let_pass or not rep.requires_grad:
             out = rep if matrix is None else rotated(rep, matrix, self.dims)
-            own = own and matrix is None and self._may_be_z(task, place)
+            own = own and matrix is None and (alone or (task, place) in self.shapes)
             return self._own_copy(out, (task, place)) if own else out
         fork = self._fork(rep)
         fork.taps[task] += 1
         if matrix is not None:
             fork.rotated = True
             if fork.second_moment is None and self._measures():
-                fork.second_moment = second_moment(rep, matrix, self.dims)
+                fork.second_moment = second_moment(plain(rep), matrix, self.dims)
         self.shapes[task, place] = rep.shape
         out = Rotate.apply(rep, matrix, self.dims, fork, (task, place))  # type: ignore[no-untyped-call]
         return self._own_copy(out, (task, place)) if own and matrix is None else out
@@ -220,6 +252,8 @@ class Capture:
 
     def _sketch(self, rep: Tensor, fork: Fork) -> None:
         seed = self._seed()
-        sketches = seed is not None and rep.ndim > 0 and self.dims.exist_in(rep.shape)
-        fork.sketch = Sketch(rep, self.dims, seed + self.fed.num_sketches) if sketches and seed is not None else None
-        self.fed.num_sketches += sketches
+        if seed is None or rep.ndim == 0 or not self.dims.exist_in(rep.shape):
+            fork.sketch = None
+            return
+        fork.sketch = Sketch(plain(rep), self.dims, seed + self.fed.num_sketches)
+        self.fed.num_sketches += 1

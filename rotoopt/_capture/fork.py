@@ -18,12 +18,12 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rotoopt._capture.agreement import SampleSums, Sketch
 from rotoopt._capture.places import Place
 from rotoopt._capture.representation import RotatedDims, rotated
 from rotoopt._torch.private import register_first_hook, version
+from rotoopt._torch.subclasses import plain
 from rotoopt.weighting import Measurements
 from rotoopt.weighting._gradients import TaskGradients
 from rotoopt.weighting._measurements import Reference, root_sum_square
@@ -33,6 +33,14 @@ SPENT = (
     "step(losses) or backward(losses) came after your own sum(losses).backward(), which it replaces, or (b) every "
     "task has a backward() or torch.autograd.grad() of its own: the gradients of single tasks are in "
     "optimizer.last_step."
+)
+
+SECOND_ORDER = (
+    "Gradients through heads must not be differentiated again, got create_graph=True. They are weighted outside of "
+    "autograd. Either (a) detach the gradients of the inner steps, as first-order MAML does, and compute them under "
+    "optimizer.paused(), or (b) where the loss is one of derivatives, as in MAML or of the residual of a differential "
+    "equation, run forward and backward under optimizer.paused(), and then optimizer.step() without losses: the true "
+    "gradients train the model, and no task is weighted."
 )
 
 
@@ -272,11 +280,12 @@ class Rotate(torch.autograd.Function):
         return rep.view_as(rep) if matrix is None else rotated(rep, matrix, dims).detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         """Return what the fork lets pass."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(SECOND_ORDER)
         (matrix,) = ctx.saved_tensors
-        at_rep = grad if grad.dtype == torch.float64 else grad.float()
+        at_rep = plain(grad if grad.dtype == torch.float64 else grad.float())
         if matrix is not None:
             at_rep = rotated(at_rep, matrix.mT, ctx.dims)
         goes_on = ctx.fork.arrive(ctx.task, at_rep)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rotoopt._capture.capture import Capture
+from rotoopt._capture.first_layer import FirstLayer
 from rotoopt._capture.inputs import Inputs
-from rotoopt._capture.whereabouts import ENTRY, LOST, STALE, Origin, checksum
+from rotoopt._capture.paths import Arguments
+from rotoopt._capture.whereabouts import ENTRY, LOST, STALE, Origin, checksums, is_here
 from rotoopt._torch.modules import unwrapped
 from rotoopt._torch.private import forward_pre_hooks, not_compiled
 from rotoopt._torch.warn import warn_user
@@ -26,6 +29,7 @@ class HeadHook:
         capture: What rotates.
         task: k.
         part: Which of the modules of task k it is.
+        arguments: What it calls its arguments.
 
     Attributes:
         handles: What removes the hooks.
@@ -33,40 +37,70 @@ class HeadHook:
         origin: What this is a copy of; None for no copy, and for one that is trained itself.
     """
 
-    def __init__(self, capture: Capture, task: int, part: int) -> None:
+    def __init__(self, capture: Capture, task: int, part: int, arguments: Arguments) -> None:
         self.capture = capture
         self.task = task
         self.part = part
+        self.arguments = arguments
         self.handles: list[RemovableHandle] = []
         self.lost = False
         self.origin: Origin | None = None
+        self._awaits_gradients = False
 
-    def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Inputs:
         """Feed the head."""
+        if kwargs is None:
+            raise RuntimeError(
+                f"A head must be the module that was given in `heads`, got a {type(head).__name__} that took over its "
+                "hooks, as quantize_dynamic() and prepare_qat() make one. Call optimizer.fold() before: it makes the "
+                "rotations a part of the weights."
+            )
         if self.lost or self.origin is not None:
             self._warn(head)
-        return self.capture.feed_all(args, kwargs, self.task, self.part, training=head.training)
+        return self.capture.feed_all(args, kwargs, self.task, self.part, self.arguments, training=head.training)
 
     @not_compiled
     def _warn(self, head: nn.Module) -> None:
-        if self.lost and self.capture.whereabouts.are_lost(self.task):
+        if self.lost and not self.capture.whereabouts.are_loaded():
             warn_user(LOST)
         self.lost = False
+        if self.capture.owner is not None and not self.capture.owner.is_gone:
+            self.origin = None  # copied with its optimizer
         if self.origin is None:
             return
-        if head.training and torch.is_grad_enabled():
-            self.origin = None
-        elif self.origin.has_moved_on(head):
-            self.renew_origin(head)
+        trains = head.training and torch.is_grad_enabled()
+        if torch.is_grad_enabled() and not self._awaits_gradients:
+            self._await_gradients()
+        if self.origin.has_moved_on(self._weights, waits=not trains):
+            self.origin.renew(self._weights)
             warn_user(STALE)
+
+    def _await_gradients(self) -> None:
+        """Note when the weights of this copy get gradients: it is trained itself then, with the rotations it has."""
+        handles: list[RemovableHandle] = []
+
+        def trained(_: Tensor) -> None:
+            self.origin = None
+            for handle in handles:
+                handle.remove()
+
+        weights = [weight for weight in self._weights if weight.requires_grad and weight.is_leaf]
+        for weight in weights:
+            handle = weight.register_post_accumulate_grad_hook(trained)  # type: ignore[no-untyped-call]
+            handles.append(handle)
+        self._awaits_gradients = bool(weights)
+
+    @property
+    def _weights(self) -> Sequence[Tensor]:
+        return self.capture.whereabouts.weights(self.task, self.part)
 
     # ------------------------------------------------------------------ where the weights go
 
     def save(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
         """Add the rotation to what a state dict has beside its keys: ``state_dict._metadata``."""
-        number = checksum(state_dict, prefix)
-        if number is not None:  # else on every process another one, and rotations must be the same on all
-            metadata[ENTRY] = {**self.capture.whereabouts.saved(self.task, self.part), "checksum": number}
+        numbers = checksums(state_dict, prefix)
+        if numbers is not None:  # else on every process others, and rotations must be the same on all
+            metadata[ENTRY] = {**self.capture.whereabouts.saved(self.task, self.part), "checksums": numbers}
 
     def load(
         self,
@@ -80,31 +114,40 @@ class HeadHook:
         errors: list[str],
     ) -> None:
         """Load the rotation that belongs to the weights in ``state_dict``."""
-        if not any(key.startswith(prefix) for key in state_dict):
+        if _changes_nothing(module, state_dict, prefix):
             return
-        saved, number = metadata.get(ENTRY), checksum(state_dict, prefix)
-        if saved is None or number is None or not torch.equal(saved["checksum"], number):
-            self.lost = self.capture.whereabouts.are_lost(self.task)
+        saved, numbers = metadata.get(ENTRY), checksums(state_dict, prefix)
+        if saved is None or numbers is None or numbers[0] not in saved["checksums"]:
+            self.lost = self.capture.whereabouts.are_lost(self.task, saved)
             return
         error = self.capture.whereabouts.load(self.task, self.part, saved)
         if error is not None:
             errors.append(f"{prefix}: {error}")
         self.lost = False
-        self.renew_origin(module)
+        if self.origin is not None:
+            names = [prefix + name for name, _ in module.named_parameters()]
+            is_whole = names and all(name in state_dict for name in names)
+            self.origin.renew([state_dict[name] for name in names] if is_whole else None)
 
-    def renew_origin(self, head: nn.Module) -> None:
+    def load_part(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Note that weights of a part of the head come without its rotation: only the whole head has that."""
+        if not prefix and not _changes_nothing(module, state_dict):
+            self.lost = self.capture.whereabouts.are_lost(self.task, None)
+
+    def renew_origin(self) -> None:
         """Take the rotation for that of the weights of now."""
         if self.origin is not None:
-            self.origin = self.origin.renewed(head)
+            self.origin.renew(self._weights)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadHook:
         copied = HeadHook.__new__(HeadHook)
         memo[id(self)] = copied  # first: on its way a copy of the capture comes here again
-        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo), origin=Origin.of(self.capture.rotations))
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        copied.origin = Origin(self.capture.rotations, self._weights)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "origin": None}  # a process of its own has no original
+        return {**self.__dict__, "origin": None, "_awaits_gradients": False}  # a process of its own has no original
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -112,17 +155,51 @@ class HeadHook:
             handle.remove()
 
 
-def attach(capture: Capture, head: nn.Module, task: int, part: int) -> None:
-    """Put rotation ``task`` in front of ``head``, which is module number ``part`` of the task."""
-    hook, inner = HeadHook(capture, task, part), unwrapped(head)
-    hook.handles = [
+def _changes_nothing(module: nn.Module, state_dict: dict[str, Any], prefix: str = "") -> bool:
+    """Whether there is nothing to load, or ``module.state_dict()`` itself, which has followed the weights."""
+    own = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
+    given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    values = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    # A head without parameters is loaded with the rest of its model.
+    return bool(own) and all(_is_same(value, own.get(name)) for name, value in values.items())
+
+
+def _is_same(value: Tensor, own: Tensor | None) -> bool:
+    """Whether ``value`` is the memory of ``own``, so that to load it changes nothing."""
+    if own is None or not (is_here(value) and is_here(own)):
+        return False
+    return value.data_ptr() == own.data_ptr() and value.shape == own.shape
+
+
+def attach(capture: Capture, head: nn.Module, task: int, part: int, name: str) -> None:
+    """Put rotation ``task`` in front of ``head``, which is module number ``part`` of the task ``name``.
+
+    Raises:
+        TypeError: If ``head`` takes no hooks.
+    """
+    inner = unwrapped(head)
+    hook = HeadHook(capture, task, part, Arguments.of(inner))
+    capture.whereabouts.heads[task, part] = head
+    try:
         # First of all hooks: wrappers such as FSDP's hand every head a tensor of its own, which is no longer z.
-        head.register_forward_pre_hook(hook, prepend=True, with_kwargs=True),
+        hook.handles.append(head.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
         # Partial: torch sets an attribute of these.
-        inner.register_state_dict_post_hook(partial(hook.save)),  # type: ignore[no-untyped-call]
-        inner.register_load_state_dict_pre_hook(partial(hook.load)),  # type: ignore[no-untyped-call]
-    ]
-    capture.handles += hook.handles
+        hook.handles += [
+            inner.register_state_dict_post_hook(partial(hook.save)),  # type: ignore[no-untyped-call]
+            inner.register_load_state_dict_pre_hook(partial(hook.load)),  # type: ignore[no-untyped-call]
+        ]
+        for layer in inner.modules():
+            if layer is not inner and not isinstance(layer, torch.jit.ScriptModule):
+                loaded = layer.register_load_state_dict_pre_hook(partial(hook.load_part))  # type: ignore[no-untyped-call]
+                hook.handles.append(loaded)
+    except RuntimeError as error:
+        raise TypeError(
+            f"`heads` must be modules that take hooks, got a {type(head).__name__} for {name}: {error}. Give the "
+            "module as it was before torch.jit.script, and script it after fold()."
+        ) from error
+    finally:
+        capture.handles += hook.handles
+    capture.places.first_layers[task, part] = FirstLayer.of(inner)
 
 
 def hook_of(head: nn.Module) -> HeadHook | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
-from rotoopt._capture.places import Z
-from rotoopt._torch.private import keystr, tree_flatten_with_path, tree_unflatten
+from rotoopt._capture.paths import Arguments, Path
+from rotoopt._torch.private import tree_flatten_with_path, tree_unflatten
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -17,36 +19,96 @@ def is_floating(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def paths_and_leaves(inputs: Inputs) -> tuple[list[tuple[str, Any]], Any]:
-    """Return everything among ``inputs`` with its path, and their structure. An only floating-point tensor is z."""
-    pairs, structure = tree_flatten_with_path(inputs)
-    alone = sum([is_floating(leaf) for _, leaf in pairs]) == 1
-    return [(Z if alone and is_floating(leaf) else keystr(path), leaf) for path, leaf in pairs], structure
+def paths_and_leaves(inputs: Inputs, arguments: Arguments) -> list[tuple[Path, Any]]:
+    """Return everything among ``inputs`` with its path."""
+    found: list[tuple[Path, Any]] = []
+    for index, value in enumerate(inputs[0]):
+        _collect(value, arguments.by_position(index), found)
+    for key, value in inputs[1].items():
+        _collect(value, arguments.by_keyword(key), found)
+    return found
 
 
-def rebuilt(inputs: Inputs, leaves: list[Any], structure: Any) -> Inputs:
-    """Return ``inputs`` with other leaves; a container in which nothing changes is the same: a head may write to it."""
-    again: Inputs = _with_containers_of(inputs, tree_unflatten(leaves, structure))[0]
-    return again
+def _collect(value: Any, path: Path, found: list[tuple[Path, Any]]) -> None:
+    if isinstance(value, dict):
+        for key in value:
+            _collect(value[key], (*path, str(key)), found)
+    elif isinstance(value, list | tuple):
+        for index, each in enumerate(value):
+            _collect(each, (*path, index), found)
+    elif value is None or isinstance(value, Tensor | int | float | str):
+        found.append((path, value))
+    else:  # a class that says to torch what is inside
+        for keys, leaf in tree_flatten_with_path(value)[0]:
+            found.append(((*path, *[_entry(key) for key in keys]), leaf))
 
 
-def _with_containers_of(given: Any, again: Any) -> tuple[Any, bool]:
-    """Return ``again`` with those containers of ``given`` in which nothing changed, and whether that is all of it."""
+def _entry(key: Any) -> str | int:
+    if hasattr(key, "idx"):
+        return int(key.idx)
+    return str(key.key) if hasattr(key, "key") else str(key.name)
+
+
+def rebuilt(inputs: Inputs, leaves: list[Any]) -> Inputs:
+    """Return ``inputs`` with other leaves, in containers of the same types.
+
+    A container in which nothing changes is the same: a head may write to it.
+    """
+    rest = iter(leaves)
+    args = [_rebuilt(value, rest)[0] for value in inputs[0]]
+    return tuple(args), {key: _rebuilt(value, rest)[0] for key, value in inputs[1].items()}
+
+
+def _rebuilt(given: Any, rest: Iterator[Any]) -> tuple[Any, bool]:
+    """Return ``given`` with the next of ``rest`` as leaves, and whether they are those that it has."""
     # Whether something changed is handed up, and lists are made of it: torch.compile compares no tuples by identity,
     # and traces no generators.
     if isinstance(given, dict):
-        items = {key: _with_containers_of(given[key], again[key]) for key in given}
+        items = {key: _rebuilt(given[key], rest) for key in given}
         if all([same for _, same in items.values()]):  # noqa: C419
             return given, True
-        again.update({key: item for key, (item, _) in items.items()})
-        return again, False
-    if not isinstance(given, (list, tuple)):  # torch.compile before 2.9 knows no `A | B`
-        return again, again is given
-    parts = [_with_containers_of(*pair) for pair in zip(given, again, strict=True)]
-    if all([same for _, same in parts]):  # noqa: C419
+        return _dict_like(given, {key: item for key, (item, _) in items.items()}), False
+    if isinstance(given, (list, tuple)):  # torch.compile before 2.9 knows no `A | B`
+        parts = [_rebuilt(each, rest) for each in given]
+        if all([same for _, same in parts]):  # noqa: C419
+            return given, True
+        return _list_like(given, [part for part, _ in parts]), False
+    if given is None or isinstance(given, (Tensor, int, float, str)):
+        leaf = next(rest)
+        return leaf, leaf is given
+    before, structure = tree_flatten_with_path(given)
+    after = [next(rest) for _ in before]
+    if all([new is old for new, (_, old) in zip(after, before, strict=True)]):  # noqa: C419
         return given, True
-    entries = [part for part, _ in parts]
+    return (after[0] if not before[0][0] else tree_unflatten(after, structure)), False
+
+
+def _dict_like(given: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
+    """Return a copy of ``given`` with other items."""
+    if type(given) is dict:
+        return items
+    try:
+        again = copy.copy(given)
+        for key in items:
+            again[key] = items[key]
+    except Exception as error:
+        raise TypeError(
+            "A dict that a head gets tensors in must be one that copy.copy() copies, and whose items can be set, got a "
+            f"{type(given).__name__} ({error}). Give the head dict(...) of it."
+        ) from error
+    return again
+
+
+def _list_like(given: list[Any] | tuple[Any, ...], entries: list[Any]) -> Any:
+    """Return a list or tuple of the type of ``given`` with other entries."""
+    kind: Any = type(given)
+    if kind is list:
+        return entries
     if isinstance(given, list):
+        again = copy.copy(given)
         again[:] = entries
-        return again, False
-    return (type(again)(*entries) if hasattr(again, "_fields") else tuple(entries)), False
+        return again
+    if kind is tuple:
+        return tuple(entries)
+    # Named tuples, also of classes with another __new__; those of torch.
+    return tuple.__new__(kind, entries) if hasattr(kind, "_fields") else kind(entries)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from rotoopt._capture.first_layer import FirstLayer
+from rotoopt._capture.paths import Path, as_in_training, siblings
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._torch.private import is_transformed, not_compiled
@@ -16,50 +18,60 @@ if TYPE_CHECKING:
     from rotoopt._capture.fork import Fork
 
 # A module of a task, by number, and a path through its arguments, lists and dicts.
-Place = tuple[int, str]
-Z = "z"  # the path of z in head(z)
+Place = tuple[int, Path]
 
 
 class Places:
     """Which of the tensors that enter the heads are rotated: those of the size of the rotations.
 
-    That is noted in training, where a tensor enters with a gradient, and holds in evaluation.
+    That is noted in training, where a tensor enters with a gradient, and holds in evaluation. What a head has read
+    without a gradient, and so unrotated, stays unrotated if the gradient comes after the rotations have turned.
 
     Args:
         rotations: The K rotations.
         dims: The rotated dimensions.
 
     Attributes:
-        noted: By task, the places that were noted, and whether they are rotated.
+        noted: By task, the places that were noted, and whether they are rotated; None where no gradient came yet.
+        first_layers: The first layers of the modules of heads, by task and number; None where they tell nothing.
         own: Tasks and places where a tensor enters that was made of parameters of the task alone, as an embedding.
     """
 
     def __init__(self, rotations: Rotations, dims: RotatedDims) -> None:
         self._rotations = rotations
         self._dims = dims
+        self.first_layers: dict[tuple[int, int], FirstLayer | None] = {}
         self.own: set[tuple[int, Place]] = set()
         self._proposed: int | None = None
-        self.noted: list[dict[Place, bool]] = [{} for _ in range(len(rotations))]
+        self.noted: list[dict[Place, bool | None]] = [{} for _ in range(len(rotations))]
 
-    def matrix_for(self, rep: Tensor, task: int, place: Place, *, note: bool) -> Tensor | None:
+    def matrix_for(self, rep: Tensor, task: int, place: Place, *, alone: bool, trains: bool) -> Tensor | None:
         """Return R_k if ``rep`` is rotated, None if it is not; make the rotations where this is the first one.
 
         Args:
             rep: What enters the head.
             task: k.
             place: Where it enters.
-            note: Whether to note what holds for this place.
+            alone: Whether no other floating-point tensor enters.
+            trains: Whether the head trains, so that it is noted what holds for this place.
         """
         if not self._rotations.rotate[task]:
             if not any(self._rotations.rotate) and self._rotations.size is None and self._dims.exist_in(rep.shape):
                 self._settle(self._dims.size(rep.shape), rep.device)  # to be looked at
             return None
-        fits = self.noted[task].get(place)
-        if fits is None and (note or place[1] == Z):
-            fits = self._fits(rep, place)
-            if note and fits is not None:
-                self.noted[task][place] = fits
-        elif fits and not self._fits(rep, place):
+        noted = self.noted[task]
+        fits = noted.get(place)
+        if fits is None:
+            self._check_dim(rep, task, place, alone=alone)
+        if fits is None and trains and rep.requires_grad:
+            fits = self._fits(rep, alone=alone) if not self._was_unrotated(task, place) else False
+            if fits is not None:
+                noted[place] = fits
+        elif fits is None and place not in noted:
+            fits = self._fits(rep, alone=alone) if alone else None
+            if trains:
+                noted[place] = fits or None
+        elif fits and not self._has_size(rep):
             raise ValueError(self._misfit(rep))
         if not fits:
             return None
@@ -67,47 +79,63 @@ class Places:
             self._settle(self._dims.size(rep.shape), rep.device)
         return self._rotations[task]
 
-    def as_in_training(self, pairs: list[tuple[str, Any]], task: int, part: int) -> list[tuple[str, Any]]:
-        """Return inputs of a module by path, with the path of z of training where z comes in another way now.
+    def _check_dim(self, rep: Tensor, task: int, place: Place, *, alone: bool) -> None:
+        """Raise if the features of ``rep`` are not, or may not be, where nobody said that they are."""
+        if alone and self._dims.may_be_samples(rep.shape) and not is_transformed():
+            raise ValueError(
+                "`dim` must be given for a representation of one dimension, got none for shape "
+                f"{tuple(rep.shape)}. Give dim=-1 if these are the features of one sample. If they are samples, (B,), "
+                "then one number for each leaves nothing to rotate: give rotate=False."
+            )
+        first_layer = self.first_layers.get((task, place[0]))
+        if first_layer is not None:
+            first_layer.check(rep.shape, self._dims, alone=alone)
 
-        So it does where evaluation passes a mask that training did not, or passes z by keyword.
+    def _was_unrotated(self, task: int, place: Place) -> bool:
+        """Whether the head was trained on what enters there, or beside it in a list, without R_k, which is not I."""
+        noted, (part, path) = self.noted[task], place
+        beside = siblings(path, [other for number, other in noted if number == part])
+        others = [place] if place in noted else [(part, other) for other in beside]
+        return bool(others) and not any(noted[other] for other in others) and self._rotations.is_turned(task)
+
+    def as_in_training(self, pairs: Sequence[tuple[Path, Any]], task: int, part: int, *, trains: bool) -> list[Path]:
+        """Return the paths of inputs of a module, as those that they stand for of what was noted.
+
+        In training, what has a gradient stands for itself.
         """
         noted = {path: fits for (number, path), fits in self.noted[task].items() if number == part}
-        rotated = [path for path, fits in noted.items() if fits]
-        if not rotated or any(path in noted for path, _ in pairs):
-            return pairs
-        tensors = [each for each in pairs if isinstance(each[1], Tensor) and each[1].is_floating_point()]
-        fitting = [path for path, leaf in tensors if self._dims.exist_in(leaf.shape) and self._fits(leaf, (part, path))]
-        if not fitting:
-            return pairs
-        if len(fitting) > 1 or len(rotated) > 1:
-            raise ValueError(
-                "A head must get its inputs in evaluation as in training, got tensors in other places: by position "
-                "there and by keyword here, or more of them. It cannot be told which is rotated."
-            )
-        return [(rotated[0] if path == fitting[0] else path, leaf) for path, leaf in pairs]
+        return as_in_training(pairs, noted, self._has_size, trains=trains)
 
     def note_same(self, place: Place, as_: Place, task: int) -> None:
         """Note that what enters at ``place`` is what enters at ``as_``."""
         if as_ in self.noted[task]:
             self.noted[task][place] = self.noted[task][as_]
 
-    def _fits(self, rep: Tensor, place: Place) -> bool | None:
+    def _fits(self, rep: Tensor, *, alone: bool) -> bool | None:
         """Whether ``rep`` has the size of the rotations; None where that is not decided yet. The first z decides."""
+        if not alone and self._dims.may_be_samples(rep.shape):
+            return False
         m, first = self._rotations.size, not any(any(noted.values()) for noted in self.noted)
         if m is None:
-            decides = place[1] == Z or (self._rotations.init == "haar" and rep.ndim > 1)
+            decides = alone or (self._rotations.init == "haar" and rep.ndim > 1)
             return decides or None
-        if self._rotations.covers_all:
-            return self._dims.exist_in(rep.shape) and self._dims.size(rep.shape) == m
-        if first and place[1] == Z and self._dims.size(rep.shape) < m:
+        if not self._rotations.covers_all and first and alone and self._dims.size(rep.shape) < m:
             raise ValueError(self._misfit(rep))
-        return self._dims.exist_in(rep.shape) and self._dims.size(rep.shape) >= m
+        return self._has_size(rep)
+
+    def _has_size(self, rep: Tensor) -> bool:
+        """Whether ``rep`` has the size of the rotations."""
+        m = self._rotations.size
+        return m is not None and self._dims.fit(rep.shape, m, all_of_them=self._rotations.covers_all)
 
     def propose(self, forks: Iterable[Fork]) -> None:
         """Note the size of what most heads read, ``forks``, in case that no head gets z alone."""
         if self._rotations.size is None and any(self._rotations.rotate):
-            read = [(len(each.tasks), self._dims.size(each.shape)) for each in forks if self._dims.exist_in(each.shape)]
+            read = [
+                (len(each.tasks), self._dims.size(each.shape))
+                for each in forks
+                if self._dims.exist_in(each.shape) and not self._dims.may_be_samples(each.shape)
+            ]
             self._proposed = max(read)[1] if read else None
 
     def decide(self) -> None:
@@ -139,7 +167,7 @@ class Places:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was noted."""
-        return {"noted": [dict(noted) for noted in self.noted], "own": sorted(self.own)}
+        return {"noted": [dict(noted) for noted in self.noted], "own": sorted(self.own, key=str)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""

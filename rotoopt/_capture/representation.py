@@ -17,20 +17,24 @@ class RotatedDims:
     nothing when the rotated dimensions lie side by side, as in ``dim=-1`` (tokens) or ``dim=1`` (channels).
 
     Args:
-        dim: The rotated dimension or dimensions, negative ones counted from the end. ``None``: the last one, of up to
-            three.
+        dim: The rotated dimension or dimensions, negative ones counted from the end. ``None``: the last one, of two
+            or three.
+
+    Attributes:
+        dim: The same as a tuple.
+        assumed: Whether nobody has said which.
     """
 
     def __init__(self, dim: int | Sequence[int] | None) -> None:
         self.dim = tuple(dim) if isinstance(dim, Sequence) else (-1 if dim is None else dim,)
-        self._assumed = dim is None
+        self.assumed = dim is None
         if not self.dim or not all(isinstance(i, int) for i in self.dim):
             raise ValueError(f"`dim` must be an int or a non-empty sequence of ints, got {dim!r}.")
 
     def resolve(self, shape: torch.Size) -> tuple[int, ...]:
         """Return the rotated dimensions of a representation of ``shape``, sorted and counted from zero."""
         ndim = len(shape)
-        if self._assumed and ndim > 3:
+        if self.assumed and ndim > 3:
             raise ValueError(
                 "`dim` must be given for a representation of four or more dimensions, got none for shape "
                 f"{tuple(shape)}. It is the dimension of the features: dim=1 for maps (B, C, H, W) and volumes "
@@ -49,7 +53,17 @@ class RotatedDims:
 
     def exist_in(self, shape: torch.Size) -> bool:
         """Whether a representation of ``shape`` has these dimensions."""
-        return all(-len(shape) <= i < len(shape) for i in self.dim) and not (self._assumed and len(shape) > 3)
+        return all(-len(shape) <= i < len(shape) for i in self.dim) and not (self.assumed and len(shape) > 3)
+
+    def may_be_samples(self, shape: torch.Size) -> bool:
+        """Whether nobody has said that the only dimension of ``shape`` is that of the features."""
+        return self.assumed and len(shape) == 1
+
+    def fit(self, shape: torch.Size, size: int, *, all_of_them: bool) -> bool:
+        """Whether there are ``size`` features, or at least as many, along the rotated dimensions."""
+        if not self.exist_in(shape):
+            return False
+        return self.size(shape) == size if all_of_them else self.size(shape) >= size
 
     def size(self, shape: torch.Size) -> int:
         """Return ``d``, the number of features along the rotated dimensions of a representation of ``shape``."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from rotoopt._rotation.rotations import Rotations
 from rotoopt._torch.private import version
 
 ENTRY = "rotoopt"  # in the metadata of a module in a state dict
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CHUNK = 1 << 24  # numbers that are cast at a time: the head of a language model would not fit once more
 
 LOST = (
     "Weights of a head should be loaded with the rotation that they were trained with, got a state dict without, after "
@@ -36,12 +37,21 @@ class Whereabouts:
     Args:
         rotations: The K rotations.
         places: Where they are applied.
+
+    Attributes:
+        heads: What they are applied in front of: module number ``part`` of ``task``, by ``(task, part)``.
     """
 
     def __init__(self, rotations: Rotations, places: Places) -> None:
+        self.heads: dict[tuple[int, int], nn.Module] = {}
         self._rotations = rotations
         self._places = places
         self._loaded: int | None = None
+
+    def weights(self, task: int, part: int) -> Sequence[Tensor]:
+        """Return the weights that a rotation belongs to: those of its head, or of all heads if that one has none."""
+        own = list(self.heads[task, part].parameters())
+        return own or [weight for head in self.heads.values() for weight in head.parameters()]
 
     def saved(self, task: int, part: int) -> dict[str, Any]:
         """Return what belongs to the weights of a module of a head: its rotation, None for I, and where it rotates."""
@@ -67,64 +77,103 @@ class Whereabouts:
         """Note that the rotations are those of weights that were, or will be, loaded beside them."""
         self._loaded = changes_of(self._rotations)
 
-    def are_lost(self, task: int) -> bool:
-        """Whether weights of ``task`` that came without rotation need another one than it has now."""
-        return self._loaded != changes_of(self._rotations) and self._rotations.is_turned(task)
+    def are_loaded(self) -> bool:
+        """Whether the rotations are those that were loaded beside the weights."""
+        return self._loaded == changes_of(self._rotations)
+
+    def are_lost(self, task: int, saved: dict[str, Any] | None) -> bool:
+        """Whether weights of ``task`` that came without their rotation need another one than it has now.
+
+        Args:
+            task: k.
+            saved: What :meth:`saved` returned for other weights than came, if that is known.
+        """
+        needs_one = saved is not None and saved["rotation"] is not None
+        return not self.are_loaded() and (needs_one or self._rotations.is_turned(task))
 
 
-def checksum(state_dict: Mapping[str, Any], prefix: str) -> Tensor | None:
-    """Return a number for the weights below ``prefix``; None where they are not here. Shape ``()``, int64.
+def checksums(state_dict: Mapping[str, Any], prefix: str) -> Tensor | None:
+    """Return numbers for the weights below ``prefix``: as they are, and cast to every dtype. Shape ``(5,)``, int64.
 
-    A sum of bits, which no device and no order of the terms rounds. The metadata of a state dict stays as it was where
-    weights are written into it, as averaging and torch.distributed.checkpoint do.
+    The metadata of a state dict stays as it was where weights are written into it, as averaging and
+    torch.distributed.checkpoint do, and where they are cast, which leaves them those of their rotation.
+
+    Returns:
+        None where the weights are not here.
     """
-    weights = [each for key, each in state_dict.items() if key.startswith(prefix) and isinstance(each, Tensor)]
-    if any(hasattr(each, "to_local") or each.is_meta for each in weights):
+    tensors = [each for key, each in state_dict.items() if key.startswith(prefix) and isinstance(each, Tensor)]
+    if any(hasattr(each, "to_local") or each.is_meta for each in tensors):
         return None
-    parts = [_bits(each).sum(dtype=torch.int64).cpu() for each in weights if each.layout == torch.strided]
-    return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.int64)
+    weights = [each for each in tensors if each.layout == torch.strided and (each.ndim or each.is_floating_point())]
+    total = torch.zeros(1 + len(DTYPES), dtype=torch.int64)
+    for weight in weights:
+        for part in torch.split(weight.detach().reshape(-1), CHUNK):
+            here = part.cpu() if part.device.type == "mps" else part  # it has no float64
+            casts = [here.to(dtype) for dtype in DTYPES] if here.is_floating_point() else [here] * len(DTYPES)
+            total += torch.stack([sum_of_bits(each) for each in (here, *casts)]).cpu()
+    return total
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` as integers."""
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    if not tensor.is_floating_point() or tensor.itemsize not in kinds:
-        return tensor.detach().to(torch.int64)
-    return tensor.detach().contiguous().view(kinds[tensor.itemsize])
+def is_here(tensor: Tensor) -> bool:
+    """Whether the values of ``tensor`` are all on this process."""
+    return not hasattr(tensor, "to_local") and not tensor.is_meta and tensor.layout == torch.strided
 
 
-@dataclass(frozen=True)
+def sum_of_bits(tensor: Tensor) -> Tensor:
+    """Return the sum of ``tensor`` as integers, which no device and no order rounds. Shape ``()``, int64."""
+    tensor = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    if tensor.is_floating_point() and tensor.itemsize in kinds:
+        tensor = tensor.contiguous().view(kinds[tensor.itemsize])
+    return tensor.sum(dtype=torch.int64)
+
+
 class Origin:
-    """The rotations of the model that a head was copied from.
+    """The model that a head was copied from, and what held when the rotations of both were the same.
 
-    Attributes:
-        rotations: These rotations, if they still are.
-        turned: How often they had been changed when those of the copy were the same.
-        weights: How often the weights of the copy had been changed then.
+    Args:
+        rotations: Those of the model.
+        weights: Those of the head there, which its copy has.
     """
 
-    rotations: weakref.ref[Rotations]
-    turned: int
-    weights: int
+    def __init__(self, rotations: Rotations, weights: Sequence[Tensor]) -> None:
+        self._rotations = weakref.ref(rotations)  # if they still are
+        self._turned = self._looked = changes_of(rotations)
+        self._sums: list[tuple[torch.dtype, Tensor] | None] | None = None
+        self._note(weights)
+        self._versions = 0  # of the copy
 
-    @classmethod
-    def of(cls, rotations: Rotations) -> Origin:
-        """Return the origin of a copy that is being made."""
-        return cls(weakref.ref(rotations), changes_of(rotations), 0)
+    def renew(self, weights: Sequence[Tensor] | None) -> None:
+        """Take the rotations of the copy for those of ``weights``; None: of those that it runs with next."""
+        rotations = self._rotations()
+        self._turned = self._turned if rotations is None else changes_of(rotations)
+        self._sums = None
+        if weights is not None:
+            self._note(weights)
 
-    def renewed(self, head: nn.Module) -> Origin:
-        """Return this origin for a copy whose rotations were brought up to date."""
-        rotations = self.rotations()
-        turned = self.turned if rotations is None else changes_of(rotations)
-        return Origin(self.rotations, turned, _changes_of_weights(head))
+    def _note(self, weights: Sequence[Tensor]) -> None:
+        """Note what ``weights`` are, without waiting for the device."""
+        self._versions = _versions_of(weights)
+        self._sums = [(each.dtype, sum_of_bits(each)) if is_here(each) else None for each in weights]
 
-    def has_moved_on(self, head: nn.Module) -> bool:
-        """Whether weights of the copy have changed, and the rotations of the origin, too."""
-        rotations = self.rotations()
-        if rotations is None or changes_of(rotations) == self.turned:
+    def has_moved_on(self, weights: Sequence[Tensor], *, waits: bool) -> bool:
+        """Whether the weights of the copy have changed, and the rotations of the model, too.
+
+        Args:
+            weights: The weights of the copy.
+            waits: Whether the device may be waited for every time. Else it is once after every turn: what is written
+                into ``param.data`` shows in no count of changes.
+        """
+        if self._sums is None:
+            self._note(weights)
+        assert self._sums is not None
+        rotations = self._rotations()
+        turned = self._turned if rotations is None else changes_of(rotations)
+        versions = _versions_of(weights)
+        if turned == self._turned or not (waits or versions != self._versions or turned != self._looked):
             return False
-        return _changes_of_weights(head) != self.weights
+        self._looked, self._versions = turned, versions
+        return len(weights) != len(self._sums) or any(map(_differs, weights, self._sums))
 
 
 def changes_of(rotations: Rotations) -> int:
@@ -132,5 +181,12 @@ def changes_of(rotations: Rotations) -> int:
     return -1 if rotations.size is None else version(rotations.matrices)
 
 
-def _changes_of_weights(head: nn.Module) -> int:
-    return sum(version(param) for param in head.parameters() if not param.is_inference())
+def _versions_of(weights: Sequence[Tensor]) -> int:
+    return sum(version(weight) for weight in weights if not weight.is_inference())
+
+
+def _differs(weight: Tensor, noted: tuple[torch.dtype, Tensor] | None) -> bool:
+    """Whether ``weight`` has changed since; a cast leaves it what it was."""
+    if noted is None or not is_here(weight) or weight.dtype != noted[0]:
+        return False
+    return not torch.equal(sum_of_bits(weight).to(noted[1].device), noted[1])

@@ -7,15 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from rotoopt._capture.faults import (
-    check_heads_apart,
-    check_losses,
-    check_not_bypassed,
-    check_not_mixed,
-    check_shared,
-)
+from rotoopt._capture.dependence import Dependence
+from rotoopt._capture.faults import check_losses, check_shared, check_sum
 from rotoopt._capture.fork import Fed
-from rotoopt._capture.graph import Node, behind, leaves, made_by, operation, source, taps_of, terms
+from rotoopt._capture.graph import Node, behind, leaves, made_by, operation, reached, taps_of
 from rotoopt._capture.places import Places
 from rotoopt._torch.private import running_roots
 
@@ -44,7 +39,7 @@ class Wiring:
 
     def check(self, losses: Mapping[int, Tensor], fed: Fed, backbone_loss: Tensor | None) -> bool:
         """Return whether ``losses`` reach one tensor through their heads, and no other; raise if wired wrongly."""
-        tasks = frozenset(losses)
+        tasks = frozenset(losses) & fed.trained()  # others have a loss of their head alone
         made_by_now = [operation(loss.grad_fn) for loss in losses.values() if loss.grad_fn is not None]
         known = self._known(tasks, fed)
         if known is not None and self._made_by.get(tasks) == made_by_now:
@@ -52,14 +47,14 @@ class Wiring:
         self._made_by[tasks] = made_by_now
         made = {task: made_by(loss) for task, loss in losses.items()}
         backbone = None if backbone_loss is None else made_by(backbone_loss)
-        check_losses(made, self._names, self._own_parameters(), backbone)
-        return self._remember(tasks, made.values())
+        check_losses(made, fed, self._names, self._own_parameters(), backbone)
+        return self._remember(tasks, taps_of(node for node, _ in made.values()))
 
     def check_frozen(self, losses: Mapping[int, Tensor]) -> None:
         """Raise if ``losses`` share parameters, although nothing that entered their heads requires grad."""
         if self._num_frozen % LOOK_EVERY == 0:
-            made = [(self._names[task], made_by(loss)) for task, loss in losses.items()]
-            check_shared(made, self._own_parameters())
+            made = {task: made_by(loss) for task, loss in losses.items()}
+            check_shared(Dependence(made.values()), made, self._names, self._own_parameters())
         self._num_frozen += 1
 
     def check_running(self, fed: Fed) -> bool:
@@ -68,22 +63,10 @@ class Wiring:
         known = self._known(tasks, fed)
         if known is not None:
             return known
-        losses = {
-            loss
-            for root in running_roots()
-            for loss in terms(source(root.grad_fn, root.output_nr)[0], len(self._names))
-        }
-        taps = {loss: taps_of([loss]) for loss in losses}
-        if not any(taps.values()):  # where torch does not tell what the pass began from
+        taps = check_sum([made_by(root) for root in running_roots()], self._names, self._own_parameters())
+        if not taps:  # where torch does not tell what the pass began from
             return fed.only_fork() is not None
-        through = {loss: sorted({tap.task for tap in taps[loss]}) for loss in losses}
-        for loss, mixed in through.items():
-            check_not_mixed(loss, mixed, self._names)
-        check_heads_apart(set().union(*taps.values()), self._names)
-        own = self._own_parameters()
-        check_shared([(self._names[tasks[0]], loss) for loss, tasks in through.items() if tasks], own)
-        check_not_bypassed([loss for loss in losses if not taps[loss]], set().union(*taps.values()), own, self._names)
-        return self._remember(tasks, losses)
+        return self._remember(tasks, taps)
 
     def _known(self, tasks: frozenset[int], fed: Fed) -> bool | None:
         """Return whether ``tasks`` share one tensor, if that can be told without looking at graphs.
@@ -99,8 +82,8 @@ class Wiring:
         one_tensor = only is not None and only.tasks >= tasks
         return one_tensor if one_tensor == self._one_tensor[tasks] else None
 
-    def _remember(self, tasks: frozenset[int], losses: Iterable[Node]) -> bool:
-        taps, own = taps_of(losses), self._own_parameters()
+    def _remember(self, tasks: frozenset[int], taps: Iterable[Node]) -> bool:
+        own = self._own_parameters()
         has_own = any(id(param) in own for param in leaves(behind(taps)))
         for tap in taps if has_own else ():
             made_of = leaves(behind([tap]))
@@ -108,6 +91,12 @@ class Wiring:
                 self._places.own.add((tap.task, tap.place))  # nothing to weigh there
         self._one_tensor[tasks] = len({tap.fork for tap in taps}) == 1
         return self._one_tensor[tasks]
+
+    def is_own(self, rep: Tensor, task: int) -> bool:
+        """Return whether ``rep`` was made of parameters of ``task`` alone, as an embedding."""
+        own = self._own_parameters()
+        made_of = [rep] if rep.is_leaf else leaves(reached([rep.grad_fn]))
+        return all(own.get(id(param)) == task for param in made_of)
 
     def _own_parameters(self) -> dict[int, int]:
         """Return the tasks by the ids of the parameters that belong to them alone."""

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from rotoopt._capture.hooks import HeadHook
 from rotoopt._capture.representation import RotatedDims, rotated
@@ -61,7 +62,8 @@ def wide(tensor: Tensor) -> Tensor:
 def find_first_layers(head: nn.Module, shape: torch.Size, dims: RotatedDims, like: Tensor) -> list[FirstLayer]:
     """Return the layers of ``head`` that consume the representation, if to rotate their weights is all it takes.
 
-    That is tried out, with a random matrix instead of R: one close to I would hide what else the head does with z.
+    That is tried out, with a random matrix instead of R: one close to I would hide what else the head does with z. What
+    did not run then, such as other experts, may take z another time.
 
     Args:
         head: The head. It is left as it was, and so are all random generators.
@@ -83,14 +85,41 @@ def find_first_layers(head: nn.Module, shape: torch.Size, dims: RotatedDims, lik
     }
     names = {id(param): name for name, param in head.named_parameters()}
     with _unrotated(head):
-        expected, consumers = _trace(head, tensors, rotated(z, matrix, dims).contiguous())  # nn.Flatten keeps storage
+        rotated_z = rotated(z, matrix, dims).contiguous()  # nn.Flatten keeps storage
+        with _Used() as used:
+            expected, consumers = _trace(head, tensors, rotated_z)
         layers = [_first_layer(layer, fed, z, dims) for layer, fed in consumers.items()]
         if not layers:
             raise UnfoldableError("no layer takes z as it is")
         folded = {names[id(layer.weight)]: layer.folded(wide(layer.weight), matrix) for layer in layers}
         if not _agree(_run(head, {**tensors, **folded}, z), expected):
             raise UnfoldableError("its first layers are not all that z goes through")
+    idle = [name for name, tensor in tensors.items() if id(tensor) not in used.ids and name in names.values()]
+    idle = [name for name in idle if any(size % dims.size(z.shape) == 0 for size in tensors[name].shape)]
+    if idle:
+        raise UnfoldableError(
+            f"{idle[0]}, which may meet z, was not used when it was tried out: its input may decide which layers run"
+        )
     return layers
+
+
+class _Used(TorchFunctionMode):
+    """Notes the tensors that functions are called with.
+
+    Attributes:
+        ids: Their ids.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[int] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.__name__ != "__get__":  # to ask for a shape or a dtype is no use
+            self.ids |= {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        return func(*args, **(kwargs or {}))
 
 
 def _is_sharded(head: nn.Module) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from rotoopt._capture.capture import Capture
 from rotoopt._capture.inputs import Inputs, paths_and_leaves, rebuilt
-from rotoopt._capture.places import Z
+from rotoopt._capture.paths import Arguments, Path, as_in_training
+from rotoopt._capture.places import Place
 from rotoopt._capture.representation import RotatedDims, rotated
 from rotoopt._deploy.first_layers import FirstLayer, UnfoldableError, find_first_layers, wide
 from rotoopt._torch.modules import unwrapped
@@ -26,19 +28,33 @@ class RotationHook:
 
     Args:
         dims: The rotated dimensions.
-        paths: Where among the inputs of the head the tensors are that it rotates.
+        arguments: What the head calls its arguments.
+        noted: Where among them tensors are, and whether these are rotated.
+        covers_all: Whether the rotation is that of all features.
     """
 
-    def __init__(self, dims: RotatedDims, paths: Collection[str]) -> None:
+    def __init__(
+        self, dims: RotatedDims, arguments: Arguments, noted: Mapping[Path, bool | None], *, covers_all: bool
+    ) -> None:
         self.dims = dims
-        self.paths = paths
+        self.arguments = arguments
+        self.noted = noted
+        self.covers_all = covers_all
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Rotate what enters the head."""
         matrix = head.get_buffer("rotation")
-        pairs, structure = paths_and_leaves((args, kwargs))
-        leaves = [rotated(leaf, matrix, self.dims) if path in self.paths else leaf for path, leaf in pairs]
-        return rebuilt((args, kwargs), leaves, structure)
+        pairs = paths_and_leaves((args, kwargs), self.arguments)
+
+        def fits(leaf: Tensor) -> bool:
+            return self.dims.fit(leaf.shape, len(matrix), all_of_them=self.covers_all)
+
+        paths = as_in_training(pairs, self.noted, fits)
+        leaves = [
+            rotated(leaf, matrix, self.dims) if self.noted.get(path) else leaf
+            for path, (_, leaf) in zip(paths, pairs, strict=True)
+        ]
+        return rebuilt((args, kwargs), leaves)
 
 
 @dataclass(frozen=True)
@@ -49,14 +65,14 @@ class Rotated:
         name: How to call it.
         module: The module itself, without what torch puts around one.
         matrix: A copy of R_k, where the module is. Shape ``(m, m)``.
-        paths: Where among the inputs the tensors are that are rotated.
+        noted: Where among the inputs tensors are, and whether these are rotated.
         shape: The shape of z, if it is the only input; None otherwise.
     """
 
     name: str
     module: nn.Module
     matrix: Tensor
-    paths: Collection[str]
+    noted: Mapping[Path, bool | None]
     shape: torch.Size | None
 
 
@@ -80,15 +96,27 @@ def fold(capture: Capture, heads: Sequence[Sequence[nn.Module]], names: Sequence
                 f"fold() must be free to add a buffer `rotation` to {each.name}, got a head with such an attribute: "
                 f"rename it. The rotation cannot be folded into the weights of this head: {plan}."
             )
+    # All that can fail comes before anything that changes what the model computes.
+    folded = [
+        (layer.weight, layer.folded(wide(layer.weight), each.matrix))
+        for each, plan in plans
+        if not isinstance(plan, UnfoldableError)
+        for layer in plan
+    ]
+    with ExitStack() as undo:
+        for each, plan in plans:
+            if isinstance(plan, UnfoldableError):
+                _add_buffer(each, plan)
+                undo.callback(delattr, each.module, "rotation")
+        undo.pop_all()
     capture.detach()
     for each, plan in plans:
         if isinstance(plan, UnfoldableError):
-            hook = RotationHook(capture.dims, each.paths)
-            each.module.register_buffer("rotation", each.matrix)
+            arguments = Arguments.of(each.module)
+            hook = RotationHook(capture.dims, arguments, each.noted, covers_all=capture.rotations.covers_all)
             each.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-        else:
-            for layer in plan:
-                layer.weight.copy_(layer.folded(wide(layer.weight), each.matrix))
+    for weight, rotated_weight in folded:
+        weight.copy_(rotated_weight)
     if reasons:
         warn_user(
             "Every head should begin with a linear layer, to fold its rotation into, got some that do not. "
@@ -97,6 +125,18 @@ def fold(capture: Capture, heads: Sequence[Sequence[nn.Module]], names: Sequence
             "these keys in addition, and does not load into a plain model: save the model as a whole, with torch.save "
             "or torch.export, or begin these heads with nn.Linear or nn.Conv2d when you train again."
         )
+
+
+def _add_buffer(head: Rotated, reason: UnfoldableError) -> None:
+    """Add the rotation to a head that keeps it."""
+    try:
+        head.module.register_buffer("rotation", head.matrix)
+    except Exception as error:  # a traced module raises AttributeError, others what they like
+        raise RuntimeError(
+            f"fold() must be free to add a buffer `rotation` to {head.name}, got a {type(head.module).__name__} that "
+            f"takes none ({error}). Train the module as it was before torch.jit.trace, and trace what was folded. The "
+            f"rotation cannot be folded into the weights of this head: {reason}."
+        ) from error
 
 
 def _check_foldable(capture: Capture, heads: Sequence[Sequence[nn.Module]]) -> None:
@@ -122,9 +162,16 @@ def _check_foldable(capture: Capture, heads: Sequence[Sequence[nn.Module]]) -> N
 def _is_known(capture: Capture, task: int) -> bool:
     """Whether R_k = I, or it is known where it rotates, and the shape of z."""
     noted = capture.places.noted[task]
-    alone = [place for place, rotates in noted.items() if rotates and place[1] == Z]
+    alone = [place for part in {part for part, _ in noted} if (place := _only_place(capture, task, part)) is not None]
     has_run = bool(noted) and all((task, place) in capture.shapes for place in alone)
     return has_run or not capture.rotations.is_turned(task)
+
+
+def _only_place(capture: Capture, task: int, part: int) -> Place | None:
+    """Return where z enters a module that is called as ``head(z)``; None if it has other inputs, or is not rotated."""
+    noted = {place: rotates for place, rotates in capture.places.noted[task].items() if place[0] == part}
+    (place,) = noted if len(noted) == 1 else (None,)
+    return place if place is not None and noted[place] and len(place[1]) == 1 else None
 
 
 def _rotated(capture: Capture, task: int, head: Sequence[nn.Module], name: str) -> list[Rotated]:
@@ -133,13 +180,13 @@ def _rotated(capture: Capture, task: int, head: Sequence[nn.Module], name: str) 
         return []
     rotation, found = capture.rotations[task], []
     for number, module in enumerate(map(unwrapped, head)):
-        noted = capture.places.noted[task].items()
-        paths = frozenset(path for (part, path), rotates in noted if rotates and part == number)
-        if paths:
+        noted = {path: rotates for (part, path), rotates in capture.places.noted[task].items() if part == number}
+        if any(noted.values()):
             # A copy, where the model is now: it may have been moved since it ran.
             matrix = rotation.to(next(module.parameters(), rotation).device, copy=True)
-            shape = capture.shapes[task, (number, Z)] if paths == {Z} else None
-            found.append(Rotated(name if len(head) == 1 else f"{name}[{number}]", module, matrix, paths, shape))
+            place = _only_place(capture, task, number)
+            shape = None if place is None else capture.shapes[task, place]
+            found.append(Rotated(name if len(head) == 1 else f"{name}[{number}]", module, matrix, noted, shape))
     return found
 
 

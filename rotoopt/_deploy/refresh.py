@@ -30,7 +30,7 @@ def refresh(capture: Capture, model_copy: nn.Module) -> None:
                 f"features, got one with {len(copied)} of {copied.size}. Was it copied from another model?"
             )
     with torch.inference_mode(False):  # where copies are evaluated, but they are to be refreshed elsewhere as well
-        for head, hook in copies:
+        for _, hook in copies:
             hook.capture.rotations.load_matrices(matrices)
             hook.capture.places.load_state_dict(places.state_dict())
-            hook.renew_origin(head)
+            hook.renew_origin()

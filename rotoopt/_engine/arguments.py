@@ -181,14 +181,20 @@ def check_losses(losses: Losses, names: Sequence[str]) -> dict[int, Tensor]:
             f"`losses` must have one entry per task, got {len(by_task)} for {len(names)} tasks. "
             "Put None where a task is absent from this batch."
         )
-    present = {task: loss for task, loss in enumerate(by_task) if loss is not None}
+    present = {task: loss for task, loss in enumerate(by_task) if loss is not None and not is_constant(loss)}
     for task, loss in present.items():
         if not isinstance(loss, Tensor):
             raise TypeError(f"`losses` must be tensors or None, got {_kind(loss)} for {names[task]}.")
         _check_loss(loss, names[task])
     if not present:
-        raise ValueError("`losses` must have at least one loss, got only None.")
+        raise ValueError("`losses` must have at least one loss, got only None, or constants.")
     return present
+
+
+def is_constant(loss: object) -> bool:
+    """Whether ``loss`` stands in for that of an absent task, as ``torch.zeros((), requires_grad=True)`` does."""
+    constant = isinstance(loss, Tensor) and loss.requires_grad and loss.is_leaf and loss.numel() == 1
+    return constant and not isinstance(loss, nn.Parameter)
 
 
 def check_backbone_loss(loss: object) -> None:

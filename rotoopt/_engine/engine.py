@@ -18,12 +18,13 @@ from rotoopt._engine.arguments import Losses, Parts, check_backbone_loss, check_
 from rotoopt._engine.memory import Memory
 from rotoopt._engine.record import StepRecord
 from rotoopt._engine.turning import cosines_of, rotation_gradients
-from rotoopt._engine.watch import SilentHeads
+from rotoopt._engine.watch import ForeignSteps, SilentHeads
 from rotoopt._engine.weighing import Weighing
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._rotation.step import RotationGradient
 from rotoopt._torch.private import backward_pass_id
 from rotoopt._torch.processes import Processes
+from rotoopt._torch.subclasses import plain
 from rotoopt.weighting import Measurements, Weighting
 
 MANY_TENSORS = 1 << 20  # that enter heads in one forward pass; fewer have seeds of their own
@@ -68,13 +69,16 @@ class Engine:
         self.normalize_losses = normalize_losses
         self.turn_every = turn_every
         self._needs_second_moment = needs_second_moment
-        self.capture = Capture(rotations, dims, self._running_pass, self._measures_second_moments, self._agreement_seed)
+        self.capture = Capture(
+            rotations, dims, self._running_pass, self._measures_second_moments, self._agreement_seed, self._is_own
+        )
         self.memory = Memory(rotations, weighting)
         self._weighing = Weighing(
             weighting, self.memory, rotations, processes, burn_in_period=burn_in_period, turn_every=turn_every
         )
         self._wiring = Wiring(self.names, heads, self.capture.places)
         self._silent_heads = SilentHeads(self.names)
+        self._foreign_steps = ForeignSteps(heads)
         self._record: StepRecord | None = None
         self._running: BackwardPass | None = None
         self._passes: list[BackwardPass] = []  # those since the latest step
@@ -125,7 +129,7 @@ class Engine:
         """Return the losses of the joined batch, NaN for an absent task. Shape ``(K,)``."""
         self._follow_rotations()
         like = self.memory.weights
-        known = {task: loss.detach().squeeze().to(like) for task, loss in present.items()}
+        known = {task: plain(loss.detach()).squeeze().to(like) for task, loss in present.items()}
         values = torch.stack([known[k] if k in known else like.new_full((), torch.nan) for k in range(len(like))])
         if self.processes.count > 1:
             values = self.processes.mean(values, self.memory.mask(set(present)))
@@ -183,6 +187,10 @@ class Engine:
         """Return whether the turn of this step needs the second moment of the representation."""
         return self._needs_second_moment and self._weighing.turns_are_due
 
+    def _is_own(self, rep: Tensor, task: int) -> bool:
+        """Return whether ``rep`` was made of parameters of ``task`` alone."""
+        return self._wiring.is_own(rep, task)
+
     def _agreement_seed(self) -> int | None:
         """Return the seed for the first tensor of this step, if the agreement of samples is measured in it."""
         due = self.weighting.needs_agreement and self._weighing.turns_are_due
@@ -195,6 +203,7 @@ class Engine:
         number = backward_pass_id()
         if self._running is None or self._running.number not in (None, number):
             self.close()
+            self._foreign_steps.observe(len(self._passes))
             try:
                 one_tensor = self._wiring.check_running(self.capture.fed)
                 self._running = self._open(None, None, one_tensor=one_tensor, number=number)

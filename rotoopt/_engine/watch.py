@@ -1,10 +1,11 @@
-"""Watches: heads that deliver no gradient, and parameters that nobody updates. Nothing fails, and nothing learns."""
+"""Watches: heads that deliver no gradient, parameters that nobody updates, and steps of another optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rotoopt._capture.fork import BackwardPass
@@ -15,6 +16,7 @@ from rotoopt._torch.warn import warn_user
 SILENT_STEPS = 20
 IDLE_STEPS = 2
 UNTRAINED_STEPS = 10
+FOREIGN_PASSES = 32  # more than LBFGS makes in a step
 
 
 class SilentHeads:
@@ -81,6 +83,7 @@ class UntrainedHeads:
     def __init__(self, optimizer: Optimizer, heads: Sequence[Parts], names: Sequence[str]) -> None:
         updated = {id(param) for group in optimizer.param_groups for param in group["params"]}
         self._num_steps = 0
+        self._sums: dict[str, Tensor] = {}
         self._watched = {
             key: (param, version(param))
             for name, parts in zip(names, heads, strict=False)  # functional heads have names only
@@ -93,10 +96,15 @@ class UntrainedHeads:
         if not self._watched:
             return
         self._num_steps += 1
+        if self._num_steps == 1:
+            self._sums = {key: _sum(param) for key, (param, _) in self._watched.items()}
         if self._num_steps < UNTRAINED_STEPS:
             return
         untrained = [
-            key for key, (param, old) in self._watched.items() if param.requires_grad and version(param) == old
+            key
+            for key, (param, old) in self._watched.items()
+            # An optimizer that writes to `param.data` leaves the version as it was.
+            if param.requires_grad and version(param) == old and torch.equal(_sum(param).cpu(), self._sums[key].cpu())
         ]
         self._watched = {}
         if untrained:
@@ -105,6 +113,38 @@ class UntrainedHeads:
                 f"{', '.join(untrained)} as they were {UNTRAINED_STEPS} steps ago. Pass model.parameters() to the "
                 "optimizer, or freeze them: requires_grad_(False)."
             )
+
+
+class ForeignSteps:
+    """Warns of backward passes that the user calls and nobody steps on, while the weights of the heads change.
+
+    Args:
+        heads: The parts of the K heads.
+    """
+
+    def __init__(self, heads: Sequence[Parts]) -> None:
+        self._watched = [param for parts in heads for _, param in _named_parameters(parts, "")]
+        self._versions = 0
+
+    def observe(self, num_waiting: int) -> None:
+        """Take note of a backward pass that begins after ``num_waiting`` others that wait for a step."""
+        if num_waiting not in (0, FOREIGN_PASSES):
+            return
+        versions = sum(version(param) for param in self._watched if not param.is_inference())
+        before, self._versions = self._versions, versions
+        if num_waiting == FOREIGN_PASSES and versions != before:
+            warn_user(
+                "The optimizer whose heads a loss passes through must make the steps, got weights that something else "
+                f"has changed, and {FOREIGN_PASSES} backward passes without step() or zero_grad(). It weighs the "
+                "gradients that something else steps on. Either (a) another optimizer has taken over: call remove() or "
+                "fold() on the RotoGradOptimizer, or (b) step() was called on the wrapped optimizer: call it on the "
+                "RotoGradOptimizer."
+            )
+
+
+def _sum(param: Tensor) -> Tensor:
+    """Return a number that changes with ``param``."""
+    return torch.zeros(()) if nn.parameter.is_lazy(param) else param.detach().double().abs().sqrt().sum()
 
 
 def _named_parameters(parts: Parts, name: str) -> list[tuple[str, nn.Parameter]]:

@@ -5,7 +5,6 @@ Not here: methods that torch asks modules to override (``_apply``, ``_load_from_
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 # What is nested in lists, tuples and dicts. No public name looks there; torch.utils.pytree needs another package.
-from torch.utils._pytree import keystr as keystr
 from torch.utils._pytree import tree_flatten_with_path as tree_flatten_with_path
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_unflatten as tree_unflatten
@@ -151,21 +149,29 @@ def running_roots() -> list[Tensor]:
     return []
 
 
-def output_numel(node: Any) -> int | None:
-    """Return the number of elements of the first output of an operation in a graph; None where it is not known."""
-    metadata = getattr(node, "_input_metadata", None)  # nothing public tells a shape
-    return math.prod(metadata[0].shape) if metadata else None
+def output_shapes(node: Any) -> list[tuple[int, ...]]:
+    """Return the shapes of the outputs of an operation in a graph. Nothing public tells them."""
+    return [tuple(each.shape) for each in getattr(node, "_input_metadata", ())]
 
 
 def num_outputs(node: Any) -> int:
-    """Return the number of outputs of an operation in a graph; see :func:`output_numel`."""
+    """Return the number of outputs of an operation in a graph; see :func:`output_shapes`."""
     return len(getattr(node, "_input_metadata", ()))
 
 
-def selected_index(node: Any) -> int:
-    """Return the index of ``tensor[index]`` from the operation in a graph, which nothing public tells."""
-    index: int = node._saved_index
-    return index if index < 2**63 else index - 2**64  # it has no sign
+def saved(node: Any, name: str) -> Any:
+    """Return an argument of an operation in a graph, as the dimension of a sum; None if it has none of that name.
+
+    Nothing public tells it.
+    """
+    value = getattr(node, f"_saved_{name}", None)
+    if isinstance(value, tuple):
+        return tuple(map(_signed, value))
+    return _signed(value) if isinstance(value, int) else value
+
+
+def _signed(value: int) -> int:
+    return value if value < 2**63 else value - 2**64
 
 
 def is_transformed() -> bool:

@@ -46,7 +46,8 @@ CANDIDATES: Mapping[str, Options] = _Copies(
 """What :func:`compare` tries by default: options of :class:`~rotoopt.RotoGradOptimizer`, by name.
 
 ``"plain sum"`` trains as ``sum(losses).backward()`` does, up to the order of additions; ``"scale only"`` gives all task
-gradients one norm in every step. Add your own: ``{**CANDIDATES, "UPGrad": {"weighting": UPGrad(), "rotate": False}}``.
+gradients one norm in every step. Add your own:
+``{**CANDIDATES, "UPGrad": {"weighting": UPGrad(), "rotate": False}}``.
 """
 
 

@@ -75,6 +75,10 @@ class Weighting(ABC):
             )
         self._bound = True
 
+    def release(self) -> None:
+        """Let another optimizer use this weighting: the one that called :meth:`bind` could not be built."""
+        self._bound = False
+
     def combine(self, gradients: TaskGradients, weights: Tensor) -> Tensor:
         r"""Return :math:`\sum_k w_k G_k` with ``weights`` w, finite. Shape ``(n,)``."""
         return gradients.combine(weights)

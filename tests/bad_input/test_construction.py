@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam
 
 from rotoopt import GradNorm, RotoGradOptimizer
 from tests.asserts import assert_reads_well
-from tests.contract.models import TwoTasks, assert_same, snapshot, wrap
+from tests.contract.models import TwoTasks, assert_same, snapshot, train, wrap
 
 Cases = dict[str, tuple[type[Exception], str, Callable[[TwoTasks], object]]]
 
@@ -100,6 +100,11 @@ CASES: Cases = {
         with_heads(lambda model: [model.heads["left"], nn.Sequential(model.heads["left"], nn.Linear(1, 2))]),
     ),
     "heads are outputs": (TypeError, "got a Tensor for heads[0].", with_heads(lambda model: [torch.zeros(2)])),
+    "a head takes no hooks": (
+        TypeError,
+        "`heads` must be modules that take hooks, got a RecursiveScriptModule for heads[1]: register_forward_pre_hook",
+        with_heads(lambda model: [model.heads["left"], torch.jit.script(model.heads["right"])]),
+    ),
     "no heads": (ValueError, "`heads` must have at least one module, got none.", with_options(heads=[])),
     "numbered heads": (
         TypeError,
@@ -158,6 +163,7 @@ CASES: Cases = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_wrong_argument(name: str) -> None:
     error, message, call = CASES[name]
@@ -186,3 +192,21 @@ def test_weights_before_the_optimizer() -> None:
         RuntimeError, match="GradNorm must belong to an optimizer before its weights are read or trained"
     ):
         _ = GradNorm().weights
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_constructor_that_fails_leaves_the_rotations_of_the_optimizer_before() -> None:
+    model, optimizer = wrap(init="haar")
+    train(model, optimizer, 0)
+    before, x = snapshot(model, optimizer), model.inputs(0)
+    predictions = [output.detach() for output in model(x)]
+    weighting = GradNorm()
+    scripted = torch.jit.script(nn.Linear(6, 2))
+    with pytest.raises(TypeError, match="take hooks"):
+        RotoGradOptimizer(optimizer_of(model), [*model.heads.values(), scripted], weighting=weighting)
+    with pytest.raises(ValueError, match="fit the rotations"):
+        RotoGradOptimizer(optimizer_of(model), model.heads, rotation_size=4)
+    assert_same(snapshot(model, optimizer), before)
+    assert_same([output.detach() for output in model(x)], predictions)
+    train(model, optimizer, 1)
+    RotoGradOptimizer(optimizer_of(model), model.heads, weighting=weighting)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -155,3 +156,38 @@ def test_a_head_with_an_attribute_of_that_name() -> None:
             optimizer.fold()
         assert_same((model(model.inputs(1)), snapshot(model, optimizer)), before)
     train(model, optimizer, 1)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated, but used
+def test_quantization_of_a_wrapped_model_says_to_fold_it_first() -> None:
+    quantize: Any = torch.ao.quantization.quantize_dynamic
+    model, optimizer = wrap()
+    train(model, optimizer, 0)
+    quantized = quantize(model.eval(), {nn.Linear})
+    with pytest.raises(RuntimeError, match=r"^A head must be the module .* hooks, .* Call optimizer\.fold\(\) before"):
+        quantized(model.inputs(0))
+    optimizer.fold()
+    quantize(model.eval(), {nn.Linear})(model.inputs(0))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_fold_of_a_traced_head_changes_nothing() -> None:
+    """It takes no buffer, and no layer can be found in it."""
+    torch.manual_seed(0)
+    model = TwoTasks()
+    traced = torch.jit.trace(nn.Sequential(nn.Linear(6, 2), nn.Tanh()), torch.ones(5, 6))  # type: ignore[no-untyped-call]
+    heads = {"left": model.heads["left"], "norm": nn.LayerNorm(6), "right": traced}
+    model.heads = nn.ModuleDict(heads)
+    optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), model.heads, init="haar")
+    x = model.inputs(0)
+    z = model.backbone(x)
+    optimizer.step([head(z).square().mean() for head in model.heads.values()])
+    keys, before = list(model.state_dict()), [output.detach() for output in model(x)]
+    with pytest.raises(RuntimeError, match=r"buffer `rotation` to right, got a \w+ that takes none .*jit.trace"):
+        optimizer.fold()
+    assert_same([output.detach() for output in model(x)], before)
+    assert list(model.state_dict()) == keys
+    del model.heads["right"]
+    optimizer.zero_grad()
+    z = model.backbone(x)
+    optimizer.step([*(head(z).square().mean() for head in model.heads.values()), None])

@@ -1,10 +1,17 @@
 """Representations that cannot be rotated."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.testing import assert_close
 
+from rotoopt import RotoGradOptimizer
+from tests.asserts import assert_reads_well
 from tests.bad_input.cases import Case, check, left, losses_of, parametrize, representation
 from tests.contract.models import wrap
 
@@ -35,6 +42,14 @@ REPRESENTATIONS = {
         ValueError,
         r"`dim` must be given for .*four or more dimensions, got none for shape \(5, 6, 1, 1\).*dim=1 for",
         lambda m, o: lambda: left(m)(representation(m)[:, :, None, None]),
+        later=False,
+        fatal=True,
+    ),
+    "one dimension without dim": Case(
+        ValueError,
+        r"`dim` must be given for a representation of one dimension, got none for shape \(5,\)\. Give dim=-1 if .*"
+        r"\(B,\), then one number for each leaves nothing to rotate: give rotate=False\.",
+        lambda m, o: lambda: left(m)(representation(m)[:, 0]),
         later=False,
         fatal=True,
     ),
@@ -76,6 +91,67 @@ REPRESENTATIONS = {
 @parametrize(REPRESENTATIONS)
 def test_representation(case: Case, steps: int) -> None:
     check(case, steps)
+
+
+CHANNELS = {
+    "convolution": lambda: nn.Conv1d(8, 2, 3),
+    "transposed convolution": lambda: nn.ConvTranspose1d(8, 2, 3),
+    "normalization": lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(20, 2)),
+    "groups": lambda: nn.GroupNorm(2, 8),
+    "pooled": lambda: nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 2)),
+}
+
+
+def trained(make: Callable[[], nn.Module], shape: tuple[int, ...], **options: Any) -> Any:
+    z, heads = nn.Parameter(torch.randn(shape)), [make(), make()]
+    optimizer = RotoGradOptimizer(SGD([z, *nn.ModuleList(heads).parameters()], lr=0.1), heads, **options)
+    optimizer.step([head(z).square().mean() for head in heads])
+    return optimizer
+
+
+@pytest.mark.parametrize("options", [{}, {"rotation_size": 4}])
+@pytest.mark.parametrize("make", CHANNELS.values(), ids=CHANNELS)
+def test_channels_before_time_need_dim(make: Callable[[], nn.Module], options: dict[str, Any]) -> None:
+    message = (
+        r"`dim` must be given for a representation whose features are not in its last dimension, got none for shape "
+        r"\(4, 8, 20\) and a head that begins with \w+, which takes 8 features\. Use dim=1 for the channels of maps"
+    )
+    with pytest.raises(ValueError, match=message) as raised:
+        trained(make, (4, 8, 20), **options)
+    assert_reads_well(str(raised.value))
+    assert trained(make, (4, 8, 20), dim=1).rotations.size == 8
+    assert trained(make, (4, 8, 20), rotate=False).last_step.finite
+
+
+def test_a_single_sample_needs_no_dim_in_evaluation() -> None:
+    optimizer = trained(lambda: nn.Linear(8, 2), (4, 8), init="haar")
+    head, z = optimizer._core.heads[0][0].eval(), torch.randn(8)
+    assert_close(head(z), head(z[None])[0])
+
+
+TOKENS = {
+    "linear": lambda: nn.Linear(8, 2),
+    "normalized": lambda: nn.Sequential(nn.LayerNorm(8), nn.Conv1d(20, 2, 1)),
+    "transposed": lambda: Transposed(),
+    "as many as features": lambda: nn.Sequential(nn.ReLU(), nn.Linear(8, 20)),
+}
+
+
+class Transposed(nn.Module):
+    """A convolution over time, of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv1d(8, 2, 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        out: Tensor = self.layer(z.transpose(1, 2))
+        return out
+
+
+@pytest.mark.parametrize("make", TOKENS.values(), ids=TOKENS)
+def test_tokens_need_no_dim(make: Callable[[], nn.Module]) -> None:
+    assert trained(make, (4, 20, 8)).rotations.size == 8
 
 
 def test_rotations_before_the_first_forward_pass() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from rotoopt import RotoGradOptimizer
 from rotoopt._capture.wiring import LOOK_EVERY
@@ -35,6 +37,15 @@ BEHIND: dict[str, tuple[Callable[[], nn.Module], Losses]] = {
     "normalization": (lambda: nn.LayerNorm(6), lambda model, layer: of_both(model, layer)),
     "linear": (lambda: nn.Linear(6, 3), lambda model, layer: of_both(model, layer)),
     "convolution": (lambda: nn.Conv1d(1, 3, 1), lambda model, layer: of_both(model, lambda out: layer(out[:, None]))),
+    "PReLU": (nn.PReLU, lambda model, layer: of_both(model, layer)),
+    "linear with two numbers": (
+        lambda: nn.Linear(2, 1, bias=False),
+        lambda model, layer: of_both(model, lambda out: layer(out[:, :2])),
+    ),
+    "number for each column": (
+        lambda: nn.PReLU(2),
+        lambda model, layer: of_both(model, lambda out: layer(out[:, :2])),
+    ),
     "weights of the backbone": (
         nn.Identity,
         lambda model, _: of_both(model, lambda out: F.linear(out, weight_of(model)[:, :1].expand(-1, 6))),
@@ -93,6 +104,27 @@ def test_weights_of_losses_are_nobodys_business(kind: str, way: str) -> None:
             optimizer.step()
         assert optimizer.last_step is not None
         assert optimizer.last_step.present.all()
+
+
+@pytest.mark.parametrize("kind", ["of samples", "of columns", "of columns, as losses"])
+@pytest.mark.parametrize("own", [False, True])
+def test_tasks_may_read_numbers_of_their_own_from_one_parameter(kind: str, own: bool) -> None:
+    """A log-variance or a scale for each task, in one vector: what each number gets is its own."""
+    model, s = TwoTasks(), nn.Parameter(torch.tensor([0.5, -0.5]))
+    optimizer = RotoGradOptimizer(SGD([*model.parameters(), s], lr=0.1), model.heads, rotate=False)
+
+    def losses() -> list[Tensor]:
+        z = model.backbone(model.inputs(0))
+        outputs = [head(z).mean(1, keepdim=True) for head in model.heads.values()]
+        if kind == "of samples":
+            return [(torch.exp(-s)[k] * out.square() + s[k]).mean() for k, out in enumerate(outputs)]
+        errors = (torch.cat(outputs, 1) * s.exp()).square()
+        return [errors[:, k].mean() for k in range(2)] if kind == "of columns" else list(errors.mean(0))
+
+    with optimizer.paused():
+        (expected,) = torch.autograd.grad(torch.stack(losses()).sum(), s)
+    back_propagate(losses()) if own else optimizer.backward(losses())
+    assert_close(s.grad, expected)
 
 
 def test_time_steps_of_one_task_may_share_a_parameter_that_is_not_listed() -> None:
@@ -170,6 +202,54 @@ def test_parameters_of_a_head_that_are_handed_to_it_get_its_own_gradient(own: bo
         optimizer.step()
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("around", ["one", "both", "none"])
+def test_what_goes_around_heads_from_a_reentrant_checkpoint_is_refused(around: str, own: bool) -> None:
+    """Its parameters are not in the graph of the losses, but it is."""
+    encoder, middle = nn.Linear(5, 6), nn.Linear(6, 6)
+    heads = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+    params = [*encoder.parameters(), *middle.parameters(), *heads.parameters()]
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), heads)
+    e = checkpoint(encoder, torch.randn(4, 5, requires_grad=True), use_reentrant=True)
+    z = middle(e)
+    num_around = {"one": 1, "both": 2, "none": 0}[around]
+    losses = [(head(z) + (e if k < num_around else 0)).square().mean() for k, head in enumerate(heads)]
+    refused = pytest.raises(RuntimeError, match="got the output of a re-entrant checkpoint, which the loss of heads")
+    with nullcontext() if around == "none" else refused:
+        back_propagate(losses) if own else optimizer.backward(losses)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("frozen", [range(5), range(2, 20)], ids=["from the start", "later"])
+@pytest.mark.filterwarnings("ignore:The representation should require grad")
+def test_a_backbone_that_was_frozen_behind_prompts_is_weighed_again_at_once(frozen: range, own: bool) -> None:
+    """While it is frozen, what enters a head was made of the prompt of its task alone."""
+    torch.manual_seed(0)
+    backbone, heads = nn.Linear(5, 6), nn.ModuleList(nn.Linear(6, 2) for _ in range(2))
+    prompts = nn.ParameterList(torch.randn(5) for _ in range(2))
+    params = [*backbone.parameters(), *heads.parameters(), *prompts]
+    parts = [(head, prompt) for head, prompt in zip(heads, prompts, strict=True)]
+    optimizer = RotoGradOptimizer(SGD(params, lr=1e-3), parts, rotate=False)
+    x = torch.randn(8, 5)
+
+    def losses() -> list[Tensor]:
+        outputs = [head(backbone(x + prompt)) for head, prompt in zip(heads, prompts, strict=True)]
+        return [30**k * (output - 1).square().mean() for k, output in enumerate(outputs)]
+
+    for step in range(frozen.stop + 2):
+        backbone.requires_grad_(step not in frozen)
+        optimizer.zero_grad()
+        if step in frozen:
+            back_propagate(losses()) if own else optimizer.backward(losses())
+        else:
+            with optimizer.paused():
+                true = [torch.autograd.grad(loss, backbone.weight)[0] for loss in losses()]
+            back_propagate(losses()) if own else optimizer.backward(losses())
+            weights = optimizer.last_step.weights  # type: ignore[union-attr]
+            assert_close(backbone.weight.grad, weights[0] * true[0] + weights[1] * true[1])
+        optimizer.step()
+
+
 def test_heads_may_write_to_containers_that_they_get() -> None:
     model = TwoTasks()
 
@@ -234,3 +314,53 @@ def test_a_failed_backward_pass_leaves_nothing_behind() -> None:
     optimizer.step(losses(torch.ones(())))
     assert optimizer.last_step is not None
     assert optimizer.last_step.present.all()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_probe_on_stopped_gradients_is_trained_and_weighs_nothing(own: bool) -> None:
+    model, probe = TwoTasks(), nn.Linear(6, 3)
+    heads = {**model.heads, "probe": probe}
+    params = [*model.parameters(), *probe.parameters()]
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), heads, rotate=False)
+    for batch in range(3):
+        model.zero_grad()
+        probe.zero_grad()
+        z = model.backbone(model.inputs(batch))
+        losses = [head(z).square().mean() for head in model.heads.values()]
+        true = [
+            torch.autograd.grad(loss, weight_of(model), retain_graph=True)[0] for loss in plain_losses(model, batch)
+        ]
+        of_probe = (probe(z.detach()) - 1).square().mean()
+        (expected,) = torch.autograd.grad(of_probe, probe.weight, retain_graph=True)
+        back_propagate([*losses, of_probe]) if own else optimizer.backward([*losses, of_probe])
+        assert optimizer.last_step is not None
+        weights = optimizer.last_step.weights[:2]
+        assert_close(weight_of(model).grad, weights[0] * true[0] + weights[1] * true[1])
+        assert_close(probe.weight.grad, expected)
+        optimizer.step()
+
+
+def plain_losses(model: TwoTasks, batch: int) -> list[Tensor]:
+    """Return the losses of a copy that never was wrapped, at the same parameters."""
+    z = model.backbone(model.inputs(batch))
+    return [F.linear(z, *head.parameters()).square().mean() for head in model.heads.values()]
+
+
+@pytest.mark.parametrize("other", ["loss", "backbone_loss"])
+def test_a_constant_stands_in_for_an_absent_task(other: str) -> None:
+    model, optimizer = wrap(sgd)
+    left, right = model.losses(0)[0]
+    zero = torch.zeros((), requires_grad=True)
+    if other == "loss":
+        optimizer.step([left, zero])
+    else:
+        optimizer.step([left, right], backbone_loss=zero)
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.present.tolist() == [True, other != "loss"]
+
+
+def test_norms_of_a_list_of_parameters_are_a_penalty_like_any_other() -> None:
+    model, optimizer = wrap(sgd)
+    norms = torch._foreach_norm(list(model.parameters()))
+    back_propagate([torch.stack([*model.losses(0)[0], *norms]).sum()])
+    optimizer.step()

@@ -1,5 +1,6 @@
 """Capture: rotations in front of the heads, and each task's own gradient behind them."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.testing import assert_close
 from rotoopt import RotoGradOptimizer
 from rotoopt._capture import wiring
 from rotoopt._torch.modules import is_trained
+from rotoopt._torch.private import tree_leaves
 from tests.asserts import eps
 from tests.oracle import layout, rotate
 from tests.samplers import DTYPES, LAYOUTS, SEEDS, Bench, Layout, Network, Sampler, batches, network
@@ -227,3 +229,51 @@ def test_an_optimizer_that_could_not_be_built_is_in_nobodys_way() -> None:
     assert is_trained(trained)
     assert not is_trained(torch.zeros(3).requires_grad_())
     del half_built, optimizer
+
+
+class Meta(Tensor):
+    """As ``MetaTensor`` of MONAI."""
+
+
+class Masked(nn.Module):
+    """Reads an attribute of what it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, z: Any) -> Tensor:
+        out: Tensor = self.out(z) * z.mask
+        return out
+
+
+@pytest.mark.parametrize("kind", [Tensor, Meta])
+@pytest.mark.parametrize("options", [{"rotate": False}, {"init": "haar"}, {"normalize_losses": True}])
+def test_tensors_keep_their_class_and_attributes_on_their_way_into_a_head(
+    kind: type[Tensor], options: dict[str, Any]
+) -> None:
+    backbone, heads = nn.Linear(5, 6), nn.ModuleList([Masked(), Masked()])
+    params = [*backbone.parameters(), *heads.parameters()]
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), heads, turn_every=2, **options)
+    mask = torch.tensor([[1.0], [0.0], [1.0], [0.0]])
+
+    def outputs() -> list[Any]:
+        z: Any = backbone(torch.randn(4, 5)).as_subclass(kind)
+        z.mask = mask
+        return [head(z) for head in heads]
+
+    for _ in range(3):
+        optimizer.zero_grad()
+        for output in (found := outputs()):
+            assert type(output) is kind
+            assert torch.equal(output == 0, mask.expand(4, 2) == 0)
+        optimizer.step([output.square().mean() for output in found])
+    record = optimizer.last_step
+    assert record is not None
+    tensors = [each for each in vars(record).values() if isinstance(each, Tensor)]
+    assert {type(each) for each in [*tensors, *tree_leaves(optimizer.state_dict())] if isinstance(each, Tensor)} == {
+        Tensor
+    }
+    assert copy.deepcopy(optimizer.state_dict())
+    heads.eval()
+    assert all(torch.equal(output == 0, mask.expand(4, 2) == 0) for output in outputs())

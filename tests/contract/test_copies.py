@@ -1,6 +1,7 @@
 """Copies of model and optimizer train on their own, and a copy of the model alone still computes the same."""
 
 import copy
+import gc
 import io
 import pickle
 from collections.abc import Callable
@@ -12,7 +13,18 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 
 from rotoopt import GradNorm, RotoGradOptimizer
-from tests.contract.models import TwoTasks, adam, assert_moved, assert_same, parameters, snapshot, train, wrap
+from tests.contract.models import (
+    TwoTasks,
+    adam,
+    assert_moved,
+    assert_same,
+    back_propagate,
+    gradients,
+    parameters,
+    snapshot,
+    train,
+    wrap,
+)
 
 Pair = tuple[TwoTasks, RotoGradOptimizer]
 
@@ -121,3 +133,61 @@ def test_copy_of_the_model_alone_computes_the_same(copy_first: bool) -> None:
     train(model, optimizer, 2)
     assert_same([output.detach() for output in copied(x)], expected)
     assert parameters(copied)
+
+
+def alone(pair: Pair) -> TwoTasks:
+    return pair[0]
+
+
+def without_its_optimizer(pair: Pair) -> TwoTasks:
+    return COPIES["pickle"](pair)[0]
+
+
+ORPHANS: dict[str, Callable[[Pair], TwoTasks]] = {
+    "deepcopy": lambda pair: copy.deepcopy(pair[0]),
+    "pickle": lambda pair: pickle.loads(pickle.dumps(pair[0])),
+    "optimizer copied apart": lambda pair: (copy.deepcopy(pair[1]), copy.deepcopy(pair[0]))[1],
+    "optimizer dropped": alone,
+    "its copy dropped": without_its_optimizer,
+}
+
+
+@pytest.mark.parametrize("orphan", ORPHANS.values(), ids=ORPHANS)
+def test_a_model_without_its_optimizer_has_the_gradients_that_autograd_computes(
+    orphan: Callable[[Pair], TwoTasks],
+) -> None:
+    """A client, a student, a second stage of training: they keep the rotations, and are trained by something else."""
+    model, optimizer = wrap(init="haar")
+    train(model, optimizer, 0, 1)
+    optimizer.zero_grad()
+    with optimizer.paused():
+        back_propagate(model.losses(2)[0])
+    expected, predictions = gradients(model), [output.detach() for output in model(model.inputs(2))]
+    optimizer.zero_grad()
+    back_propagate(model.losses(2)[0])
+    weighted = gradients(model)
+    assert not torch.equal(*(each[0] for each in (weighted, expected)))  # type: ignore[arg-type]
+    optimizer.zero_grad()
+    client = orphan((model, optimizer))
+    del model, optimizer
+    gc.collect()
+    bare = SGD(client.parameters(), lr=0.1)
+    back_propagate(client.losses(2)[0])
+    assert_same(gradients(client), expected)
+    assert_same([output.detach() for output in client(client.inputs(2))], predictions)
+    before = parameters(client)
+    bare.step()
+    assert all(not torch.equal(*pair) for pair in zip(before, parameters(client), strict=True))
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_head_that_leads_to_its_optimizer_is_copied_with_it(name: str) -> None:
+    """As the modules of a Lightning model may."""
+    model, optimizer = wrap(adam, init="haar")
+    model.heads["left"].trained_by = [optimizer]  # type: ignore[assignment]
+    train(model, optimizer, 0)
+    copied, its_optimizer = COPIES[name]((model, optimizer))
+    assert copied.heads["left"].trained_by[0] is its_optimizer  # type: ignore[index]
+    for each in ((model, optimizer), (copied, its_optimizer)):
+        train(*each, 1)
+    assert_same(snapshot(copied, its_optimizer), snapshot(model, optimizer))

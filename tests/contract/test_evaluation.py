@@ -71,16 +71,41 @@ def test_gradients_are_those_of_the_rotated_model(name: str) -> None:
 
 def test_gradient_penalty_goes_through_paused() -> None:
     model, optimizer = trained()
-    penalties = []
-    for context in (optimizer.paused(), nullcontext()):
-        x = model.inputs(5).requires_grad_()
-        with context:
-            output = model(x)[0].square().sum()
-        (gradient,) = torch.autograd.grad(output, x, create_graph=True)
-        penalties.append(gradient.square().sum())
-    torch.autograd.backward(penalties[0])
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.backward(penalties[1])
+    x = model.inputs(5).requires_grad_()
+    with optimizer.paused():
+        output = model(x)[0].square().sum()
+    (gradient,) = torch.autograd.grad(output, x, create_graph=True)
+    torch.autograd.backward(gradient.square().sum())
+    output = model(x)[0].square().sum()
+    with pytest.raises(RuntimeError, match=r"must not be differentiated again, got create_graph=True.*paused\(\)"):
+        torch.autograd.grad(output, x, create_graph=True)
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_losses_behind_an_inner_step_are_weighted_or_the_error_says_how_to_train(second_order: bool) -> None:
+    """As in MAML: the parameters of the second forward pass come from gradients of a first one."""
+    model, optimizer = trained()
+    params = dict(model.named_parameters())
+
+    def losses() -> list[Tensor]:
+        with optimizer.paused():
+            inner = torch.stack([output.square().mean() for output in model(model.inputs(5))]).sum()
+            grads = torch.autograd.grad(inner, list(params.values()), create_graph=second_order)
+        fast = {name: param - 0.1 * grad for (name, param), grad in zip(params.items(), grads, strict=True)}
+        outputs = torch.func.functional_call(model, fast, (model.inputs(6),))
+        return [output.square().mean() for output in outputs]
+
+    optimizer.zero_grad()
+    if not second_order:
+        optimizer.step(losses())
+        return
+    with optimizer.paused():
+        torch.autograd.backward(torch.stack(losses()).sum())
+    before = [param.detach().clone() for param in params.values()]
+    optimizer.step()
+    assert not any(map(torch.equal, before, params.values()))
+    with pytest.raises(RuntimeError, match=r"computed from gradients, as in MAML.*under optimizer.paused\(\)"):
+        optimizer.step(losses())
 
 
 def test_paused_ends_with_its_block_even_on_an_error() -> None:

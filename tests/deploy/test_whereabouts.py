@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel
 
@@ -131,6 +133,119 @@ def test_weights_without_rotations_are_reported_if_any_has_turned(init: Any, los
     predict(model, x)
 
 
+@pytest.mark.parametrize("turned", [True, False])
+def test_weights_of_a_part_of_a_head_are_reported(turned: bool) -> None:
+    """A state dict for every layer: none of them has the rotation of their head."""
+    torch.manual_seed(0)
+    model = TwoTasks()
+    model.heads["left"] = nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.Tanh()), nn.Linear(4, 1))
+    options = OPTIONS if turned else {"rotation_lr": 0.0}
+    optimizer = RotoGradOptimizer(sgd(model.parameters()), model.heads, **options)
+    x = model.inputs(9)
+    train(model, optimizer, 0)
+    whole, layers = copy.deepcopy(model.state_dict()), [model.heads["left"][0], model.heads["left"][1]]  # type: ignore[index]
+    best = [copy.deepcopy(layer.state_dict()) for layer in layers]
+    train(model, optimizer, 1)
+    model.load_state_dict(whole)
+    predict(model, x)
+    train(model, optimizer, 2)
+    for layer, saved in zip(layers, best, strict=True):
+        layer.load_state_dict(layer.state_dict())
+        predict(model, x)
+        layer.load_state_dict(saved)
+        with pytest.warns(UserWarning, match=LOST) if turned else nullcontext():
+            predict(model, x)
+        predict(model, x)
+    optimizer.remove()
+    assert not any(layer._load_state_dict_pre_hooks for layer in model.modules())
+
+
+def test_the_state_dict_itself_is_not_reported() -> None:
+    """It follows the weights, so that to load it changes nothing."""
+    model, optimizer = wrap(**OPTIONS)
+    train(model, optimizer, 0)
+    alias = model.state_dict()
+    train(model, optimizer, 1)
+    expected = predict(model, model.inputs(9))
+    model.load_state_dict(alias)
+    assert_same(predict(model, model.inputs(9)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+def test_a_state_dict_that_was_cast_has_its_rotations(dtype: torch.dtype, fresh: bool, own: torch.dtype) -> None:
+    model, optimizer = wrap(**OPTIONS)
+    model.to(own)
+    z = torch.ones(1, 6, dtype=own)
+    model.heads["left"](z).sum().backward()
+    optimizer.rotations.load_matrices(torch.linalg.qr(torch.randn(2, 6, 6))[0])
+    saved, expected = copy.deepcopy(model.state_dict()), optimizer.rotations.matrices.clone()
+    for key in saved:
+        saved[key] = saved[key].to(dtype)
+    optimizer.rotations.load_matrices(torch.eye(6).repeat(2, 1, 1))
+    if fresh:
+        model, optimizer = wrap()
+    model.load_state_dict(saved)
+    assert_same(optimizer.rotations.matrices, expected)
+    model.heads["left"](z.to(next(model.parameters())))
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_weights_that_were_averaged_are_reported_in_another_process(state: bool) -> None:
+    """Until the state of the optimizer is loaded, too: the rotations there are I."""
+    model, optimizer = wrap(**OPTIONS)
+    train(model, optimizer, 0)
+    other, its_optimizer = wrap(rotation_optimizer=OPTIONS["rotation_optimizer"])
+    other.load_state_dict(changed_in_place(model.state_dict()))
+    if state:
+        its_optimizer.load_state_dict(optimizer.state_dict())
+    with nullcontext() if state else pytest.warns(UserWarning, match=LOST):
+        predict(other, model.inputs(9))
+    predict(other, model.inputs(9))
+
+
+class Unit(nn.Module):
+    """A head without parameters: an embedding that is compared with others."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return functional.normalize(z[:, :2], dim=1)
+
+
+def with_unit() -> tuple[TwoTasks, RotoGradOptimizer]:
+    torch.manual_seed(0)
+    model = TwoTasks()
+    model.heads["right"] = Unit()
+    return model, RotoGradOptimizer(sgd(model.parameters()), model.heads, **OPTIONS)
+
+
+def test_a_head_without_parameters_has_its_rotation() -> None:
+    model, optimizer = with_unit()
+    x = model.inputs(9)
+    train(model, optimizer, 0)
+    target, saved, expected = copy.deepcopy(model), copy.deepcopy(model.state_dict()), predict(model, x)
+    train(model, optimizer, 1)
+    other, _ = with_unit()
+    for each in (model, other):
+        each.load_state_dict(saved)
+        assert_same(predict(each, x), expected)
+    train(model, optimizer, 2)
+    assert_same(predict(target, x), expected)
+    for theirs, own in zip(target.parameters(), model.parameters(), strict=True):
+        by_data(theirs, own)
+    for report, run in ((STALE, partial(predict, target)), (LOST, partial(predict, model))):
+        if report is LOST:
+            model.load_state_dict(items_of(saved))
+        with pytest.warns(UserWarning, match=report) as record:
+            run(x)
+        assert len(record) == 2  # heads
+        run(x)
+    target.load_state_dict(model.state_dict())
+    predict(target, x)
+    train(model, optimizer, 3)
+    predict(target, x)
+
+
 @pytest.mark.parametrize("order", ["model first", "optimizer first"])
 def test_weights_without_rotations_are_right_with_the_state_of_the_optimizer(order: str) -> None:
     model, optimizer = wrap(**OPTIONS)
@@ -160,6 +275,75 @@ def test_average_of_the_weights_is_reported_until_it_is_refreshed() -> None:
         average.update_parameters(model)  # rotations have not turned since
         predict(average, x)
     assert_same(predict(average, x), predict(average.module, x))
+
+
+def by_copy(theirs: Tensor, own: Tensor) -> None:
+    with torch.no_grad():
+        theirs.copy_(own)
+
+
+def by_lerp(theirs: Tensor, own: Tensor) -> None:
+    theirs.data.mul_(0.5).add_(own.data, alpha=0.5)
+
+
+def by_data(theirs: Tensor, own: Tensor) -> None:
+    theirs.data = own.detach().clone()
+
+
+UPDATES: dict[str, Callable[[Tensor, Tensor], None]] = {"copy": by_copy, "lerp of data": by_lerp, "other data": by_data}
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "train, no_grad"])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+def test_a_target_network_is_reported_once_for_every_update(
+    update: Callable[[Tensor, Tensor], None], frozen: bool, mode: str
+) -> None:
+    """In whatever way its weights are written, and in whatever mode it runs."""
+    model, optimizer = wrap(**OPTIONS)
+    x = model.inputs(9)
+    train(model, optimizer, 0)
+    target = copy.deepcopy(model).requires_grad_(not frozen)
+    target.train(mode != "eval")
+
+    def run() -> int:
+        with warnings.catch_warnings(record=True) as record, nullcontext() if mode == "train" else torch.no_grad():
+            warnings.simplefilter("always")
+            target(x)
+        assert all(str(each.message).startswith(STALE) for each in record)
+        return len(record)
+
+    for _ in range(2):
+        train(model, optimizer, 1)
+        assert run() == 0  # a copy of the model as it was
+        train(model, optimizer, 2)
+        for theirs, own in zip(target.parameters(), model.parameters(), strict=True):
+            update(theirs, own)
+        assert run() == 2  # heads
+        assert run() == 0
+    train(model, optimizer, 3)
+    target.load_state_dict(model.state_dict())
+    assert_same(predict(target, x), predict(model, x))
+    train(model, optimizer, 4)
+    assert run() == 0
+    target.bfloat16()
+    with torch.no_grad():
+        target(x.bfloat16())
+
+
+@pytest.mark.parametrize("clears", [False, True])
+def test_a_copy_that_is_trained_itself_is_not_reported(clears: bool) -> None:
+    model, optimizer = wrap(**OPTIONS)
+    student = copy.deepcopy(model)
+    bare = sgd(student.parameters())
+    for batch in range(3):
+        train(model, optimizer, batch)
+        torch.autograd.backward(student.losses(batch)[0])
+        bare.step()
+        if clears:
+            bare.zero_grad()
+        predict(student.eval(), model.inputs(9))
+        student.train()
 
 
 def test_copies_that_are_right_are_not_reported() -> None:

@@ -48,7 +48,8 @@ def test_each_silence_of_a_head_in_backward_passes_of_ones_own_is_reported_once(
         assert all(message.startswith(start) for message, start in zip(found, expected, strict=True))
 
 
-FATES = st.lists(st.sampled_from(["ours", "another's", "frozen", "frozen later", "nobody's"]), min_size=6, max_size=6)
+FATE = st.sampled_from(["ours", "another's", "data", "frozen", "frozen later", "nobody's"])
+FATES = st.lists(FATE, min_size=6, max_size=6)
 
 
 @given(fates=FATES)
@@ -79,6 +80,8 @@ def test_parameters_of_heads_that_nobody_updates_are_named_after_some_steps(fate
             with torch.no_grad():
                 for param in by_fate.get("another's", []):
                     param.mul_(2)
+            for param in by_fate.get("data", []):
+                param.data.mul_(2)
         expected = [key for key, its in zip(named, fates, strict=True) if its == "nobody's"]
         found = warned(watch.observe)
         if step == UNTRAINED_STEPS - 1 and expected:

@@ -235,6 +235,30 @@ def learned_loss_weights() -> Wired:
     return wire(nn.ModuleList([model, log_variances]), losses, heads=model.heads())
 
 
+def probe_on_stopped_gradients() -> Wired:
+    """A head that looks on: it is trained, and the backbone is not trained by it."""
+    backbone, left, right, probe = nn.Linear(4, 8), nn.Linear(8, 1), nn.Linear(8, 2), nn.Linear(8, 2)
+    x = torch.randn(6, 4)
+
+    def losses() -> Losses:
+        z = backbone(x)
+        return [(left(z) - 1).square().mean(), right(z).square().mean(), (probe(z.detach()) - 1).square().mean()]
+
+    return wire(nn.ModuleList([backbone, left, right, probe]), losses, heads=[left, right, probe])
+
+
+def columns_of_one_matrix() -> Wired:
+    """The outputs of all heads in one matrix, and a loss for each of its columns."""
+    backbone, heads, x = nn.Linear(4, 8), [nn.Linear(8, 1) for _ in range(3)], torch.randn(6, 4)
+
+    def losses() -> Losses:
+        z = backbone(x)
+        errors = (torch.cat([head(z) for head in heads], 1) - torch.arange(3)).square()
+        return [errors[:, k].mean() for k in range(3)]
+
+    return wire(nn.ModuleList([backbone, *heads]), losses, heads=heads)
+
+
 def zero_output_layers() -> Wired:
     """Heads that do not look at the representation until they have been trained."""
     backbone, heads, x = nn.Linear(4, 8), [nn.Linear(8, 1), nn.Linear(8, 2)], torch.randn(6, 4)
@@ -290,6 +314,8 @@ RIGHT: dict[str, Callable[[], Wired]] = {
         tied_weights,
         shared_layers,
         learned_loss_weights,
+        probe_on_stopped_gradients,
+        columns_of_one_matrix,
         zero_output_layers,
         consistency,
         sparse_embeddings,

@@ -1,0 +1,250 @@
+"""Dependence: which tasks a loss is made of, whether their outputs are mixed in it, and which parameters it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rotoopt._capture.graph import Edge, Node, edges, is_leaf, is_tap, leaves, operation, reached
+from rotoopt._capture.labels import (
+    ALONG,
+    ELEMENTWISE,
+    MIXED,
+    NONE,
+    REARRANGING,
+    REDUCING,
+    UNTOLD,
+    labels_of_outputs,
+    labels_of_sum,
+    reduced,
+    whole,
+)
+from rotoopt._torch.private import num_outputs, output_shapes, saved
+
+# Linear in all inputs, or in the only one that depends on a task.
+LINEAR = {"Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Stack", "Cat", "Clone", "ToCopy", "Expand", "Where"}
+LINEAR |= {"Alias", "MaskedFill", "Index", "IndexSelect", "Gather", "MaskedSelect"} | REARRANGING
+PRODUCTS = {"Mul", "Div", "Dot", "Mv", "Mm", "Bmm"}
+
+
+@dataclass
+class Terms:
+    """What a loss was made of.
+
+    Attributes:
+        of_tasks: Those that depend on tasks: each of its numbers on one.
+        of_none: Those that depend on no task, as penalties and weights of losses.
+        mixed: Those whose numbers depend on several tasks.
+    """
+
+    of_tasks: list[Edge] = field(default_factory=list)
+    of_none: list[Edge] = field(default_factory=list)
+    mixed: list[Edge] = field(default_factory=list)
+
+
+class Dependence:
+    """How losses depend on the outputs of the heads, as far as the graph tells.
+
+    A sum of what single tasks have made keeps them apart: of ``((out - y) ** 2).mean()`` every head gets its own
+    gradient, also where ``out`` is made of the outputs of several. So does any function of losses. The distance between
+    two outputs mixes them.
+
+    Args:
+        roots: What made the losses.
+    """
+
+    def __init__(self, roots: Iterable[Edge]) -> None:
+        self._order = _from_taps([node for node, _ in roots if node is not None])
+        self._masks: dict[Node, int] = {}  # the tasks, as bits
+        self._labels: dict[Node, list[Tensor]] = {}  # of those that depend on several tasks
+        self._numbers: set[Node] = set()  # losses, or vectors of them
+        for node in self._order:
+            self._masks[node] = self._mask(node)
+            if self._is_joint(node):
+                self._labels[node] = self._labels_of(node)
+            if self._masks[node] and self._is_number(node):
+                self._numbers.add(node)
+
+    def tasks(self, root: Edge) -> set[int]:
+        """Return the tasks whose outputs ``root`` reads."""
+        node, output = root
+        mask = self._masks.get(node, 0)
+        if node in self._labels:
+            found = set(torch.unique(self._labels[node][output]).tolist())
+            if not found & {MIXED, UNTOLD}:
+                return found - {NONE}
+        return {task for task in range(mask.bit_length()) if mask >> task & 1}
+
+    def is_mixed(self, root: Edge) -> bool:
+        """Whether a number of ``root`` depends on several tasks."""
+        node, output = root
+        return node in self._labels and bool((self._labels[node][output] == MIXED).any())
+
+    def terms(self, root: Edge) -> Terms:
+        """Return what a sum of losses, or another function of them, was made of."""
+        found, seen, stack = Terms(), {root}, [root]
+        while stack:
+            each = node, _ = stack.pop()
+            if node is None:
+                continue
+            parts = edges(node)
+            with_task = [part for part in parts if self._masks.get(part[0], 0)]
+            if not self._masks[node]:
+                found.of_none.append(each)
+            elif not is_tap(node) and (
+                all(part[0] in self._numbers for part in with_task)
+                or (self.is_mixed(each) and self._is_linear(node, with_task, parts))
+            ):
+                new = [part for part in parts if part not in seen and part[0] is not None and not is_leaf(part[0])]
+                seen.update(new)
+                stack.extend(new)
+            elif self.is_mixed(each) and not self._adds_up_apart(node, parts):
+                found.mixed.append(each)
+            else:
+                found.of_tasks.append(each)
+        return found
+
+    def parameters(self, term: Edge, task: int) -> Iterator[tuple[Tensor, int | None]]:
+        """Yield the parameters that ``task`` reads in ``term`` without passing a tap.
+
+        Each comes with the index of the only number that is read, None for all of them. Not those with a number for
+        each task, as one for each column of what the heads have made.
+        """
+        stack, seen = [term], {term}
+        while stack:
+            node, _ = stack.pop()
+            if is_tap(node):
+                continue
+            if is_leaf(node):
+                yield node.variable, None
+            for part in edges(node):
+                if part in seen or part[0] is None:
+                    continue
+                seen.add(part)
+                if not self._masks[part[0]]:
+                    yield from self._parameters_beside(node, part)
+                elif task in self.tasks(part):
+                    stack.append(part)
+
+    # ------------------------------------------------------------------ the graph, from the taps on
+
+    def _mask(self, node: Node) -> int:
+        if is_tap(node):
+            return 1 << int(node.task)
+        mask = 0
+        for part, _ in edges(node):
+            mask |= self._masks.get(part, 0)
+        return mask
+
+    def _is_joint(self, node: Node) -> bool:
+        return self._masks[node].bit_count() > 1
+
+    def _label(self, edge: Edge) -> Tensor:
+        """Return the labels of what comes along ``edge``."""
+        node, output = edge
+        if node in self._labels:
+            return self._labels[node][output]
+        shapes = output_shapes(node)
+        return whole(self._masks.get(node, 0).bit_length() - 1, shapes[output] if shapes else ())
+
+    def _labels_of(self, node: Node) -> list[Tensor]:
+        shapes = output_shapes(node)
+        if num_outputs(node) > 1 and is_python_function(node):
+            return [whole(UNTOLD, shape) for shape in shapes]
+        parts = edges(node)
+        return labels_of_outputs(
+            node, operation(node), [self._label(part) for part in parts], [_shape(p) for p in parts]
+        )
+
+    def _is_number(self, node: Node) -> bool:
+        """Whether ``node`` made a loss or several, by adding up samples: not an output of a head for one sample."""
+        name, shapes = operation(node), output_shapes(node)
+        if is_tap(node) or not shapes or any(len(shape) > 1 for shape in shapes):
+            return False
+        if name in ELEMENTWISE | REARRANGING | ALONG | {"Stack", "Cat"}:
+            return all(part in self._numbers for part, _ in edges(node) if self._masks.get(part, 0))
+        if shapes[0]:  # errors that were averaged over the samples, one for each task
+            return name in REDUCING and self._is_joint(node) and not self.is_mixed((node, 0))
+        return True
+
+    def _is_linear(self, node: Node, with_task: Sequence[Edge], parts: Sequence[Edge]) -> bool:
+        name = operation(node)
+        if name in PRODUCTS:
+            return len(with_task) == 1 and (name != "Div" or with_task[0] == parts[0])
+        return name in LINEAR
+
+    def _adds_up_apart(self, node: Node, parts: Sequence[Edge]) -> bool:
+        summed = labels_of_sum(node, operation(node), [self._label(part) for part in parts])
+        return summed is not None and not bool((summed == MIXED).any())
+
+    # ------------------------------------------------------------------ parameters
+
+    def _parameters_beside(self, node: Node, part: Edge) -> Iterator[tuple[Tensor, int | None]]:
+        """Yield what ``part``, which depends on no task, brings into ``node``, which does."""
+        param, index = _from_parameter(part)
+        if param is not None and index is not None:
+            yield param, index
+        elif param is None or not self._is_apart_in(node, part):
+            yield from ((leaf, None) for leaf in leaves(reached([part[0]])))
+
+    def _is_apart_in(self, node: Node, part: Edge) -> bool:
+        """Whether each number of ``part`` meets one task in ``node``."""
+        shape = _shape(part)
+        if node not in self._labels or operation(node) not in ELEMENTWISE or shape is None:
+            return False
+        labels = self._labels[node][0]
+        shape = (1,) * (labels.ndim - len(shape)) + shape
+        dims = [i for i, size in enumerate(shape) if size == 1]
+        return bool((reduced(labels, dims, keepdim=True) >= NONE).all())
+
+
+def is_python_function(node: Node) -> bool:
+    """Whether ``node`` is a ``torch.autograd.Function``, as that of a compiled graph is."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def _from_taps(roots: Sequence[Node]) -> list[Node]:
+    """Return the nodes between ``roots`` and the taps, these and the leaves first."""
+    order: list[Node] = []
+    seen: set[Node] = set()
+    stack = [(root, False) for root in roots]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            if not is_tap(node):
+                stack.extend((part, False) for part, _ in edges(node) if part is not None)
+    return order
+
+
+def _shape(edge: Edge) -> tuple[int, ...] | None:
+    node, output = edge
+    if node is None:
+        return None
+    if is_leaf(node):
+        return tuple(node.variable.shape)
+    shapes = output_shapes(node)
+    return shapes[output] if shapes else None
+
+
+def _from_parameter(edge: Edge) -> tuple[Tensor | None, int | None]:
+    """Return the parameter that ``edge`` was made of number by number, and which of them it is, None for all."""
+    index = None
+    node, output = edge
+    while not is_leaf(node):
+        parts = [part for part in edges(node) if part[0] is not None]
+        name = operation(node)
+        if name == "Unbind" or (name == "Select" and len(saved(node, "self_sym_sizes")) == 1):
+            index = output if name == "Unbind" else saved(node, "index")
+        elif name not in ELEMENTWISE:
+            return None, None
+        if len(parts) != 1:
+            return None, None
+        node, output = parts[0]
+    return node.variable, index

@@ -1,0 +1,29 @@
+"""Owner: is the optimizer still there that steps on what is captured?"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+
+class Owner:
+    """Leads from what captures gradients to the optimizer that needs them.
+
+    A copy has no owner until the optimizer is copied with it, in one ``copy.deepcopy`` or pickle. This object leads
+    nowhere else, and so is complete in the copy before either of the two, in whatever order they come.
+    """
+
+    def __init__(self) -> None:
+        self._core: weakref.ref[Any] | None = None
+
+    def become(self, core: Any) -> None:
+        """Make ``core``, the state of an optimizer, the owner."""
+        self._core = weakref.ref(core)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether there is none: gradients are nobody's, and must be those that autograd computes."""
+        return self._core is None or self._core() is None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_core": None}

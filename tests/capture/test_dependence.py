@@ -1,0 +1,200 @@
+"""Which task each number depends on, by the graph: that of gradients. And what that means for losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD
+from torch.testing import assert_close
+
+from rotoopt import RotoGradOptimizer
+from rotoopt._capture.dependence import Dependence
+from rotoopt._capture.graph import made_by
+from rotoopt._capture.labels import MIXED, NONE
+from tests.contract.models import back_propagate
+from tests.samplers import SEEDS
+
+TOLD: dict[str, Callable[[Tensor], Tensor]] = {  # of these the graph tells everything
+    "scaled": lambda x: 2 * x - 1,
+    "with a constant": lambda x: x + torch.randn(x.shape),
+    "squares": torch.square,
+    "softplus": F.softplus,
+    "with itself": lambda x: x * x.sigmoid(),
+    "where": lambda x: torch.where(torch.ones(x.shape) > 0, x, -x),
+    "double": lambda x: x.double(),
+    "select": lambda x: x.select(0, -1) if x.ndim > 1 else x,
+    "last": lambda x: x[..., -1] if x.ndim > 1 else x,
+    "slice": lambda x: x[..., :2],
+    "every second": lambda x: x[::2],
+    "from the end": lambda x: x[..., -2:],
+    "split": lambda x: torch.split(x, 2, -1)[-1],
+    "split by sizes": lambda x: torch.split(x, [x.shape[-1] - 1, 1], -1)[0] if x.shape[-1] > 1 else x,
+    "unbind": lambda x: x.unbind(-1)[0] if x.ndim > 1 else x,
+    "transposed": lambda x: x.transpose(0, -1),
+    "permuted": lambda x: x.permute(*range(1, x.ndim), 0),
+    "flat": lambda x: x.reshape(-1),
+    "flat pairs": lambda x: x.flatten(0, 1) if x.ndim > 1 else x,
+    "unsqueezed": lambda x: x.unsqueeze(1),
+    "squeezed": lambda x: x[:, None].squeeze(1),
+    "expanded": lambda x: x[None].expand(2, *x.shape),
+    "sum": lambda x: x.sum(0) if x.ndim > 1 else x,
+    "mean": lambda x: x.mean(-1, keepdim=True),
+    "norm": lambda x: x.norm(dim=-1) if x.ndim > 1 else x,
+    "logsumexp": lambda x: x.logsumexp(0) if x.ndim > 1 else x,
+    "log_softmax": lambda x: F.log_softmax(x, -1) if x.shape[-1] > 1 else x,
+    "twice": lambda x: torch.cat([x, x], 0),
+    "with constants": lambda x: torch.cat([torch.zeros(x.shape), x], -1),
+    "stacked": lambda x: torch.stack([x, 3 * x], 1),
+    "squared errors": lambda x: F.mse_loss(x, torch.zeros(x.shape), reduction="none"),
+}
+UNTOLD: dict[str, Callable[[Tensor], Tensor]] = {  # of these not, and then too many tasks are taken for read
+    "indexed": lambda x: x[torch.arange(len(x))],
+    "gathered": lambda x: x.gather(0, torch.zeros_like(x, dtype=torch.long)),
+    "flipped": lambda x: x.flip(0),
+    "repeated": lambda x: x.repeat(*[2] * x.ndim),
+}
+OPERATIONS = TOLD | UNTOLD
+
+
+def outputs(seed: int, size: int = 3) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what three functional heads are fed, and their outputs, ``(2, size)``."""
+    torch.manual_seed(seed)
+    bare = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    optimizer = RotoGradOptimizer(bare, num_tasks=3, rotate=False)
+    fed = optimizer.rotate(torch.randn(2, 4, requires_grad=True))
+    return list(fed), [each @ torch.randn(4, size) for each in fed]
+
+
+def labels_by_gradients(x: Tensor, fed: list[Tensor]) -> Tensor:
+    found = []
+    for number in x.reshape(-1):
+        grads = torch.autograd.grad(number, fed, retain_graph=True, allow_unused=True) if x.requires_grad else []
+        tasks = [task for task, grad in enumerate(grads) if grad is not None and grad.any()]
+        found.append(NONE if not tasks else MIXED if len(tasks) > 1 else tasks[0])
+    return torch.tensor(found, dtype=torch.int16).reshape(x.shape)
+
+
+@given(seed=SEEDS, names=st.lists(st.sampled_from(sorted(OPERATIONS)), max_size=5), dim=st.integers(-2, 2))
+def test_labels_are_those_of_gradients(seed: int, names: list[str], dim: int) -> None:
+    fed, parts = outputs(seed)
+    x = torch.stack(parts, dim)
+    for name in names:
+        if x.numel() < 200 and x.ndim < 5:
+            x = OPERATIONS[name](x)
+    edge = made_by(x)
+    labels, expected = Dependence([edge])._label(edge).expand(x.shape), labels_by_gradients(x, fed)
+    if not UNTOLD.keys() & set(names):
+        assert torch.equal(labels, expected)
+    assert ((labels == expected) | (labels == MIXED)).all()
+
+
+APART: dict[str, Callable[[list[Tensor], Tensor], Tensor]] = {
+    "mean of a matrix of errors": lambda outs, y: (torch.cat(outs, 1) - y).square().mean(),
+    "mse_loss of all outputs": lambda outs, y: F.mse_loss(torch.cat(outs, 1), y),
+    "mse_loss of all outputs, stacked": lambda outs, y: F.mse_loss(torch.stack(outs), y.T[..., None]),
+    "errors of samples, added": lambda outs, y: sum(out.square() for out in outs).mean(),  # type: ignore[union-attr]
+    "errors of columns": lambda outs, y: (torch.cat(outs, 1) - y).abs().sum(1).mean(),
+    "masked errors": lambda outs, y: ((torch.cat(outs, 1) - y).square() * (y > 0)).sum() / (y > 0).sum(),
+    "errors where there are labels": lambda outs, y: (torch.cat(outs, 1) - y).square()[y > 0].mean(),
+    "classes": lambda outs, y: F.cross_entropy(
+        torch.stack([torch.cat([out, -out], 1) for out in outs], 2), (y > 0).long()
+    ),
+    "losses in a vector": lambda outs, y: (torch.cat(outs, 1) - y).square().mean(0).log().sum(),
+    "largest loss": lambda outs, y: torch.stack([out.square().mean() for out in outs]).max(),
+    "product of losses": lambda outs, y: torch.stack([out.square().mean() for out in outs]).prod(),
+    "softmax of losses": lambda outs, y: torch.stack([out.square().mean() for out in outs]).logsumexp(0),
+    "Gaussian, of two matrices": lambda outs, y: (
+        (torch.cat(outs, 1) - y).square() * torch.cat([-out for out in outs], 1).exp() + torch.cat(outs, 1)
+    ).mean(),
+}
+MIXTURES: dict[str, Callable[[list[Tensor], Tensor], Tensor]] = {
+    "distance of outputs": lambda outs, y: (outs[0] - outs[1]).square().mean(),
+    "distance of columns": lambda outs, y: (torch.cat(outs, 1)[:, 0] - torch.cat(outs, 1)[:, 1]).square().mean(),
+    "distance of means over features": lambda outs, y: (outs[0].mean(1) - outs[1].mean(1)).square().sum(),
+    "product of outputs": lambda outs, y: (outs[0] * outs[1]).sum(),
+    "norm of a sum": lambda outs, y: (outs[0] + outs[1]).norm(),
+    "one softmax over tasks": lambda outs, y: F.cross_entropy(torch.cat(outs, 1), (y[:, 0] > 0).long()),
+    "norm over tasks": lambda outs, y: torch.cat(outs, 1).norm(dim=1).sum(),
+    "a layer over tasks": lambda outs, y: (torch.cat(outs, 1) @ torch.ones(3, 1)).square().mean(),
+}
+
+
+class Heads:
+    """A backbone, three heads and a batch, wrapped; ``paused()`` is the truth."""
+
+    def __init__(self, size: int) -> None:
+        torch.manual_seed(size)
+        self.backbone, self.heads = nn.Linear(5, 4), nn.ModuleList(nn.Linear(4, 1) for _ in range(3))
+        self.params = [*self.backbone.parameters(), *self.heads.parameters()]
+        self.optimizer = RotoGradOptimizer(SGD(self.params, lr=0.1), self.heads, rotate=False)
+        self.x, self.y = torch.randn(size, 5), torch.randn(size, 3)
+
+    def outputs(self) -> list[Tensor]:
+        z = self.backbone(self.x)
+        return [head(z) for head in self.heads]
+
+    def true_gradient(self, loss: Callable[[list[Tensor], Tensor], Tensor], task: int) -> Tensor:
+        """Return the gradient of the backbone that comes through the head of ``task``."""
+        with self.optimizer.paused():
+            outs = [out if k == task else out.detach() for k, out in enumerate(self.outputs())]
+            return torch.autograd.grad(loss(outs, self.y), self.backbone.weight)[0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("name", APART)
+def test_a_loss_that_keeps_the_outputs_of_heads_apart_is_their_losses_in_one(name: str, size: int) -> None:
+    """With one's own backward, each head gets its own gradient, and the backbone the sum of them by weight."""
+    bench, loss = Heads(size), APART[name]
+    bench.y[0] = torch.tensor([1.0, 2.0, 3.0])  # no task without labels
+    for _ in range(3):
+        true = [bench.true_gradient(loss, task) for task in range(3)]
+        bench.optimizer.zero_grad()
+        back_propagate([loss(bench.outputs(), bench.y)])
+        weights = bench.optimizer.last_step.weights  # type: ignore[union-attr]
+        expected = sum(weight * grad for weight, grad in zip(weights.nan_to_num(), true, strict=True))
+        assert_close(bench.backbone.weight.grad, expected)
+        bench.optimizer.step()
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_loss_that_mixes_the_outputs_of_heads_is_refused_whatever_the_size_of_the_batch(name: str, size: int) -> None:
+    bench = Heads(size)
+    outs = bench.outputs()
+    losses = sum(out.square().mean() for out in outs)
+    with pytest.raises(RuntimeError, match=r"The loss of heads\[0\] must be computed from the output of its own head"):
+        back_propagate([losses + MIXTURES[name](outs, bench.y)])
+
+
+COLUMNS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
+    "column": lambda out, y: [(out[:, k] - y[:, k]).square().mean() for k in range(3)],
+    "slice": lambda out, y: [F.mse_loss(out[:, k : k + 1], y[:, k : k + 1]) for k in range(3)],
+    "split": lambda out, y: [each.square().mean() for each in torch.split(out - y, 1, 1)],
+    "mean over samples": lambda out, y: list((out - y).square().mean(0)),
+    "sum over samples by the number of labels": lambda out, y: list(((out - y).square() * (y > 0)).sum(0) / len(y)),
+    "norms": lambda out, y: list((out - y).norm(dim=0)),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_each_loss_may_read_its_part_of_what_all_heads_have_made(name: str) -> None:
+    bench, losses = Heads(8), COLUMNS[name]
+    for _ in range(3):
+        true = [
+            bench.true_gradient(lambda outs, y, k=task: losses(torch.cat(outs, 1), y)[k], task)  # type: ignore[misc]
+            for task in range(3)
+        ]
+        bench.optimizer.zero_grad()
+        bench.optimizer.backward(losses(torch.cat(bench.outputs(), 1), bench.y))
+        weights = bench.optimizer.last_step.weights  # type: ignore[union-attr]
+        assert_close(bench.backbone.weight.grad, sum(w * grad for w, grad in zip(weights, true, strict=True)))
+        bench.optimizer.step()
+    losses_of_others = losses(torch.cat(bench.outputs(), 1), bench.y)[::-1]
+    with pytest.raises(RuntimeError, match=r"loss of heads\[0\] must pass .* got one that passes through: heads\[2\]"):
+        bench.optimizer.step([losses_of_others[0], None, None])

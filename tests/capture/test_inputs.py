@@ -1,0 +1,141 @@
+"""Inputs: heads get containers of the types that they were called with."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
+from torch.optim import SGD
+from torch.testing import assert_close
+
+from rotoopt import RotoGradOptimizer
+from tests.asserts import assert_reads_well
+
+D = 6
+
+
+class Output(OrderedDict[str, Tensor]):
+    """A dict like the ``ModelOutput`` of transformers."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError("You cannot use update()")
+
+
+class EasyDict(dict[str, Tensor]):
+    """A dict whose items are attributes."""
+
+    note = "nothing"
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self[name]
+
+
+class Levels(list[Tensor]):
+    """A list with an attribute."""
+
+    names: tuple[str, ...] = ()
+
+
+class Pair(NamedTuple):
+    """Two tensors."""
+
+    z: Tensor
+    other: Tensor
+
+
+class OwnPair(Pair):
+    """A named tuple that is made in another way."""
+
+    def __new__(cls, z: Tensor) -> OwnPair:
+        return super().__new__(cls, z, torch.ones(1))
+
+
+def levels(z: Tensor) -> Levels:
+    made = Levels([z])
+    made.names = ("p3",)
+    return made
+
+
+CONTAINERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "list": (lambda z: [z], lambda x: x[0]),
+    "list with attribute": (levels, lambda x: x[x.names.index("p3")]),
+    "tuple": (lambda z: (z, None), lambda x: x[0]),
+    "named tuple": (lambda z: Pair(z, torch.ones(1)), lambda x: x.z * x.other),
+    "named tuple that is made otherwise": (OwnPair, lambda x: x.z * x.other),
+    "tuple of torch": (lambda z: z.topk(D), lambda x: x.values),
+    "packed sequence": (lambda z: pack_sequence(list(z[:, None])), lambda x: x.data),
+    "dict": (lambda z: {"z": z, 3: "three"}, lambda x: x["z"]),
+    "ordered dict": (lambda z: OrderedDict(other=1, z=z), lambda x: x["z"]),
+    "default dict": (lambda z: defaultdict(list, z=z), lambda x: x["z"] + sum(x["none"])),
+    "model output": (lambda z: Output(last=z), lambda x: x.last),
+    "easy dict": (lambda z: EasyDict(z=z), lambda x: x.z),
+    "deque": (lambda z: deque([z], maxlen=2), lambda x: x[0]),
+    "nested": (lambda z: [{"a": (Output(last=z), 1)}], lambda x: x[0]["a"][0].last),
+}
+
+
+class Head(nn.Module):
+    """Keeps what it was called with."""
+
+    def __init__(self, read: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.out, self.read = nn.Linear(D, 2), read
+
+    def forward(self, inputs: Any) -> Tensor:
+        self.got = inputs
+        out: Tensor = self.out(self.read(inputs))
+        return out
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_containers_keep_their_types(name: str) -> None:
+    make, read = CONTAINERS[name]
+    backbone, heads = nn.Linear(5, D), [Head(read), Head(read)]
+    params = [*backbone.parameters(), *nn.ModuleList(heads).parameters()]
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.01), heads, init="haar", rotation_size=D)
+    for _ in range(2):
+        inputs = make(backbone(torch.randn(4, 5)))
+        z = read(inputs).detach().clone()
+        optimizer.zero_grad()
+        losses = [head(inputs).square().mean() for head in heads]
+        assert_close(read(heads[0].got), z @ optimizer.rotations[0].mT)
+        assert_close(read(inputs), z)  # what the user has is as it was
+        optimizer.step(losses)
+        assert backbone.weight.grad is not None
+        for head in heads:
+            assert type(head.got) is type(inputs)
+    heads[0].eval()(inputs)
+    assert type(heads[0].got) is type(inputs)
+    assert_close(read(heads[0].got), z @ optimizer.rotations[0].mT)
+
+
+class Frozen(dict[str, Tensor]):
+    """A dict that nobody may change."""
+
+    def __setitem__(self, key: str, value: Tensor) -> NoReturn:
+        raise TypeError("it is frozen")
+
+
+def test_a_dict_that_cannot_be_copied_is_refused_if_it_would_change() -> None:
+    heads = [Head(lambda x: x["z"]), Head(lambda x: x["z"])]
+    optimizer = RotoGradOptimizer(SGD(nn.ModuleList(heads).parameters(), lr=0.1), heads, init="haar", rotation_size=D)
+    z = torch.randn(4, D, requires_grad=True)
+    with pytest.raises(
+        TypeError, match=r"^A dict that .* got a Frozen \(it is frozen\)\. Give the head dict"
+    ) as raised:
+        heads[0](Frozen(z=z))
+    assert_reads_well(str(raised.value))
+    heads[0]({"z": z, "masks": (masks := Frozen(mask=torch.ones(4, 1)))})
+    assert heads[0].got["masks"] is masks
+    assert optimizer.rotations.size == D

@@ -1,0 +1,210 @@
+"""Places: what is rotated in training is rotated in evaluation, and nothing else, however the head is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD
+from torch.testing import assert_close
+
+from rotoopt import RotoGradOptimizer
+from tests.contract.models import assert_same
+from tests.samplers import SEEDS
+
+D = 6
+Features = Any  # a list or dict of tensors
+
+
+def entries(features: Features) -> list[Tensor]:
+    return list(features.values()) if isinstance(features, dict) else list(features)
+
+
+class Each(nn.Module):
+    """Applies one layer to each of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(D, 2)
+
+    def forward(self, features: Features) -> Tensor:
+        return torch.stack([self.out(each).mean(0) for each in entries(features)])
+
+
+class Positional(Each):
+    """The same for arguments that have no names."""
+
+    def forward(self, *features: Tensor) -> Tensor:
+        return super().forward(features)
+
+
+def wrapped(make: Callable[[], nn.Module], **options: Any) -> tuple[nn.Linear, list[Any], RotoGradOptimizer]:
+    backbone, heads = nn.Linear(5, D), [make(), make()]
+    params = [*backbone.parameters(), *nn.ModuleList(heads).parameters()]
+    options = {"init": "haar", "rotation_size": D, **options}
+    return backbone, heads, RotoGradOptimizer(SGD(params, lr=0.1), heads, **options)
+
+
+def step(optimizer: RotoGradOptimizer, outputs: Sequence[Tensor]) -> None:
+    optimizer.zero_grad()
+    optimizer.step([output.square().mean() for output in outputs])
+
+
+def in_list(features: list[Tensor]) -> Features:
+    return features
+
+
+def in_dict(features: list[Tensor]) -> Features:
+    return {f"camera {i}": each for i, each in enumerate(features)}
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("into", [in_list, tuple, in_dict])
+@given(trained=st.integers(1, 4), evaluated=st.integers(1, 6), seed=SEEDS)
+def test_lists_and_dicts_may_be_longer_or_shorter_than_in_training(
+    into: Callable[[list[Tensor]], Features], folded: bool, trained: int, evaluated: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    backbone, heads, optimizer = wrapped(Each)
+    features = into([backbone(torch.randn(4, 5)) for _ in range(trained)])
+    step(optimizer, [head(features) for head in heads])
+    nn.ModuleList(heads).eval()
+    others = [torch.randn(4, D) for _ in range(evaluated)]
+    expected = [
+        torch.stack([head.out(each @ R.mT).mean(0) for each in others])
+        for head, R in zip(heads, optimizer.rotations.matrices.clone(), strict=True)
+    ]
+    if folded:
+        with pytest.warns(UserWarning, match="They keep their rotations"):
+            optimizer.fold()
+    assert_close([head(into(others)) for head in heads], expected)
+
+
+@given(trained=st.integers(1, 3), evaluated=st.integers(1, 4), seed=SEEDS)
+def test_so_may_arguments_without_names(trained: int, evaluated: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    backbone, heads, optimizer = wrapped(Positional)
+    features = [backbone(torch.randn(4, 5)) for _ in range(trained)]
+    step(optimizer, [head(*features) for head in heads])
+    nn.ModuleList(heads).eval()
+    others = [torch.randn(4, D) for _ in range(evaluated)]
+    for head, R in zip(heads, optimizer.rotations.matrices, strict=True):
+        assert_close(head(*others), torch.stack([head.out(each @ R.mT).mean(0) for each in others]))
+
+
+def test_samples_that_are_dicts_keep_what_is_rotated_apart() -> None:
+    """A list of dicts: its positions mean nothing, its keys do."""
+    sizes = {"image": D, "shape": 3}
+    made = {name: nn.Linear(5, size) for name, size in sizes.items()}
+
+    class Head(Each):
+        def forward(self, features: list[dict[str, Tensor]]) -> Tensor:
+            parts = [self.out(each["image"]).mean(0) * each["shape"].sum() for each in features]
+            return torch.stack(parts)
+
+    _, heads, optimizer = wrapped(Head)
+
+    def samples(number: int) -> list[dict[str, Tensor]]:
+        return [{name: layer(torch.randn(4, 5)) for name, layer in made.items()} for _ in range(number)]
+
+    features = samples(2)
+    step(optimizer, [head(features) for head in heads])
+    heads[0].eval()
+    others = samples(5)
+    turned = [{**each, "image": each["image"] @ optimizer.rotations[0].mT} for each in others]
+    assert_close(heads[0](others), heads[0].forward(turned))
+
+
+def test_entries_of_which_nobody_can_tell_are_refused() -> None:
+    backbone, heads, optimizer = wrapped(Each)
+    features = [backbone(torch.randn(4, 5)), torch.randn(4, D)]
+    for _ in range(2):
+        z = [backbone(torch.randn(4, 5)), features[1]]
+        step(optimizer, [head(z) for head in heads])
+    heads[0].eval()
+    with torch.no_grad():
+        heads[0](features)
+        heads[0](features[:1])
+        message = r"A list or dict that a head gets must have the entries of training.*got features\[2\], which was not"
+        with pytest.raises(ValueError, match=message):
+            heads[0]([*features, features[0]])
+
+
+class Decoder(nn.Module):
+    """Reads two tensors of one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(2 * D, 2)
+
+    def forward(self, target: Tensor, memory: Tensor, *, scale: float = 1.0) -> Tensor:
+        return scale * F.linear(torch.cat([target, memory], 1), self.out.weight)
+
+
+def test_arguments_are_the_same_by_position_and_by_keyword() -> None:
+    backbone, heads, optimizer = wrapped(Decoder)
+    calls: list[Callable[[Any, Tensor, Tensor], Tensor]] = [
+        lambda head, t, m: head(t, memory=m),
+        lambda head, t, m: head(t, m),
+        lambda head, t, m: head(memory=m, target=t, scale=1.0),
+    ]
+    x = torch.randn(4, 5)
+    for trained in calls:
+        step(optimizer, [trained(head, backbone(x), backbone(2 * x)) for head in heads])
+        nn.ModuleList(heads).eval()
+        target, memory = backbone(x).detach(), backbone(2 * x).detach()
+        R = optimizer.rotations[0]
+        expected = heads[0].forward(target @ R.mT, memory @ R.mT)
+        assert_same([call(heads[0], target, memory) for call in calls], [expected] * len(calls))
+        nn.ModuleList(heads).train()
+
+
+@pytest.mark.parametrize("init", ["identity", "haar"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_input_that_gets_a_gradient_later_does_not_change_predictions(init: str, resumed: bool) -> None:
+    """Gradual unfreezing: it stays unrotated where the rotations have turned."""
+    options: dict[str, Any] = {"init": init, "rotation_size": D, "rotation_lr": 0.3, "turn_every": 1}
+    backbone, heads, optimizer = wrapped(Decoder, **options)
+    frozen = nn.Linear(5, D).requires_grad_(False)
+
+    def outputs(seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        x = torch.randn(4, 5)
+        z, other = backbone(x), frozen(x)
+        return [head(z, other) for head in heads]
+
+    for i in range(3):
+        step(optimizer, outputs(i))
+    if resumed:
+        state = optimizer.state_dict()
+        optimizer.remove()
+        params = optimizer.param_groups[0]["params"]
+        optimizer = RotoGradOptimizer(SGD(params, lr=0.1), heads, **options)
+        optimizer.load_state_dict(state)
+    assert optimizer._core.engine.rotations.is_turned(0)
+    before = outputs(0)
+    frozen.requires_grad_(True)
+    for _ in range(2):
+        assert_same(outputs(0), before)
+    optimizer.backward([output.square().mean() for output in outputs(0)])
+    assert frozen.weight.grad is not None
+    nn.ModuleList(heads).eval()
+    assert_same(outputs(0), before)
+
+
+def test_an_input_that_gets_a_gradient_before_the_rotations_turn_is_rotated() -> None:
+    backbone, heads, optimizer = wrapped(Decoder, init="identity", rotation_lr=0.0)
+    frozen, x = nn.Linear(5, D).requires_grad_(False), torch.randn(4, 5)
+    for _ in range(2):
+        step(optimizer, [head(backbone(x), frozen(x)) for head in heads])
+        frozen.requires_grad_(True)
+    R = optimizer.rotations[0]
+    R.copy_(R.roll(1, 0))
+    expected = heads[0].forward(backbone(x) @ R.mT, frozen(x) @ R.mT)
+    assert_same(heads[0](backbone(x), frozen(x)), expected)
