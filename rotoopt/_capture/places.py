@@ -12,7 +12,8 @@ from rotoopt._capture.first_layer import FirstLayer
 from rotoopt._capture.paths import Path, as_in_training, siblings
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._rotation.rotations import Rotations
-from rotoopt._torch.private import is_transformed, not_compiled
+from rotoopt._torch.private import is_transformed, not_compiled, version
+from rotoopt._torch.warn import warn_user
 
 if TYPE_CHECKING:
     from rotoopt._capture.fork import Fork
@@ -43,6 +44,9 @@ class Places:
         self.first_layers: dict[tuple[int, int], FirstLayer | None] = {}
         self.own: set[tuple[int, Place]] = set()
         self._proposed: int | None = None
+        self._sizes: dict[tuple[int, Place], int] = {}  # of what has a gradient, by task and place
+        self._fresh: int | None = None  # how often the rotations had been changed when the first z decided
+        self._warned = False
         self.noted: list[dict[Place, bool | None]] = [{} for _ in range(len(rotations))]
 
     def matrix_for(self, rep: Tensor, task: int, place: Place, *, alone: bool, trains: bool) -> Tensor | None:
@@ -67,6 +71,7 @@ class Places:
             fits = self._fits(rep, alone=alone) if not self._was_unrotated(task, place) else False
             if fits is not None:
                 noted[place] = fits
+            fits = self._with_the_most(rep, task, place)
         elif fits is None and place not in noted:
             fits = self._fits(rep, alone=alone) if alone else None
             if trains:
@@ -76,8 +81,37 @@ class Places:
         if not fits:
             return None
         if self._rotations.size is None or rep.device != self._rotations.device:
+            first = self._rotations.size is None
             self._settle(self._dims.size(rep.shape), rep.device)
+            self._fresh = version(self._rotations.matrices) if first else self._fresh
         return self._rotations[task]
+
+    @not_compiled
+    def _with_the_most(self, rep: Tensor, task: int, place: Place) -> bool | None:
+        """Return whether ``rep`` is rotated, after the size that most tasks read has won over that of the first one."""
+        noted, m = self.noted, self._rotations.size
+        if not self._rotations.covers_all or not self._dims.exist_in(rep.shape):
+            return noted[task].get(place)
+        self._sizes[task, place] = self._dims.size(rep.shape)
+        readers: dict[int, set[int]] = {}
+        for (reader, _), size in self._sizes.items():
+            readers.setdefault(size, set()).add(reader)
+        most = max(readers, key=lambda size: len(readers[size]))
+        if m is None or len(readers[most]) <= len(readers.get(m, ())):
+            return noted[task].get(place)
+        if self._fresh == version(self._rotations.matrices):
+            self._rotations.create(most)
+            self._fresh = version(self._rotations.matrices)
+            for (reader, read), size in self._sizes.items():
+                noted[reader][read] = size == most
+        elif not self._warned and readers.get(m):
+            self._warned = True
+            warn_user(
+                f"The rotations should have the size of what most heads read, got {m} features, of the head that ran "
+                f"first, and {len(readers[most])} heads that read {most} and are not rotated. Give `rotate` one flag "
+                "per task, False for the heads of another size."
+            )
+        return noted[task].get(place)
 
     def _check_dim(self, rep: Tensor, task: int, place: Place, *, alone: bool) -> None:
         """Raise if the features of ``rep`` are not, or may not be, where nobody said that they are."""
@@ -132,14 +166,16 @@ class Places:
         """Note the size of what most heads read, ``forks``, in case that no head gets z alone."""
         if self._rotations.size is None and any(self._rotations.rotate):
             read = [
-                (len(each.tasks), self._dims.size(each.shape))
+                (sum(self._rotations.rotate[task] for task in each.tasks), self._dims.size(each.shape))
                 for each in forks
                 if self._dims.exist_in(each.shape) and not self._dims.may_be_samples(each.shape)
             ]
+            read = [(tasks, size) for tasks, size in read if tasks]
             self._proposed = max(read)[1] if read else None
 
     def decide(self) -> None:
         """Make the rotations that were proposed. Not in a backward pass, where checkpointing runs heads once more."""
+        self._fresh = None  # what turns the rotations has their size from now on
         if self._rotations.size is None and self._proposed is not None:
             self._settle(self._proposed, self._rotations.device)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -208,3 +210,53 @@ def test_an_input_that_gets_a_gradient_before_the_rotations_turn_is_rotated() ->
     R.copy_(R.roll(1, 0))
     expected = heads[0].forward(backbone(x) @ R.mT, frozen(x) @ R.mT)
     assert_same(heads[0](backbone(x), frozen(x)), expected)
+
+
+SIZES = {"auxiliary": 4, "first": D, "second": D}
+
+
+def pyramid(names: Sequence[str], **options: Any) -> tuple[dict[str, nn.Module], dict[str, nn.Module], Any]:
+    backbones = {name: nn.Linear(5, SIZES[name]) for name in ("auxiliary", "first")}
+    heads: dict[str, nn.Module] = {name: nn.Linear(SIZES[name], 2) for name in names}
+    params = nn.ModuleList([*backbones.values(), *heads.values()]).parameters()
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), heads, rotation_lr=0.3, turn_every=1, **options)
+    return {"auxiliary": backbones["auxiliary"], "first": backbones["first"]}, heads, optimizer
+
+
+@pytest.mark.parametrize("names", list(permutations(SIZES)))
+@pytest.mark.parametrize("init", ["identity", "haar"])
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_the_size_that_most_tasks_read_is_that_of_the_rotations(
+    names: tuple[str, ...], init: str, evaluated: bool
+) -> None:
+    """Whichever head runs first."""
+    backbones, heads, optimizer = pyramid(names, init=init)
+    if evaluated:
+        with torch.no_grad():
+            for name in names:
+                heads[name].eval()(torch.randn(4, SIZES[name]))
+                heads[name].train()
+    for _ in range(3):
+        x = torch.randn(4, 5)
+        z = {name: backbone(x) for name, backbone in backbones.items()}
+        z["second"] = z["first"]
+        step(optimizer, [heads[name](z[name]) for name in names])
+    assert optimizer.rotations.size == D
+    for task, name in enumerate(names):
+        assert optimizer._core.engine.rotations.is_turned(task) == (name != "auxiliary" or init == "haar")
+        head, z_new = heads[name].eval(), torch.randn(4, SIZES[name])
+        expected = z_new if name == "auxiliary" else z_new @ optimizer.rotations[task].mT
+        assert_close(head(z_new), head.forward(expected))
+
+
+def test_too_late_for_the_size_that_most_tasks_read_is_a_warning() -> None:
+    names = tuple(SIZES)
+    for flags in ([True, True, True], [False, True, True]):
+        backbones, heads, optimizer = pyramid(names, rotate=flags)
+        optimizer.step({"auxiliary": heads["auxiliary"](backbones["auxiliary"](torch.randn(4, 5))).square().mean()})
+        z = backbones["first"](torch.randn(4, 5))
+        heads["first"](z)
+        message = r"^The rotations should have the size of what most heads read, got 4 .* and 2 heads that read 6 and"
+        with pytest.warns(UserWarning, match=message) if flags[0] else nullcontext():
+            heads["second"](z)
+        assert optimizer.rotations.size == (4 if flags[0] else D)
