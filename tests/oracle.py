@@ -259,7 +259,7 @@ class Oracle:
         first_is_rotated = 0 in {i % z.ndim for i in ((self.dim,) if isinstance(self.dim, int) else self.dim)}
         samples = index.view(1 if first_is_rotated else len(z), -1, index.shape[1])
         found = torch.full((len(self.heads),), math.nan).double()
-        found[present] = agreement(J[:, samples], z.flatten()[samples], self.t * 2**32)
+        found[present] = agreement(J[:, samples], z.flatten()[samples], self.t * 2**20)
         return found
 
     def _create_rotations(self, m: int) -> None:

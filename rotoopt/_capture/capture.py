@@ -29,6 +29,8 @@ from rotoopt._torch.private import (
 )
 from rotoopt._torch.subclasses import plain, with_attributes_of
 
+MANY_PLACES = 1 << 20  # each has projections of its own
+
 
 class Capture:
     """Rotates what enters the heads, and captures the gradients on their way back.
@@ -38,7 +40,7 @@ class Capture:
         dims: The dimensions to rotate.
         running: Returns the backward pass that runs, which gets the gradients.
         measures: Returns whether second moments of what is rotated are needed in the present step.
-        seed: Returns that of the projections by which agreement is measured in the present step; None if it is not.
+        seed: Returns the number of the present step, if agreement is measured in it; else None.
         is_own: Returns whether a tensor was made of parameters of a task alone.
 
     Attributes:
@@ -208,7 +210,7 @@ class Capture:
             out = rep if matrix is None else rotated(rep, matrix, self.dims)
             own = own and matrix is None and (alone or (task, place) in self.shapes)
             return self._own_copy(out, (task, place)) if own else out
-        fork = self._fork(rep, place)
+        fork = self._fork(rep, None if alone else place)
         fork.taps[task] += 1
         if matrix is not None:
             fork.rotated = True
@@ -230,7 +232,7 @@ class Capture:
             self._probes[key] = copy.detach(), version(copy)  # which share the count of changes
         return copy
 
-    def _fork(self, rep: Tensor, place: Place) -> Fork:
+    def _fork(self, rep: Tensor, place: Place | None) -> Fork:
         fork: Fork | None = self._forks.get(rep)  # type: ignore[no-untyped-call]
         # A tensor that was changed in place since is another one, behind another operation.
         if fork is None or (fork.version != version(rep) and not rep.is_leaf):
@@ -251,13 +253,15 @@ class Capture:
             fork.sketch = self._sketch(rep, place)
         return fork
 
-    def _sketch(self, rep: Tensor, place: Place) -> Sketch | None:
+    def _sketch(self, rep: Tensor, place: Place | None) -> Sketch | None:
         """Return projections of ``rep``, if agreement is measured in this step.
 
-        What a head reads at one place has one seed: for a head that is called on several tensors, there would be one
-        matrix in front. So do tensors of different tasks, whose gradients do not add up here.
+        What a head reads at one ``place``, or as its only tensor (``None``), has one seed: for a head that is called on
+        several tensors, there would be one matrix in front. So have tensors of different tasks, whose gradients do not
+        add up here.
         """
         seed = self._seed()
         if seed is None or rep.ndim == 0 or not self.dims.exist_in(rep.shape):
             return None
-        return Sketch(plain(rep), self.dims, seed + (0 if place == (0, Z) else zlib.crc32(repr(place).encode())))
+        own = 0 if place is None else zlib.crc32(repr(place).encode()) % MANY_PLACES
+        return Sketch(plain(rep), self.dims, seed * MANY_PLACES + own)

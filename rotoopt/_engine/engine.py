@@ -27,8 +27,6 @@ from rotoopt._torch.processes import Processes
 from rotoopt._torch.subclasses import plain
 from rotoopt.weighting import Measurements, Weighting
 
-MANY_PLACES = 1 << 32  # where tensors enter heads: each has a seed of its own
-
 
 class Engine:
     """Rotates what enters the heads, weighs the gradients of backward passes, and remembers what they measured.
@@ -193,9 +191,9 @@ class Engine:
         return self._wiring.is_own(rep, task)
 
     def _agreement_seed(self) -> int | None:
-        """Return the seed for the first tensor of this step, if the agreement of samples is measured in it."""
+        """Return the number of this step, if the agreement of samples is measured in it."""
         due = self.weighting.needs_agreement and self._weighing.turns_are_due
-        return self.memory.num_steps * MANY_PLACES if due else None
+        return self.memory.num_steps if due else None
 
     # ------------------------------------------------------------------ in the backward pass
 

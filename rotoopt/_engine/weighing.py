@@ -113,7 +113,7 @@ class Weighing:
         # Without memory, and without learning: losses of a pass are parts of those of the step, which nobody knows yet.
         remembered = dict(weighting.state)
         weighting.state.clear()
-        weights = weighting(replace(measured, present=measured.present & (measured.norms > 0)))
+        weights = weighting(measured)
         weighting.state.clear()
         weighting.state.update(remembered)
         return weights
@@ -172,26 +172,26 @@ class Weighing:
         if self._processes.count > 1 and not waited:
             self._check_processes()
             measured = joined_across(measured, self._processes)
-        if self._weighting.needs_norm_references:
-            memory.norm_reference = memory.norm_reference.updated(
-                measured.norms, measured.finite, burnt_in=self.burnt_in
-            )
-        # A gradient that is zero now need not be so in the next step, where the weight is used.
-        present = (measured.norms > 0) & measured.finite
-        known = torch.where(present, measured.norms, memory.known_norms)
-        memory.known_norms = known.to(memory.known_norms)
-        seen = replace(
-            measured,
-            norms=known,
-            present=present,
-            norm_references=memory.norm_reference.values,
-            agreement=self._agreement(passes),
-        )
+        seen = replace(measured, present=measured.present & measured.finite, agreement=self._agreement(passes))
+        if self._weighting.needs_old_norms:
+            seen = self._with_old_norms(seen)
         weights = self._weighting(seen).to(memory.weights)
         if memory.num_steps + 1 < self._weighting.num_waiting:
             weights = torch.ones_like(weights)
         memory.weights = torch.where(measured.finite, weights, memory.weights)
         return measured
+
+    def _with_old_norms(self, measured: Measurements) -> Measurements:
+        """Return ``measured`` with the references of the norms and the last known ones, and remember both."""
+        memory, norms, present = self._memory, measured.norms, measured.present
+        reference = memory.norm_reference.updated(norms, measured.finite, burnt_in=self.burnt_in)
+        known = torch.where(present & (norms > 0), norms, memory.known_norms)
+        memory.known_norms, memory.norm_reference = known.to(memory.known_norms), reference
+        if self._weighting.lagged:
+            norms = torch.where(present, norms, known)
+        else:  # a gradient that is zero now need not be so in the next step, where the weight is used
+            norms, present = known, present & (known > 0)
+        return replace(measured, norms=norms, present=present, norm_references=reference.values)
 
     def _agreement(self, passes: Sequence[BackwardPass]) -> Tensor | None:
         """Return how much the samples of all ``passes`` agree; None if that is not measured in this step."""

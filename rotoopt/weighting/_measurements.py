@@ -19,8 +19,8 @@ class Measurements:
     Attributes:
         norms: :math:`\lVert G_k \rVert`, the norm of the gradient of task k at the representation over the whole batch;
             for an absent task the last one that was known, zero if none was. Shape ``(K,)``.
-        present: Which tasks took part. Shape ``(K,)``, bool. Where the weights are used in the next step, a task whose
-            gradient is zero counts as absent: in the next step it need not be zero.
+        present: Which tasks took part. Shape ``(K,)``, bool. None where something was not finite, for a weighting that
+            is called once per step.
         finite: Whether all losses and gradients were finite; if not, nothing should be remembered. Shape ``()``, bool.
         losses: L_k, NaN for an absent task. Shape ``(K,)``. ``None`` where the user back-propagated them.
         cosines: Cosines between the gradients, zero for an absent or zero one. Shape ``(K, K)``. ``None`` where they

@@ -69,7 +69,7 @@ class ProgressWeighting(Weighting):
     lagged = True
     num_waiting = 2
     needs_agreement = True
-    needs_norm_references = False
+    needs_old_norms = False
 
     def __init__(self, alpha: float = 0.5, *, decay: float = 0.95) -> None:
         if not alpha >= 0:
@@ -91,7 +91,7 @@ class ProgressWeighting(Weighting):
 
     def _remember(self, measured: Measurements) -> tuple[Tensor, Tensor]:
         """Return norms and losses, the latest of every task, and their means, which are plain ones at first. (2, K)."""
-        norms, losses, seen = measured.norms, measured.losses, measured.present
+        norms, losses, seen = measured.norms, measured.losses, measured.present & (measured.norms > 0)
         before = self._remembered("means", norms.expand(2, -1)).to(norms)  # the network may have become wider
         if losses is None:
             latest, learned = torch.stack([norms, before[1]]), torch.stack([seen, torch.zeros_like(seen)])

@@ -30,7 +30,8 @@ class Weighting(ABC):
             ``optimizer.step(losses)`` or ``optimizer.backward(losses)``.
         needs_cosines: Whether the K gradients must meet in every step, for their cosines.
         needs_agreement: Whether :attr:`Measurements.agreement` is to be measured, in the steps in which rotations turn.
-        needs_norm_references: Whether :attr:`Measurements.norm_references` are read; else they may be unknown.
+        needs_old_norms: Whether :attr:`Measurements.norm_references` are read, or the norms of absent tasks; else both
+            may be unknown.
         needs_one_tensor: Whether all heads must read one tensor, because :meth:`combine` does more than to add up.
         state: What the weighting remembers from step to step: tensors by name, saved and loaded with the optimizer, and
             moved with the representation. Empty at first.
@@ -41,7 +42,7 @@ class Weighting(ABC):
     needs_losses: bool = False
     needs_cosines: bool = False
     needs_agreement: bool = False
-    needs_norm_references: bool = True
+    needs_old_norms: bool = True
     needs_one_tensor: bool = False
     _bound: bool = False
 
