@@ -177,15 +177,15 @@ class Capture:
             own: Whether the head may change what it gets in place, and must get a copy then.
         """
         captures = training and torch.is_grad_enabled()
-        return with_attributes_of(rep, (self._capture if captures else self._rotate)(rep, task, place, alone, own))
+        return (self._capture if captures else self._rotate)(rep, task, place, alone, own)
 
     def _rotate(self, rep: Tensor, task: int, place: Place, alone: bool, own: bool) -> Tensor:
         matrix = self.places.matrix_for(rep, task, place, alone=alone, trains=False)
         if matrix is not None:
-            return rotated(rep, matrix, self.dims)
+            return with_attributes_of(rep, rotated(rep, matrix, self.dims))
         may_be_z = alone or (task, place) in self.shapes  # and no mask or condition, by the looks of it
         copies = own and may_be_z and self._changes_input.get((task, place)) is not False
-        return rep.clone() if copies else rep
+        return with_attributes_of(rep, rep.clone()) if copies else rep
 
     @not_compiled
     def _capture(self, rep: Tensor, task: int, place: Place, alone: bool, own: bool) -> Tensor:
@@ -195,6 +195,9 @@ class Capture:
         """
         if is_transformed():
             return self._rotate(rep, task, place, alone, own)
+        return with_attributes_of(rep, self._captured(rep, task, place, alone, own))
+
+    def _captured(self, rep: Tensor, task: int, place: Place, alone: bool, own: bool) -> Tensor:
         matrix = self.places.matrix_for(rep, task, place, alone=alone, trains=True)
         own_place = not self._paused and (task, place) in self.places.own
         if own_place and not self._is_own(rep, task):  # the backbone was frozen, and is no more

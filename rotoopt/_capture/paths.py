@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# The name of an argument, then positions in lists and tuples as numbers, and keys of dicts as words.
+# The number of an argument as a word, then positions in lists and tuples as numbers, and keys of dicts as words.
 Path = tuple[str | int, ...]
-Z: Path = ("z",)  # what a head that is a function reads
+Z: Path = ("0",)  # z in head(z)
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Arguments:
     """What a module calls its arguments, so that ``head(z, mask)`` and ``head(mask=mask, z=z)`` are the same.
 
     Attributes:
-        names: Those that can be given by position, in order.
-        keywords: Those that can only be given by keyword.
+        names: Those that have names, in order.
+        num_positional: How many of these can be given by position.
         hands_on: Whether it takes ``*args`` and ``**kwargs``, which are arguments of another module.
     """
 
     names: tuple[str, ...] = ()
-    keywords: tuple[str, ...] = ()
+    num_positional: int = 0
     hands_on: bool = True
 
     @classmethod
@@ -36,21 +36,22 @@ class Arguments:
         except (TypeError, ValueError):  # it is compiled code
             return cls()
         kinds = {each.kind for each in parameters}
+        positional = [each.name for each in parameters if each.kind <= each.POSITIONAL_OR_KEYWORD]
         return cls(
-            tuple(each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)),
-            tuple(each.name for each in parameters if each.kind is each.KEYWORD_ONLY),
+            (*positional, *[each.name for each in parameters if each.kind is each.KEYWORD_ONLY]),
+            len(positional),
             {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds,
         )
 
     def by_position(self, index: int) -> Path:
         """Return the path of the argument at ``index``; entries of ``*args`` are those of a list."""
-        if index < len(self.names):
-            return (self.names[index],)
-        return (f"*{index}",) if self.hands_on else ("*", index)
+        return (str(index),) if self.hands_on or index < self.num_positional else ("*", index)
 
     def by_keyword(self, key: str) -> Path:
         """Return the path of the argument ``key``; entries of ``**kwargs`` are those of a dict."""
-        return (key,) if self.hands_on or key in self.names or key in self.keywords else ("**", key)
+        if key in self.names:
+            return (str(self.names.index(key)),)
+        return (key,) if self.hands_on else ("**", key)
 
 
 def as_in_training(
@@ -112,8 +113,8 @@ def siblings(path: Path, paths: Iterable[Path]) -> list[Path]:
 
 
 def described(path: Path) -> str:
-    """Return ``path`` as Python writes it."""
-    return str(path[0]) + "".join([f"[{entry!r}]" for entry in path[1:]])
+    """Return ``path`` in words."""
+    return f"argument {path[0]}" + "".join([f"[{entry!r}]" for entry in path[1:]])
 
 
 def _without_positions(path: Path) -> list[str | None]:

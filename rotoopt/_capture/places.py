@@ -81,9 +81,7 @@ class Places:
         if not fits:
             return None
         if self._rotations.size is None or rep.device != self._rotations.device:
-            first = self._rotations.size is None
             self._settle(self._dims.size(rep.shape), rep.device)
-            self._fresh = version(self._rotations.matrices) if first else self._fresh
         return self._rotations[task]
 
     @not_compiled
@@ -175,9 +173,9 @@ class Places:
 
     def decide(self) -> None:
         """Make the rotations that were proposed. Not in a backward pass, where checkpointing runs heads once more."""
-        self._fresh = None  # what turns the rotations has their size from now on
         if self._rotations.size is None and self._proposed is not None:
             self._settle(self._proposed, self._rotations.device)
+        self._fresh = None  # what turns the rotations has their size from now on
 
     def _misfit(self, rep: Tensor) -> str:
         m = self._rotations.size
@@ -200,6 +198,7 @@ class Places:
             self._rotations.to(device)
             if self._rotations.size is None:
                 self._rotations.create(size)
+                self._fresh = version(self._rotations.matrices)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was noted."""

@@ -133,7 +133,7 @@ def test_entries_of_which_nobody_can_tell_are_refused() -> None:
     with torch.no_grad():
         heads[0](features)
         heads[0](features[:1])
-        message = r"A list or dict that a head gets must have the entries of training.*got features\[2\], which was not"
+        message = r"A list or dict that a head gets must have the entries of training.*got argument 0\[2\], which"
         with pytest.raises(ValueError, match=message):
             heads[0]([*features, features[0]])
 
