@@ -39,6 +39,10 @@ class SampleSums:
         column = factor[:, None] if isinstance(factor, Tensor) and factor.ndim else factor
         return SampleSums(self.sums * column, self.lengths * factor)
 
+    def where(self, usable: Tensor) -> SampleSums:
+        """Return these sums, or those over no samples unless ``usable``. Shape ``()``, bool."""
+        return SampleSums(self.sums.masked_fill(~usable, 0.0), self.lengths.masked_fill(~usable, 0.0))
+
     def of_task(self, task: int, num_tasks: int) -> SampleSums:
         """Return these sums, of one task, as those of ``task`` among ``num_tasks``."""
         whole = SampleSums.none(num_tasks, self.sums)

@@ -197,11 +197,14 @@ class Weighing:
         """Return how much the samples of all ``passes`` agree; None if that is not measured in this step."""
         if not (self._weighting.needs_agreement and self.turns_are_due):
             return None
-        parts = [
-            sums if this.lagged is False or this.magnified is None else sums.scaled(1.0 / this.magnified)
-            for this in passes
-            for sums in this.sample_sums
-        ]
+        parts = []
+        for this in passes:
+            for sums in this.sample_sums:
+                known = sums if not this.lagged or this.magnified is None else sums.scaled(1.0 / this.magnified)
+                # What is not finite would spoil the passes beside it; alone, all of its tasks are absent.
+                if len(passes) > 1 and this.measured is not None:
+                    known = known.where(this.measured.finite)
+                parts.append(known)
         if not parts:  # other processes may have some
             parts = [SampleSums.none(len(self._memory.weights), self._memory.weights)]
         return SampleSums.joined(parts, self._processes).agreement()
