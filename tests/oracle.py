@@ -254,12 +254,12 @@ class Oracle:
         return self.losses
 
     def _agreement(self, J: Tensor, present: list[int], index: Tensor, z: Tensor) -> Tensor | None:
-        if self.t % self.turn_every:
-            return None
         first_is_rotated = 0 in {i % z.ndim for i in ((self.dim,) if isinstance(self.dim, int) else self.dim)}
-        samples = index.view(1 if first_is_rotated else len(z), -1, index.shape[1])
+        if self.t % self.turn_every or first_is_rotated or len(z) == 1:  # one sample has nobody to agree with
+            return None
+        samples = index.view(len(z), -1, index.shape[1])
         found = torch.full((len(self.heads),), math.nan).double()
-        found[present] = agreement(J[:, samples], z.flatten()[samples], self.t * 2**20)
+        found[present] = agreement(J[:, samples], z.flatten()[samples], self.t << 20)
         return found
 
     def _create_rotations(self, m: int) -> None:

@@ -78,7 +78,7 @@ class Sketch:
     Args:
         rep: z.
         dims: Its rotated dimensions.
-        seed: That of the projections: one for each step and place, the same in all processes.
+        seed: That of the projections: one for each step, the same in all processes.
     """
 
     def __init__(self, rep: Tensor, dims: RotatedDims, seed: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,8 +28,6 @@ from rotoopt._torch.private import (
 )
 from rotoopt._torch.subclasses import plain, with_attributes_of
 
-MANY_PLACES = 1 << 20  # each has projections of its own
-
 
 class Capture:
     """Rotates what enters the heads, and captures the gradients on their way back.
@@ -40,7 +37,7 @@ class Capture:
         dims: The dimensions to rotate.
         running: Returns the backward pass that runs, which gets the gradients.
         measures: Returns whether second moments of what is rotated are needed in the present step.
-        seed: Returns the number of the present step, if agreement is measured in it; else None.
+        seed: Returns that of the projections by which agreement is measured in the present step; None if it is not.
         is_own: Returns whether a tensor was made of parameters of a task alone.
 
     Attributes:
@@ -213,7 +210,7 @@ class Capture:
             out = rep if matrix is None else rotated(rep, matrix, self.dims)
             own = own and matrix is None and (alone or (task, place) in self.shapes)
             return self._own_copy(out, (task, place)) if own else out
-        fork = self._fork(rep, None if alone else place)
+        fork = self._fork(rep)
         fork.taps[task] += 1
         if matrix is not None:
             fork.rotated = True
@@ -235,7 +232,7 @@ class Capture:
             self._probes[key] = copy.detach(), version(copy)  # which share the count of changes
         return copy
 
-    def _fork(self, rep: Tensor, place: Place | None) -> Fork:
+    def _fork(self, rep: Tensor) -> Fork:
         fork: Fork | None = self._forks.get(rep)  # type: ignore[no-untyped-call]
         # A tensor that was changed in place since is another one, behind another operation.
         if fork is None or (fork.version != version(rep) and not rep.is_leaf):
@@ -247,24 +244,21 @@ class Capture:
                 )
             fork = self._forks[rep] = Fork(rep, len(self.rotations), self._running)
             self.fed.forks.add(fork)
-            fork.sketch = self._sketch(rep, place)
+            fork.sketch = self._sketch(rep)
         elif rep.is_leaf and fork.used:  # z is a parameter, the same tensor in every forward pass
             fork.used = ()
             fork.taps.clear()
             fork.second_moment = None
             self.fed.forks.add(fork)
-            fork.sketch = self._sketch(rep, place)
+            fork.sketch = self._sketch(rep)
         return fork
 
-    def _sketch(self, rep: Tensor, place: Place | None) -> Sketch | None:
-        """Return projections of ``rep``, if agreement is measured in this step.
-
-        What a head reads at one ``place``, or as its only tensor (``None``), has one seed: for a head that is called on
-        several tensors, there would be one matrix in front. So have tensors of different tasks, whose gradients do not
-        add up here.
-        """
+    def _sketch(self, rep: Tensor) -> Sketch | None:
+        """Return projections of ``rep``, if agreement is measured in this step; one sample has nobody to agree with."""
         seed = self._seed()
-        if seed is None or rep.ndim == 0 or not self.dims.exist_in(rep.shape):
+        if seed is None or rep.ndim < 2 or not self.dims.exist_in(rep.shape):
             return None
-        own = 0 if place is None else zlib.crc32(repr(place).encode()) % MANY_PLACES
-        return Sketch(plain(rep), self.dims, seed * MANY_PLACES + own)
+        if len(rep) < 2 or 0 in self.dims.resolve(rep.shape):
+            return None
+        # One seed for all tensors, so that a batch per task is measured like one of all.
+        return Sketch(plain(rep), self.dims, seed)

@@ -191,9 +191,9 @@ class Engine:
         return self._wiring.is_own(rep, task)
 
     def _agreement_seed(self) -> int | None:
-        """Return the number of this step, if the agreement of samples is measured in it."""
+        """Return the seed of this step, far from those of others, if the agreement of samples is measured in it."""
         due = self.weighting.needs_agreement and self._weighing.turns_are_due
-        return self.memory.num_steps if due else None
+        return self.memory.num_steps << 20 if due else None
 
     # ------------------------------------------------------------------ in the backward pass
 

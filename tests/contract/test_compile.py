@@ -307,7 +307,7 @@ def test_built_too_late_is_reported_by_step(way: str) -> None:
     back_propagate(late.losses(late.model.inputs(0)))
     late.optimizer.step()
     back_propagate(late.losses(late.model.inputs(1)))
-    with pytest.warns(UserWarning, match=r"no head that ran.*\(c\) it was compiled and run before the optimizer"):
+    with pytest.warns(UserWarning, match=r"no head that ran.*\(d\) it was compiled and run before the optimizer"):
         late.optimizer.step()
 
 

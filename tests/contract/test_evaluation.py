@@ -170,7 +170,7 @@ def test_nothing_keeps_the_graph_alive(how: str) -> None:
         with contextlib.suppress(ValueError):
             optimizer.backward(losses[:1], rep)
     capture = optimizer._core.engine.capture
-    dead: list[weakref.ref[Any]] = [weakref.ref(rep), weakref.ref(capture._fork(rep, None)), weakref.ref(losses[0])]
+    dead: list[weakref.ref[Any]] = [weakref.ref(rep), weakref.ref(capture._fork(rep)), weakref.ref(losses[0])]
     gc.disable()  # there is no cycle: all goes as soon as the last name does
     try:
         del losses, rep
