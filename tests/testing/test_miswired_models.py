@@ -62,13 +62,13 @@ FAULTS = {
     "one head for two tasks": Fault(
         forward(miswired.one_head_for_both), HEADS, f"{NOT_CALLED}.*of two tasks come from one"
     ),
-    "copy of the rotations applied by hand": Fault(
+    "a copy of the rotations is applied by hand": Fault(
         miswired.with_copied_rotations, HEADS, r"fed by optimizer.rotate\(z\), got.*copy of the rotations"
     ),
-    "trained on after fold()": Fault(
+    "training continues after fold()": Fault(
         miswired.folded, HEADS, r"must be a rotation in front of the head of left, got none: fold\(\)"
     ),
-    "copy of the model trained": Fault(
+    "a copy of the model is trained": Fault(
         miswired.copied_model, HEADS, "head of left must be called on z.*the model that runs.*is a copy"
     ),
     "z detached for all heads": Fault(
@@ -83,7 +83,7 @@ FAULTS = {
     "tensors of rotate(z) swapped": Fault(
         forward(miswired.tensors_swapped, num_tasks=2), LOSSES, f"loss of task 0 {NOT_THROUGH} task 1"
     ),
-    "functional head fed with z itself": Fault(
+    "functional head called with z itself": Fault(
         forward(miswired.one_fed_with_z, num_tasks=2),
         LOSSES,
         rf"loss of task 1 {NOT_THROUGH} none.*not fed by optimizer.rotate\(z\)",
@@ -120,12 +120,12 @@ FAULTS = {
     "head missing from the optimizer": Fault(
         miswired.without_head, PARAMETERS, r"got 1 without: \(2, 6\) of the head of right\. Build it"
     ),
-    "optimizer of a model that was built before": Fault(
+    "optimizer of a model that was built earlier": Fault(
         miswired.of_old_model,
         PARAMETERS,
         r"got 3 without: \(6, 3\) of the backbone; \(1, 6\) of the head of left; .*that runs",
     ),
-    "batch drawn inside of losses": Fault(
+    "batch drawn inside losses": Fault(
         miswired.drawn_inside, REPEAT, "must return the same losses at every call, got .* Draw the batch outside"
     ),
     "infinite loss": Fault(forward(miswired.overflowing), REPEAT, "`losses` must be finite, got inf for right"),
@@ -134,7 +134,7 @@ FAULTS = {
         "check_rotations",
         "must be orthogonal .* an error of 2.0e-02 .*written",
     ),
-    "rotations overwritten by mirrored ones": Fault(
+    "rotations overwritten with reflections": Fault(
         miswired.overwritten(torch.eye(REP_SIZE).flip(0)), "check_rotations", r"determinant \+1, .* signs \[-1.0"
     ),
     "rotations overwritten by NaN": Fault(
@@ -148,7 +148,7 @@ FAULTS = {
     "hook that changes a gradient of the backbone": Fault(
         miswired.hooked("backbone.0.weight"), "check_backbone_gradients", "of the backbone must be the sum of .* a hook"
     ),
-    "hook that loses state when it is loaded": Fault(
+    "hook that loses state on loading": Fault(
         miswired.forgetful, "check_resume", "A step after loading the saved state must be the step without"
     ),
 }
