@@ -105,13 +105,16 @@ def pretrained(seed: int) -> tuple[lwf.Classifier, Tensor, Tensor]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_distillation_that_starts_at_zero_does_not_stall_training(seed: int) -> None:
-    """The common norm stays that of a task that trains, through the burn-in."""
+    """The common norm stays that of a task that trains, through the burn-in; the share falls with its loss only."""
     torch.manual_seed(seed)
     classifier, x, labels = pretrained(seed)
     recorded = record_logits([x], classifier, "cpu")
     optimizer = wrap(classifier)
+    losses = []
     for _ in range(20):
         y_s, y_t = classifier(x)
+        losses.append(F.cross_entropy(y_t, labels))
         optimizer.zero_grad()
-        optimizer.step([distillation_loss(y_s, recorded, 3.0), F.cross_entropy(y_t, labels)])
-        assert optimizer.task_weights[1] > 0.1  # 0.2 to 0.5 with the plain mean of the norms, 0.003 to 0.02 in a stall
+        optimizer.step([distillation_loss(y_s, recorded, 3.0), losses[-1]])
+        assert optimizer.task_weights[1] > 0.03  # 0.04 to 0.9 in these runs, 0.003 to 0.02 in a stall
+    assert losses[-1] < 0.7 * losses[0]
