@@ -202,6 +202,7 @@ class Oracle:
         self.highest_lr = 0.0
         self.logit_optimizer = Adam([self.logits], lr=self.weight_lr)
         self.progress = Progress(K, self.alpha)
+        self.told: set[int] = set()  # tasks whose agreement was measured since the rotations turned
 
     def step(self, x: Tensor, loss_fns: Sequence[LossFn | None], backbone_loss: LossFn | None = None) -> Tensor:
         """Take one step on one batch and return its losses, NaN where a task is absent.
@@ -255,11 +256,15 @@ class Oracle:
 
     def _agreement(self, J: Tensor, present: list[int], index: Tensor, z: Tensor) -> Tensor | None:
         first_is_rotated = 0 in {i % z.ndim for i in ((self.dim,) if isinstance(self.dim, int) else self.dim)}
-        if self.t % self.turn_every or first_is_rotated or len(z) == 1:  # one sample has nobody to agree with
+        since, K = self.t % self.turn_every, len(self.heads)
+        if since and (since >= K or len(self.told) == K):
+            return None
+        self.told = set(present) if since == 0 else self.told | set(present)
+        if first_is_rotated or len(z) == 1:  # one sample has nobody to agree with
             return None
         samples = index.view(len(z), -1, index.shape[1])
         found = torch.full((len(self.heads),), math.nan).double()
-        found[present] = agreement(J[:, samples], z.flatten()[samples], self.t << 20)
+        found[present] = agreement(J[:, samples], z.flatten()[samples], (self.t - since) << 20)
         return found
 
     def _create_rotations(self, m: int) -> None:

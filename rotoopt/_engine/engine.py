@@ -191,9 +191,10 @@ class Engine:
         return self._wiring.is_own(rep, task)
 
     def _agreement_seed(self) -> int | None:
-        """Return the seed of this step, far from those of others, if the agreement of samples is measured in it."""
-        due = self.weighting.needs_agreement and self._weighing.turns_are_due
-        return self.memory.num_steps << 20 if due else None
+        """Return one seed from turn to turn, far from other ones, if the agreement of samples is measured in it."""
+        if not self._weighing.agreement_is_due:
+            return None
+        return (self.memory.num_steps // self.turn_every * self.turn_every) << 20
 
     # ------------------------------------------------------------------ in the backward pass
 

@@ -23,6 +23,7 @@ class Memory:
 
     Attributes:
         num_steps: Number of steps so far.
+        told_tasks: Whose agreement was measured since the rotations turned.
         weights: The weights of the next backward pass, if its gradients cannot wait for each other. Shape ``(K,)``.
         known_norms: The latest ||G_k|| that is not zero; zero where there was none yet. Shape ``(K,)``.
         norm_reference: ||G_k(t0)||.
@@ -35,6 +36,7 @@ class Memory:
         K, device, dtype = len(rotations), rotations.device, rotations.dtype
         weighting.bind(K, device, dtype)
         self.num_steps = 0
+        self.told_tasks: set[int] = set()
         self.weights = torch.ones(K, device=device, dtype=dtype)
         self.known_norms = torch.zeros(K, device=device, dtype=dtype)
         self.norm_reference = Reference.unknown(K, device, dtype)
@@ -63,6 +65,7 @@ class Memory:
         return {
             "num_tasks": len(rotations),
             "num_steps": self.num_steps,
+            "told_tasks": sorted(self.told_tasks),
             "matrices": None if rotations.size is None else rotations.matrices.clone(),
             # By its name. A copy: torch hands out the tensors of an optimizer themselves, which the next step changes.
             "weighting": {type(self._weighting).__name__: copy.deepcopy(self._weighting.state_dict())},
@@ -81,6 +84,7 @@ class Memory:
         elif self._rotations.covers_all:
             self._rotations.manifold = None  # saved before the first forward pass, which will make them
         self.num_steps = state_dict["num_steps"]
+        self.told_tasks = set(state_dict["told_tasks"])
         self.weights = state_dict["weights"].to(self.weights)
         self.known_norms = state_dict["known_norms"].to(self.known_norms)
         self.norm_reference = self.norm_reference.loaded(state_dict["norm_reference"])

@@ -58,6 +58,16 @@ class Weighing:
         """Whether the rotations turn in this step."""
         return self._memory.num_steps % self._turn_every == 0
 
+    @property
+    def agreement_is_due(self) -> bool:
+        """Whether the agreement of samples is measured: as the rotations turn, and then of tasks absent there."""
+        memory, since = self._memory, self._memory.num_steps % self._turn_every
+        if not self._weighting.needs_agreement:
+            return False
+        if since == 0 or self._processes.count > 1:  # which tasks were absent elsewhere, this process does not know
+            return since == 0
+        return since < len(memory.weights) and len(memory.told_tasks) < len(memory.weights)
+
     @torch.no_grad()
     def combine(self, this: BackwardPass, grads: Tensor, tasks: tuple[int, ...], fork: Fork) -> Tensor:
         """Return the gradient for a tensor, of those of all tasks that waited there."""
@@ -195,8 +205,10 @@ class Weighing:
 
     def _agreement(self, passes: Sequence[BackwardPass]) -> Tensor | None:
         """Return how much the samples of all ``passes`` agree; None if that is not measured in this step."""
-        if not (self._weighting.needs_agreement and self.turns_are_due):
+        if not self.agreement_is_due:
             return None
+        told = {task for this in passes for task in this.tasks}
+        self._memory.told_tasks = told if self.turns_are_due else self._memory.told_tasks | told
         parts = []
         for this in passes:
             for sums in this.sample_sums:
