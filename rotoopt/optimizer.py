@@ -1,11 +1,9 @@
-"""``RotoGradOptimizer``: a torch optimizer that calls the stages of RotoGrad in order."""
+"""``RotoGradOptimizer``: documentation of the public class, and delegation to the stages of RotoGrad."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
@@ -16,25 +14,22 @@ from torch.optim import Optimizer
 from rotoopt._capture.adoption import adopt, previous_hooks, turned
 from rotoopt._capture.averages import warn_of_averages
 from rotoopt._capture.hooks import attach
-from rotoopt._capture.owner import Owner
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._deploy.fold import fold
 from rotoopt._deploy.refresh import refresh
-from rotoopt._engine.arguments import (
+from rotoopt._engine.construction import (
     Heads,
-    Losses,
-    Parts,
     check_heads,
     check_optimizer,
     check_options,
-    check_rotatable,
     check_rotate,
     modules_of,
 )
+from rotoopt._engine.core import RotoGradCore
 from rotoopt._engine.engine import Engine
-from rotoopt._engine.memory import misfit
+from rotoopt._engine.losses import Losses, check_rotatable
 from rotoopt._engine.record import StepRecord
-from rotoopt._engine.watch import IdleSteps, UntrainedHeads
+from rotoopt._engine.watch import UntrainedHeads
 from rotoopt._rotation.cayley_step import CayleyStep
 from rotoopt._rotation.coordinates import OptimizerStep, RotationOptimizer
 from rotoopt._rotation.rotations import Init, Rotations
@@ -42,35 +37,12 @@ from rotoopt._rotation.step import RotationStep
 from rotoopt._torch.checkpoint import RotoGradState
 from rotoopt._torch.private import mark_as_hooked, run_step_hooks
 from rotoopt._torch.processes import Processes
-from rotoopt._torch.warn import warn_user
-from rotoopt._torch.wrapper import Core, OptimizerWrapper
+from rotoopt._torch.wrapper import OptimizerWrapper
 from rotoopt.weighting import Weighting
 from rotoopt.weighting._aggregator import Aggregator, as_weighting
 
 DEFAULT_ROTATION_LR = 0.02
 TURN_EVERY = 16
-
-
-@dataclass
-class _Core(Core):
-    """Everything mutable; see :class:`~rotoopt._torch.wrapper.Core`."""
-
-    heads: list[Parts]
-    engine: Engine
-    rotation_step: RotationStep
-    untrained_heads: UntrainedHeads
-    built_in_step: bool
-    idle_steps: IdleSteps = field(default_factory=IdleSteps)
-    rotograd_loaded: bool = False  # since the latest step
-    owner: Owner = field(default_factory=Owner)
-
-    def __post_init__(self) -> None:
-        self.engine.capture.owner = self.owner
-        self.owner.become(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.owner.become(self)
 
 
 class RotoGradOptimizer(OptimizerWrapper):
@@ -139,7 +111,7 @@ class RotoGradOptimizer(OptimizerWrapper):
     absent task contributes nothing instead of its previous gradient.
     """
 
-    _core: _Core
+    _core: RotoGradCore
 
     def __init__(
         self,
@@ -159,11 +131,6 @@ class RotoGradOptimizer(OptimizerWrapper):
         init: Init = "identity",
         process_group: ProcessGroup | None = None,
     ) -> None:
-        if isinstance(optimizer, RotoGradOptimizer):
-            raise TypeError(
-                "`optimizer` must be the optimizer to wrap, got a RotoGradOptimizer. Wrap a new torch optimizer, and "
-                "call remove() on this one if it is not used any more."
-            )
         check_optimizer(optimizer)
         parts, names = check_heads(heads, num_tasks)
         flags = check_rotate(rotate, len(names))
@@ -212,8 +179,8 @@ class RotoGradOptimizer(OptimizerWrapper):
             engine.capture.detach()
             used_weighting.release()
             raise
-        untrained = UntrainedHeads(optimizer, parts, names)
-        self._wrap(_Core(optimizer, parts, engine, rotation_step, untrained, rotation_optimizer is None))
+        untrained_heads = UntrainedHeads(optimizer, parts, names)
+        self._wrap(RotoGradCore(optimizer, parts, engine, rotation_step, rotation_optimizer is None, untrained_heads))
 
     # ------------------------------------------------------------------ training
 
@@ -303,16 +270,7 @@ class RotoGradOptimizer(OptimizerWrapper):
         elif rep is not None or backbone_loss is not None:
             raise TypeError("`rep` and `backbone_loss` must come with `losses`, got none.")
         result = core.optimizer.step() if closure is None else core.optimizer.step(closure)
-        if core.engine.pending:
-            core.rotograd_loaded = False
-            core.engine.finish_step(core.rotation_step.step, self.rotation_optimizer.param_groups[0]["lr"])
-            core.untrained_heads.observe()
-            core.idle_steps.end()
-        elif core.engine.capture.fed.tasks:
-            core.engine.note_frozen()
-        # torch.distributed.checkpoint makes the optimizer's state by a step with a learning rate of zero.
-        elif any(group.get("lr", 1.0) for group in self.param_groups):
-            core.idle_steps.observe(trained_before=bool(core.engine.capture.shapes))
+        core.finish_step()
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -478,43 +436,4 @@ class RotoGradOptimizer(OptimizerWrapper):
         ``dcp.save({"model": ..., "optimizer": ..., "rotograd": optimizer.rotograd_state})``. Load it the same way,
         before ``set_optimizer_state_dict``.
         """
-        return RotoGradState(self._save_rotograd, self._load_rotograd)
-
-    def _save(self) -> dict[str, Any]:
-        return {**super()._save(), "rotograd": self._save_rotograd()}
-
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        own = state_dict.pop("rotograd", None)
-        if own is not None:
-            self._check_rotograd(own)  # before anything changes
-        super()._load(state_dict)
-        if own is not None:
-            self._load_rotograd(own)
-        elif not self._core.rotograd_loaded:
-            warn_user(
-                "The state dict should have an entry 'rotograd', got one without. Rotations, references and trained "
-                "weights stay as they are. Either (a) it is that of a bare optimizer, or (b) it comes from "
-                "torch.distributed.checkpoint: save and load optimizer.rotograd_state, too, and load it first."
-            )
-
-    def _save_rotograd(self) -> dict[str, Any]:
-        core = self._core
-        return {
-            **core.engine.state_dict(),
-            "built_in_step": core.built_in_step,
-            "rotation_step": copy.deepcopy(core.rotation_step.state_dict()),  # the next step changes its tensors
-        }
-
-    def _check_rotograd(self, state_dict: dict[str, Any]) -> None:
-        self._core.engine.memory.check_state_dict(state_dict)
-        if self._core.built_in_step != state_dict["built_in_step"]:
-            steps = {True: "the built-in rotation step", False: "a `rotation_optimizer`"}
-            own = self._core.built_in_step
-            raise misfit(f"be of {steps[own]}", f"that of {steps[not own]}", "`rotation_optimizer`")
-
-    def _load_rotograd(self, state_dict: dict[str, Any]) -> None:
-        self._check_rotograd(state_dict)
-        core = self._core
-        core.engine.load_state_dict(state_dict)
-        core.rotation_step.load_state_dict(copy.deepcopy(state_dict["rotation_step"]))
-        core.rotograd_loaded = True
+        return RotoGradState(self._core.save, self._core.load)

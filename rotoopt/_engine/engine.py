@@ -14,7 +14,8 @@ from rotoopt._capture.faults import check_weighting
 from rotoopt._capture.fork import SPENT, BackwardPass, Fed
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._capture.wiring import Wiring
-from rotoopt._engine.arguments import Losses, Parts, check_backbone_loss, check_losses, check_rep, warn_of_frozen
+from rotoopt._engine.construction import Parts
+from rotoopt._engine.losses import Losses, check_backbone_loss, check_losses, check_rep, warn_of_frozen
 from rotoopt._engine.memory import Memory
 from rotoopt._engine.record import StepRecord
 from rotoopt._engine.turning import cosines_of, rotation_gradients

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rotoopt._capture.fork import BackwardPass
-from rotoopt._engine.arguments import Parts
+from rotoopt._engine.construction import Parts
 from rotoopt._torch.private import version
 from rotoopt._torch.warn import warn_user
 

@@ -22,6 +22,14 @@ class Core:
 
     optimizer: Optimizer
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that is needed to resume."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""
+        self.optimizer.load_state_dict(state_dict)
+
 
 class OptimizerWrapper(Optimizer):
     """Is an optimizer to schedulers, GradScaler, checkpoints and hooks, and passes all they do to the wrapped one."""
@@ -77,17 +85,11 @@ class OptimizerWrapper(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that is needed to resume."""
-        return run_state_dict_hooks(self, self._save)
+        return run_state_dict_hooks(self, self._core.state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""
-        run_load_state_dict_hooks(self, self._load, state_dict)
-
-    def _save(self) -> dict[str, Any]:
-        return self._core.optimizer.state_dict()
-
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        self._core.optimizer.load_state_dict(state_dict)
+        run_load_state_dict_hooks(self, self._core.load_state_dict, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         # Not `__dict__`: a scheduler puts its own `step` there, bound to the original, and a copy would step that.

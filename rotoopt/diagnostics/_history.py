@@ -12,7 +12,7 @@ from rotoopt._torch.warn import warn_user
 from rotoopt.diagnostics._harm import WINDOW, harm
 from rotoopt.diagnostics._measurements import Measured, columns, latest, stack
 from rotoopt.diagnostics._optional import require
-from rotoopt.rotograd._modules import RotateOnly
+from rotoopt.rotograd import RotateOnly
 
 MOVE_EVERY = 100  # records: the device is waited for once in so many
 

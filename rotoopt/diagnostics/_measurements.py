@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rotoopt._engine.record import alignment, conflict_rate
 from rotoopt.optimizer import RotoGradOptimizer
-from rotoopt.rotograd._modules import RotateOnly
+from rotoopt.rotograd import RotateOnly
 
 Measured = RotoGradOptimizer | RotateOnly
 

@@ -4,8 +4,10 @@
 :class:`~rotoopt.RotoGradOptimizer`, which needs no such model.
 """
 
-from rotoopt.rotograd._modules import RotateOnly, RotoGrad, RotoGradNorm, VanillaMTL, cached
+from rotoopt.rotograd._gradnorm import RotoGradNorm
+from rotoopt.rotograd._rotated import RotateOnly, RotoGrad, cached
 from rotoopt.rotograd._state_dict import rotations_from_rotograd
+from rotoopt.rotograd._vanilla import VanillaMTL
 
 __all__ = [
     "RotoGrad",

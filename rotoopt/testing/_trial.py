@@ -12,7 +12,7 @@ from torch import Tensor
 from rotoopt._capture.faults import check_weighting
 from rotoopt._capture.fork import Fed
 from rotoopt._capture.wiring import Wiring
-from rotoopt._engine.arguments import Losses, check_losses
+from rotoopt._engine.losses import Losses, check_losses
 from rotoopt.optimizer import RotoGradOptimizer
 
 LossFn = Callable[[], Losses]
@@ -98,7 +98,7 @@ class Trial:
         params = self.parameters()
         values = [param.detach().clone() for param in params]
         grads = [param.grad for param in params]
-        state = copy.deepcopy(self.optimizer._save())  # without the user's hooks: one may be at fault
+        state = copy.deepcopy(self.core.state_dict())  # without the user's hooks: one may be at fault
         record = self.engine.record
         for param in params:
             param.grad = None
@@ -110,6 +110,6 @@ class Trial:
                 for param, value, grad in zip(params, values, grads, strict=True):
                     param.copy_(value)
                     param.grad = grad
-            self.optimizer._load(state)
+            self.core.load_state_dict(state)
             self.engine.record = record
             self.engine.capture.fed = Fed()

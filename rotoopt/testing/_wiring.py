@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rotoopt._capture.graph import behind_taps, in_heads, leaves
-from rotoopt._engine.arguments import modules_of
+from rotoopt._engine.construction import modules_of
 from rotoopt._torch.modules import living_optimizers
 from rotoopt.optimizer import RotoGradOptimizer
 from rotoopt.testing._trial import LossFn, Trial

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rotoopt import ProgressWeighting, RotoGradOptimizer, RotoGradWeighting
-from rotoopt._engine.arguments import Heads
+from rotoopt._engine.construction import Heads
 from tests.contract.models import (
     TwoTasks,
     assert_moved,

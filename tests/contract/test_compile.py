@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.torch_version import TorchVersion
 
 from rotoopt import RotoGradOptimizer
-from rotoopt._engine.arguments import Heads
+from rotoopt._engine.construction import Heads
 from tests.contract.models import TwoTasks, assert_moved, assert_same, back_propagate, parameters, sgd, snapshot
 
 # torch.compile looks at `.grad` of its inputs, and hides the warning only where warnings are not errors.

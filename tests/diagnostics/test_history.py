@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotoopt import RotoGradOptimizer, StepRecord
-from rotoopt._engine.arguments import modules_of
+from rotoopt._engine.construction import modules_of
 from rotoopt.diagnostics import History, _history, scalars
 from rotoopt.diagnostics._measurements import Measured
 from rotoopt.rotograd import RotoGrad

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD
 
-from rotoopt._engine.arguments import Parts
+from rotoopt._engine.construction import Parts
 from rotoopt._engine.watch import (
     FOREIGN_PASSES,
     SILENT_STEPS,

@@ -1,0 +1,115 @@
+"""Checks of the losses and the representation that a step is given, each with the wording of its error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence, Set
+
+from torch import Tensor, nn
+
+from rotoopt._capture.fork import Fed, address
+from rotoopt._capture.graph import is_handed_on
+from rotoopt._torch.private import tree_leaves
+from rotoopt._torch.warn import warn_user
+
+Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
+
+
+def warn_of_frozen() -> None:
+    """Warn that no representation requires grad."""
+    warn_user(
+        "The representation should require grad, got one that does not. Either (a) the backbone is frozen: the "
+        "heads are trained by a plain backward; rotations and weights rest, (b) `heads` holds the whole "
+        "model, whose input is rotated then: give the modules that consume the representation, or (c) a head gets what "
+        "it reads in an object of a class of its own, or has it stored: hand it over as an input."
+    )
+
+
+def check_losses(losses: Losses, names: Sequence[str]) -> dict[int, Tensor]:
+    """Return the losses of the present tasks by task number."""
+    if isinstance(losses, Tensor):
+        if losses.ndim != 1:
+            raise TypeError(
+                "`losses` must be a sequence with one loss per task, or a tensor of shape (K,), got a tensor of shape "
+                f"{tuple(losses.shape)}. Pass the K losses themselves, as in step([loss_a, loss_b], z), not their sum."
+            )
+        losses = losses.unbind()
+    if not isinstance(losses, Iterable) or isinstance(losses, str | Set):
+        raise TypeError(
+            f"`losses` must be a sequence with one loss per task, or a mapping from task names, got {kind(losses)}."
+        )
+    if isinstance(losses, Mapping):
+        unknown = [name for name in losses if name not in names]
+        if unknown:
+            raise ValueError(f"`losses` must be named after the tasks {list(names)}, got {unknown} as well.")
+        by_task = [losses.get(name) for name in names]
+    else:
+        by_task = list(losses)
+    if len(by_task) != len(names):
+        raise ValueError(
+            f"`losses` must have one entry per task, got {len(by_task)} for {len(names)} tasks. "
+            "Put None where a task is absent from this batch."
+        )
+    present = {task: loss for task, loss in enumerate(by_task) if loss is not None and not is_constant(loss)}
+    for task, loss in present.items():
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"`losses` must be tensors or None, got {kind(loss)} for {names[task]}.")
+        _check_loss(loss, names[task])
+    if not present:
+        raise ValueError("`losses` must have at least one loss, got only None, or constants.")
+    return present
+
+
+def is_constant(loss: object) -> bool:
+    """Whether ``loss`` stands in for that of an absent task, as ``torch.zeros((), requires_grad=True)`` does."""
+    constant = isinstance(loss, Tensor) and loss.requires_grad and loss.is_leaf and loss.numel() == 1
+    return constant and not isinstance(loss, nn.Parameter)
+
+
+def check_backbone_loss(loss: object) -> None:
+    """Check that ``loss`` is a scalar with a graph, or None."""
+    if loss is None:
+        return
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"`backbone_loss` must be a tensor or None, got {kind(loss)}.")
+    _check_loss(loss, "`backbone_loss`")
+
+
+def _check_loss(loss: Tensor, name: str) -> None:
+    if loss.numel() != 1:
+        raise ValueError(
+            f"Every loss must be a scalar, got shape {tuple(loss.shape)} for {name}. Reduce it, as with loss.mean()."
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"Every loss must have a graph, got one without for {name}. Either (a) it was detached or read with "
+            ".item(), (b) the forward pass ran under no_grad(), or (c) nothing in it is trainable."
+        )
+
+
+def check_rep(rep: object, fed: Fed, names: Sequence[str]) -> None:
+    """Check that ``rep`` is what entered the heads: a tensor, or several, nested in any way."""
+    if rep is None:
+        return
+    tensors = [leaf for leaf in tree_leaves(rep) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise TypeError(
+            f"`rep` must be the shared representation, a tensor or several in lists, tuples and dicts, got {kind(rep)}."
+        )
+    for tensor in tensors:
+        if fed.addresses and address(tensor) not in fed.addresses and not is_handed_on(tensor):
+            raise ValueError(
+                f"`rep` must be what entered the heads, got a tensor of shape {tuple(tensor.shape)} that did not. What "
+                f"did: {fed.described(names)}. Pass that, or leave `rep` out: nothing but this check needs it."
+            )
+
+
+def check_rotatable(rep: object) -> None:
+    """Check that ``rep`` is what a rotation can be multiplied by."""
+    if not isinstance(rep, Tensor) or not rep.is_floating_point():
+        found = f"one of {rep.dtype}" if isinstance(rep, Tensor) else kind(rep)
+        raise TypeError(f"`rotate` must be given the representation, a floating-point tensor, got {found}.")
+
+
+def kind(value: object) -> str:
+    """Return how to call what is no tensor, or no module."""
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
