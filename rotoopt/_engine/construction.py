@@ -24,7 +24,7 @@ def check_optimizer(optimizer: object) -> Optimizer:
         )
     if isinstance(optimizer, OptimizerWrapper):
         raise TypeError(
-            f"`optimizer` must be the optimizer to wrap, got {kind(optimizer)}. Wrap a new torch optimizer, and call "
+            "`optimizer` must be the optimizer to wrap, got a RotoGradOptimizer. Wrap a new torch optimizer, and call "
             "remove() on this one if it is not used any more."
         )
     if not any(group["params"] for group in optimizer.param_groups):
