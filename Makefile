@@ -22,8 +22,8 @@ help: ## Show this list
 test: lint docs ## Check everything: ruff, mypy, documentation, tests
 	$(BIN)/pytest -q -n 2
 
-test-slow: lint docs ## The same, slow tests included
-	$(BIN)/pytest -q -n 2 --runslow
+test-slow: lint docs ## The same with slow tests, and more examples of each property
+	HYPOTHESIS_PROFILE=thorough $(BIN)/pytest -q -n 2 --runslow
 
 test-models: $(MODELS) ## Train models of transformers, timm, torchvision and stable-baselines3
 	$(BIN)/pytest -q -rs --runslow tests/models
