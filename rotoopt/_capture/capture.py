@@ -12,7 +12,10 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rotoopt._capture.agreement import Sketch
-from rotoopt._capture.fork import BackwardPass, Fed, Fork, Rotate
+from rotoopt._capture.backward_pass import BackwardPass
+from rotoopt._capture.fed import Fed
+from rotoopt._capture.fork import Fork, Rotate
+from rotoopt._capture.in_place import InPlaceHeads
 from rotoopt._capture.inputs import Inputs, is_floating, paths_and_leaves, rebuilt
 from rotoopt._capture.owner import Owner
 from rotoopt._capture.paths import Arguments, Z
@@ -20,12 +23,7 @@ from rotoopt._capture.places import Place, Places
 from rotoopt._capture.representation import RotatedDims, rotated, second_moment
 from rotoopt._capture.whereabouts import Whereabouts
 from rotoopt._rotation.rotations import Rotations
-from rotoopt._torch.private import (
-    backward_pass_id,
-    is_transformed,
-    not_compiled,
-    version,
-)
+from rotoopt._torch.private import backward_pass_id, is_transformed, not_compiled, version
 from rotoopt._torch.subclasses import plain, with_attributes_of
 
 
@@ -72,12 +70,10 @@ class Capture:
         self._seed = seed
         self._is_own = is_own
         self._forks = WeakTensorKeyDictionary()
-        self._changes_input: dict[tuple[int, Place], bool] = {}  # whether a head changes what it gets there in place
-        # What it got first, and how often that had been changed.
-        self._probes: dict[tuple[int, Place], tuple[Tensor, int]] = {}
+        self._in_place = InPlaceHeads()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_forks": None, "fed": None, "_probes": {}}
+        return {**self.__dict__, "_forks": None, "fed": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Forks belong to a graph, not to a copy.
@@ -181,7 +177,7 @@ class Capture:
         if matrix is not None:
             return with_attributes_of(rep, rotated(rep, matrix, self.dims))
         may_be_z = alone or (task, place) in self.shapes  # and no mask or condition, by the looks of it
-        copies = own and may_be_z and self._changes_input.get((task, place)) is not False
+        copies = own and may_be_z and self._in_place.may_change((task, place))
         return with_attributes_of(rep, rep.clone()) if copies else rep
 
     @not_compiled
@@ -209,7 +205,7 @@ class Capture:
         if let_pass or not rep.requires_grad:
             out = rep if matrix is None else rotated(rep, matrix, self.dims)
             own = own and matrix is None and (alone or (task, place) in self.shapes)
-            return self._own_copy(out, (task, place)) if own else out
+            return self._in_place.own_copy(out, (task, place)) if own else out
         fork = self._fork(rep)
         fork.taps[task] += 1
         if matrix is not None:
@@ -218,19 +214,7 @@ class Capture:
                 fork.second_moment = second_moment(plain(rep), matrix, self.dims)
         self.shapes[task, place] = rep.shape
         out = Rotate.apply(rep, matrix, self.dims, fork, (task, place))  # type: ignore[no-untyped-call]
-        return self._own_copy(out, (task, place)) if own and matrix is None else out
-
-    def _own_copy(self, out: Tensor, key: tuple[int, Place]) -> Tensor:
-        """Return a copy for a head that changes what it gets in place, else ``out``; at first, look which it is."""
-        if key not in self._changes_input and key in self._probes:
-            probe, count = self._probes.pop(key)
-            self._changes_input[key] = version(probe) > count
-        if self._changes_input.get(key) is False:
-            return out
-        copy = out.clone()
-        if key not in self._changes_input:
-            self._probes[key] = copy.detach(), version(copy)  # which share the count of changes
-        return copy
+        return self._in_place.own_copy(out, (task, place)) if own and matrix is None else out
 
     def _fork(self, rep: Tensor) -> Fork:
         fork: Fork | None = self._forks.get(rep)  # type: ignore[no-untyped-call]

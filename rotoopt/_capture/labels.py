@@ -22,34 +22,11 @@ Shape = tuple[int, ...]
 
 # One number of the output for one number of each input, broadcast.
 ELEMENTWISE = {"Add", "Sub", "Rsub", "Neg", "Mul", "Div", "Pow", "Exp", "Expm1", "Log", "Log1P", "Log2", "Log10"}
-ELEMENTWISE |= {
-    "Sqrt",
-    "Rsqrt",
-    "Reciprocal",
-    "Abs",
-    "Sgn",
-    "Sign",
-    "Sin",
-    "Cos",
-    "Tanh",
-    "Sigmoid",
-    "LogSigmoid",
-    "Erf",
-}
-ELEMENTWISE |= {"Relu", "LeakyRelu", "PreluKernel", "Elu", "Gelu", "Silu", "Mish", "Softplus", "Hardtanh", "Erf"}
+ELEMENTWISE |= {"Sqrt", "Rsqrt", "Reciprocal", "Abs", "Sgn", "Sign", "Sin", "Cos", "Tanh", "Sigmoid", "LogSigmoid"}
+ELEMENTWISE |= {"Erf", "Relu", "LeakyRelu", "PreluKernel", "Elu", "Gelu", "Silu", "Mish", "Softplus", "Hardtanh"}
 ELEMENTWISE |= {"Threshold", "Clamp", "ClampMin", "ClampMax", "Maximum", "Minimum", "Where", "MaskedFill", "Lerp"}
-ELEMENTWISE |= {
-    "Addcmul",
-    "Addcdiv",
-    "Atan2",
-    "Xlogy",
-    "Logaddexp",
-    "NativeDropout",
-    "Alias",
-    "Clone",
-    "ToCopy",
-    "Expand",
-}
+ELEMENTWISE |= {"Addcmul", "Addcdiv", "Atan2", "Xlogy", "Logaddexp", "NativeDropout", "Alias", "Clone", "ToCopy"}
+ELEMENTWISE |= {"Expand"}
 RESHAPING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"}
 REARRANGING = RESHAPING | {"Select", "Slice", "Split", "SplitWithSizes", "Unbind", "Permute", "Transpose", "T"}
 REDUCING = {"Sum", "Mean", "LinalgVectorNorm", "Norm", "Amax", "Amin", "Max", "Min", "Logsumexp", "Var", "Std", "Prod"}

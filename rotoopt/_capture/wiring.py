@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from rotoopt._capture.bypasses import check_shared
 from rotoopt._capture.dependence import Dependence
-from rotoopt._capture.faults import check_losses, check_shared, check_sum
-from rotoopt._capture.fork import Fed
+from rotoopt._capture.faults import check_losses, check_sum
+from rotoopt._capture.fed import Fed
 from rotoopt._capture.graph import Node, behind, leaves, made_by, operation, reached, taps_of
 from rotoopt._capture.places import Places
 from rotoopt._torch.private import running_roots

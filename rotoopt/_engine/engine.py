@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotoopt._capture.backward_pass import BackwardPass
 from rotoopt._capture.capture import Capture
 from rotoopt._capture.faults import check_weighting
-from rotoopt._capture.fork import SPENT, BackwardPass, Fed
+from rotoopt._capture.fed import Fed
+from rotoopt._capture.fork import SPENT
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._capture.wiring import Wiring
 from rotoopt._engine.construction import Parts
-from rotoopt._engine.losses import Losses, check_backbone_loss, check_losses, check_rep, warn_of_frozen
+from rotoopt._engine.losses import Losses, check_backbone_loss, check_losses, check_rep
 from rotoopt._engine.memory import Memory
 from rotoopt._engine.record import StepRecord
 from rotoopt._engine.turning import cosines_of, rotation_gradients
-from rotoopt._engine.watch import ForeignSteps, SilentHeads
+from rotoopt._engine.watch import ForeignSteps, FrozenRepresentation, SilentHeads
 from rotoopt._engine.weighing import Weighing
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._rotation.step import RotationGradient
@@ -76,13 +78,13 @@ class Engine:
             weighting, self.memory, rotations, processes, burn_in_period=burn_in_period, turn_every=turn_every
         )
         self._wiring = Wiring(self.names, heads, self.capture.places)
+        self.frozen_representation = FrozenRepresentation()
         self._silent_heads = SilentHeads(self.names)
         self._foreign_steps = ForeignSteps(heads)
         self._record: StepRecord | None = None
         self._running: BackwardPass | None = None
         self._passes: list[BackwardPass] = []  # those since the latest step
         self._one_tensor_on_all: bool | None = None  # what the processes have agreed on
-        self._warned_of_frozen = False
 
     # ------------------------------------------------------------------ before
 
@@ -100,7 +102,7 @@ class Engine:
         frozen = self.capture.fed.is_frozen(present)
         if frozen:
             self._wiring.check_frozen(present)
-            self.note_frozen()
+            self.frozen_representation.observe()
         one_tensor = frozen or self._wiring.check(present, self.capture.fed, backbone_loss)
         check_rep(rep, self.capture.fed, self.names)
         self.close()
@@ -118,12 +120,6 @@ class Engine:
         finally:
             self._running = None
             self.capture.fed = Fed()
-
-    def note_frozen(self) -> None:
-        """Warn once that nothing that entered the heads requires grad."""
-        if not self._warned_of_frozen:
-            self._warned_of_frozen = True
-            warn_of_frozen()
 
     def _values(self, present: Mapping[int, Tensor]) -> Tensor:
         """Return the losses of the joined batch, NaN for an absent task. Shape ``(K,)``."""

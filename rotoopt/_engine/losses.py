@@ -6,22 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 
 from torch import Tensor, nn
 
-from rotoopt._capture.fork import Fed, address
+from rotoopt._capture.fed import Fed, address
 from rotoopt._capture.graph import is_handed_on
 from rotoopt._torch.private import tree_leaves
-from rotoopt._torch.warn import warn_user
 
 Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
-
-
-def warn_of_frozen() -> None:
-    """Warn that no representation requires grad."""
-    warn_user(
-        "The representation should require grad, got one that does not. Either (a) the backbone is frozen: the "
-        "heads are trained by a plain backward; rotations and weights rest, (b) `heads` holds the whole "
-        "model, whose input is rotated then: give the modules that consume the representation, or (c) a head gets what "
-        "it reads in an object of a class of its own, or has it stored: hand it over as an input."
-    )
 
 
 def check_losses(losses: Losses, names: Sequence[str]) -> dict[int, Tensor]:

@@ -14,7 +14,7 @@ from rotoopt._rotation.cayley import orthogonality_error
 from rotoopt._rotation.rotations import Rotations
 
 if TYPE_CHECKING:
-    from rotoopt._capture.fork import BackwardPass
+    from rotoopt._capture.backward_pass import BackwardPass
     from rotoopt._engine.memory import Memory
 
 

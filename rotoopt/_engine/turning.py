@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rotoopt._capture.fork import BackwardPass, Met
+from rotoopt._capture.backward_pass import BackwardPass, Met
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._rotation.step import RotationGradient
 from rotoopt.weighting import Measurements

@@ -1,4 +1,4 @@
-"""Watches: heads that deliver no gradient, parameters that nobody updates, and steps of another optimizer."""
+"""Watches: heads that deliver no gradient, parameters that nobody updates, and what else trains nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rotoopt._capture.fork import BackwardPass
+from rotoopt._capture.backward_pass import BackwardPass
 from rotoopt._engine.construction import Parts
 from rotoopt._torch.private import version
 from rotoopt._torch.warn import warn_user
@@ -77,6 +77,24 @@ class IdleSteps:
                 "ran. Either (a) the model stays in eval mode, as after a validation without model.train() behind it, "
                 "(b) its heads are bypassed, as by head.forward(z), (c) the model that is trained is not the one whose "
                 "heads were given, or (d) it was compiled and run before the optimizer was built: build it first."
+            )
+
+
+class FrozenRepresentation:
+    """Warns once that nothing that entered the heads requires grad."""
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def observe(self) -> None:
+        """Take note of a step in which that is so."""
+        if not self._warned:
+            self._warned = True
+            warn_user(
+                "The representation should require grad, got one that does not. Either (a) the backbone is frozen: the "
+                "heads are trained by a plain backward; rotations and weights rest, (b) `heads` holds the whole "
+                "model, whose input is rotated then: give the modules that consume the representation, or (c) a head "
+                "gets what it reads in an object of a class of its own, or has it stored: hand it over as an input."
             )
 
 

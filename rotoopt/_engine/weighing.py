@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rotoopt._capture.agreement import SampleSums
-from rotoopt._capture.fork import BackwardPass, Fork, Met
+from rotoopt._capture.backward_pass import BackwardPass, Met
+from rotoopt._capture.fork import Fork
 from rotoopt._engine.memory import Memory
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._torch.processes import Processes

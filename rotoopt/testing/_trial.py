@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rotoopt._capture.faults import check_weighting
-from rotoopt._capture.fork import Fed
+from rotoopt._capture.fed import Fed
 from rotoopt._capture.wiring import Wiring
 from rotoopt._engine.losses import Losses, check_losses
 from rotoopt.optimizer import RotoGradOptimizer

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,132 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
 
 from rotoopt import RotoGradOptimizer
 from rotoopt._capture.wiring import LOOK_EVERY
 from rotoopt.testing._branching.model import Call
 from tests.contract.models import TwoTasks, assert_same, back_propagate, sgd, wrap
 
-PAST = "A parameter that tasks share must be reached through their heads, got"
-Losses = Callable[[TwoTasks, nn.Module], list[Tensor]]
-
-
-def of_both(model: TwoTasks, shared: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    z = model.backbone(model.inputs(0))
-    outputs = [model.heads["left"](z).expand(-1, 6), model.heads["right"](z).repeat(1, 3)]
-    return [shared(output).square().mean() for output in outputs]
-
 
 def weight_of(model: TwoTasks) -> Tensor:
     return next(model.backbone.parameters())
-
-
-BEHIND: dict[str, tuple[Callable[[], nn.Module], Losses]] = {
-    "normalization": (lambda: nn.LayerNorm(6), lambda model, layer: of_both(model, layer)),
-    "linear": (lambda: nn.Linear(6, 3), lambda model, layer: of_both(model, layer)),
-    "convolution": (lambda: nn.Conv1d(1, 3, 1), lambda model, layer: of_both(model, lambda out: layer(out[:, None]))),
-    "PReLU": (nn.PReLU, lambda model, layer: of_both(model, layer)),
-    "linear with two numbers": (
-        lambda: nn.Linear(2, 1, bias=False),
-        lambda model, layer: of_both(model, lambda out: layer(out[:, :2])),
-    ),
-    "number for each column": (
-        lambda: nn.PReLU(2),
-        lambda model, layer: of_both(model, lambda out: layer(out[:, :2])),
-    ),
-    "weights of the backbone": (
-        nn.Identity,
-        lambda model, _: of_both(model, lambda out: F.linear(out, weight_of(model)[:, :1].expand(-1, 6))),
-    ),
-    "norm of the backbone": (
-        nn.Identity,
-        lambda model, _: [loss + weight_of(model).norm() for loss in model.losses(0)[0]],
-    ),
-}
-
-
-@pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("name", BEHIND)
-def test_what_losses_share_behind_their_heads_is_named(name: str, own: bool) -> None:
-    make, losses_of = BEHIND[name]
-    model, layer = TwoTasks(), make()
-    params = [*model.parameters(), *layer.parameters()]
-    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), model.heads)
-    losses = losses_of(model, layer)
-    if own and name == "norm of the backbone":
-        back_propagate([torch.stack(losses).sum()])  # there, a penalty is a term like any other
-        return
-    with pytest.raises(RuntimeError, match=PAST):
-        back_propagate([torch.stack(losses).sum()]) if own else optimizer.step(losses)
-
-
-@pytest.mark.parametrize(
-    ("kind", "way"),
-    [
-        ("exponential", "step"),
-        ("exponential", "own"),
-        ("softmax", "step"),
-        ("softmax", "own"),
-        ("dot", "own"),
-        ("log", "own"),
-    ],
-)
-def test_weights_of_losses_are_nobodys_business(kind: str, way: str) -> None:
-    """Trained ones, as of uncertainty weighting, and others: each loss passes through its own head."""
-    model = TwoTasks()
-    s = nn.Parameter(torch.tensor([0.5, -0.5]))
-    optimizer = RotoGradOptimizer(SGD([*model.parameters(), s], lr=0.1), model.heads)
-    for batch in range(3):
-        optimizer.zero_grad()
-        losses = torch.stack(model.losses(batch)[0])
-        weighted = {
-            "exponential": torch.exp(-s) * losses + s,
-            "softmax": s.softmax(0) * losses,
-            "dot": torch.dot(losses, torch.tensor([0.3, 0.7])),
-            "log": losses.log(),
-        }[kind]
-        if way == "step":
-            optimizer.step(weighted)
-        else:
-            back_propagate([weighted.sum()])
-            optimizer.step()
-        assert optimizer.last_step is not None
-        assert optimizer.last_step.present.all()
-
-
-@pytest.mark.parametrize("kind", ["of samples", "of columns", "of columns, as losses"])
-@pytest.mark.parametrize("own", [False, True])
-def test_tasks_may_read_numbers_of_their_own_from_one_parameter(kind: str, own: bool) -> None:
-    """A log-variance or a scale for each task, in one vector: what each number gets is its own."""
-    model, s = TwoTasks(), nn.Parameter(torch.tensor([0.5, -0.5]))
-    optimizer = RotoGradOptimizer(SGD([*model.parameters(), s], lr=0.1), model.heads, rotate=False)
-
-    def losses() -> list[Tensor]:
-        z = model.backbone(model.inputs(0))
-        outputs = [head(z).mean(1, keepdim=True) for head in model.heads.values()]
-        if kind == "of samples":
-            return [(torch.exp(-s)[k] * out.square() + s[k]).mean() for k, out in enumerate(outputs)]
-        errors = (torch.cat(outputs, 1) * s.exp()).square()
-        return [errors[:, k].mean() for k in range(2)] if kind == "of columns" else list(errors.mean(0))
-
-    with optimizer.paused():
-        (expected,) = torch.autograd.grad(torch.stack(losses()).sum(), s)
-    back_propagate(losses()) if own else optimizer.backward(losses())
-    assert_close(s.grad, expected)
-
-
-def test_time_steps_of_one_task_may_share_a_parameter_that_is_not_listed() -> None:
-    """Of the sum of their losses, each looks like that of a task."""
-    model = TwoTasks()
-    log_std = nn.Parameter(torch.zeros(6))
-    optimizer = RotoGradOptimizer(SGD([*model.parameters(), log_std], lr=0.1), model.heads)
-    z = model.backbone(model.inputs(0))
-    expected = (1 - 2 * model.heads["left"](z).detach().square().mean()) / 2
-    steps = [((model.heads["left"](z).expand(-1, 6) / log_std.exp()).square() + log_std).mean() for _ in range(3)]
-    back_propagate([sum(steps) + model.heads["right"](z).square().mean()])
-    optimizer.step()
-    assert_close(log_std.grad, expected.expand(6))
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -200,23 +81,6 @@ def test_parameters_of_a_head_that_are_handed_to_it_get_its_own_gradient(own: bo
         back_propagate(losses) if own else optimizer.backward(losses)
         assert_close(embedding.weight.grad, expected)
         optimizer.step()
-
-
-@pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("around", ["one", "both", "none"])
-def test_what_goes_around_heads_from_a_reentrant_checkpoint_is_refused(around: str, own: bool) -> None:
-    """Its parameters are not in the graph of the losses, but it is."""
-    encoder, middle = nn.Linear(5, 6), nn.Linear(6, 6)
-    heads = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
-    params = [*encoder.parameters(), *middle.parameters(), *heads.parameters()]
-    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), heads)
-    e = checkpoint(encoder, torch.randn(4, 5, requires_grad=True), use_reentrant=True)
-    z = middle(e)
-    num_around = {"one": 1, "both": 2, "none": 0}[around]
-    losses = [(head(z) + (e if k < num_around else 0)).square().mean() for k, head in enumerate(heads)]
-    refused = pytest.raises(RuntimeError, match="got the output of a re-entrant checkpoint, which the loss of heads")
-    with nullcontext() if around == "none" else refused:
-        back_propagate(losses) if own else optimizer.backward(losses)
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -357,10 +221,3 @@ def test_a_constant_stands_in_for_an_absent_task(other: str) -> None:
         optimizer.step([left, right], backbone_loss=zero)
     assert optimizer.last_step is not None
     assert optimizer.last_step.present.tolist() == [True, other != "loss"]
-
-
-def test_norms_of_a_list_of_parameters_are_a_penalty_like_any_other() -> None:
-    model, optimizer = wrap(sgd)
-    norms = torch._foreach_norm(list(model.parameters()))
-    back_propagate([torch.stack([*model.losses(0)[0], *norms]).sum()])
-    optimizer.step()

@@ -12,7 +12,7 @@ from torch.optim import SGD
 from torch.testing import assert_close
 
 from rotoopt import RotoGradWeighting
-from rotoopt._capture.fork import Met
+from rotoopt._capture.backward_pass import Met
 from rotoopt._engine.turning import partial_cosines
 from rotoopt.weighting._gradients import TaskGradients, task_mask
 from tests.samplers import NUM_TASKS, SEEDS, Bench, Lagged, Sampler

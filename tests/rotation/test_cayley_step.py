@@ -1,70 +1,33 @@
-"""The built-in rotation step: how far it turns, that it never loses alignment, and what leaves it alone."""
+"""The built-in rotation step: alignment never falls, low-rank and dense forms agree, and what it leaves alone."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
-from rotoopt._capture.representation import RotatedDims
 from rotoopt._rotation import cayley_step
-from rotoopt._rotation import metric as cayley_metric
 from rotoopt._rotation.cayley import DenseSkew, SampleSkew, Skew
-from rotoopt._rotation.cayley_step import CayleyStep, NormalizedStep
-from rotoopt._rotation.rotations import Rotations
-from rotoopt._rotation.step import RotationGradient
-from rotoopt._torch.processes import Processes
 from tests.asserts import assert_rotations, assert_same_bits, eps
-from tests.oracle import layout
+from tests.rotation.steps import cayley, turned, with_moment
 from tests.samplers import (
     DTYPES,
-    LAYOUTS,
     NUM_SAMPLES,
     NUM_TASKS,
     SEEDS,
     SIZES,
     Bench,
-    Layout,
     Sampler,
     haar,
     rotation_gradient,
     unusable,
 )
-from tests.weighting.processes import together
 
 LOG_LRS = st.floats(-4, 1)
-TURN_EVERY = 16  # by default
-
-
-def cayley(rotations: Rotations, lr: float, processes: Processes | None = None) -> CayleyStep:
-    """Return the step beside a network with a constant learning rate."""
-    network = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    return CayleyStep(rotations, lr, processes or Processes(), network)
-
-
-def turned(
-    R: Tensor,
-    *passes: RotationGradient,
-    lr: float = 0.1,
-    steps: int = 1,
-    dense_from: float | None = None,
-    processes: Processes | None = None,
-) -> Tensor:
-    """Return R after steps that all see the same gradients."""
-    rotations = haar(len(R), R.shape[-1], R.dtype)
-    rotations.load_matrices(R)
-    step = cayley(rotations, lr, processes)
-    with pytest.MonkeyPatch.context() as patch:
-        if dense_from is not None:
-            patch.setattr(cayley_step, "DENSE_FROM", dense_from)
-        for _ in range(steps):
-            step.step(passes)
-    return rotations.matrices.clone()
 
 
 @given(K=NUM_TASKS, n=NUM_SAMPLES, m=SIZES, rest=st.integers(0, 3), seed=SEEDS, lr=LOG_LRS, dtype=DTYPES)
@@ -99,53 +62,6 @@ def test_a_hidden_rotation_is_found(m: int) -> None:
     assert (units[0] * units[1]).sum() > 0.99
 
 
-@given(K=NUM_TASKS, m=SIZES, seed=SEEDS, lr=LOG_LRS)
-def test_step_size_is_adagrad_norm(K: int, m: int, seed: int, lr: float) -> None:
-    sampler, sizes, squares = Sampler(seed), nn.Parameter(torch.zeros(K).double()), torch.zeros(K).double()
-    optimizer = NormalizedStep([sizes], lr=10**lr)
-    for _ in range(4):
-        sizes.grad = sampler.uniform(K) * sampler.log_scales(K, -3, 1)
-        squares += sizes.grad.square()
-        optimizer.step()
-        assert_close(sizes.detach(), 10**lr / squares.sqrt(), rtol=1e-12, atol=0)
-        assert_close(optimizer.state[sizes]["sum"], squares, rtol=1e-12, atol=0)  # its name in checkpoints
-    sizes.grad = None
-    before = sizes.detach().clone()
-    optimizer.step()
-    assert_same_bits(sizes.detach(), before)
-
-
-@given(K=NUM_TASKS, seed=SEEDS, lr=st.just(0.0) | LOG_LRS.map(lambda log: 10**log))
-def test_step_size_is_zero_before_the_first_gradient(K: int, seed: int, lr: float) -> None:
-    sampler, sizes = Sampler(seed), nn.Parameter(torch.ones(K).double())
-    optimizer, absent = NormalizedStep([sizes], lr), sampler.integer(K)
-    for _ in range(2):
-        sizes.grad = sampler.uniform(K) + 0.1
-        sizes.grad[absent] = 0.0
-        optimizer.step()
-        assert [size > 0 for size in sizes.tolist()] == [lr > 0 and task != absent for task in range(K)]
-
-
-def test_step_size_takes_a_closure_as_every_optimizer_of_torch_does() -> None:
-    optimizer = NormalizedStep([nn.Parameter(torch.zeros(2))], lr=0.1)
-    with torch.no_grad():
-        assert optimizer.step(lambda: 3.0 if torch.is_grad_enabled() else 0.0) == 3.0
-    assert optimizer.step() is None
-
-
-@given(K=NUM_TASKS, n=NUM_SAMPLES, m=SIZES, seed=SEEDS, one_for_all=st.booleans())
-def test_no_plane_turns_by_more_than_a_radian(K: int, n: int, m: int, seed: int, one_for_all: bool) -> None:
-    sampler = Sampler(seed)
-    R, (units, target) = sampler.rotations(K, m), sampler.directions(K, n, m)
-    if one_for_all:  # as large as a mean of unit gradients can be
-        target = sampler.normal(n, m)
-        target /= target.norm()
-    z = sampler.normal(n, m) * sampler.log_scales(m, -2, 2)
-    turns = R.mT @ turned(R, rotation_gradient(units, target, z), lr=1e6)
-    angles = torch.linalg.eigvals(turns).angle().abs()
-    assert angles.max() <= 2 * math.atan(1 / 2) + 1e-9  # that of cay(S) with ||S||_2 = 1: 0.93
-
-
 def test_step_without_gradient_keeps_every_bit_after_others() -> None:
     sampler = Sampler(0)
     gradients = rotation_gradient(*sampler.directions(2, 6, 4))
@@ -173,64 +89,6 @@ def test_a_few_columns_are_repaired_with_every_turn_and_all_in_the_end() -> None
         lengths = torch.linalg.vector_norm(rotations.matrices, dim=1)  # of the columns: (2, m)
         assert torch.equal((lengths - 1).abs() < 1e-5, repaired.expand(2, m))
     assert repaired.all()
-
-
-def with_moment(sampler: Sampler, K: int, n: int, m: int) -> tuple[RotationGradient, Tensor]:
-    """Return a gradient with the second moment of features of different variance, and that moment with trace m."""
-    z = sampler.normal(n, m) * sampler.log_scales(m, -2, 2)
-    gradient = rotation_gradient(*sampler.directions(K, n, m), z)
-    assert gradient.second_moment is not None
-    return gradient, gradient.second_moment * m / gradient.second_moment.trace()
-
-
-@given(K=NUM_TASKS, n=NUM_SAMPLES, m=st.integers(2, 24), seed=SEEDS, scale=LOG_LRS)
-def test_lr_is_the_change_of_what_heads_get(K: int, n: int, m: int, seed: int, scale: float) -> None:
-    """Root mean square, relative, in the first turn, whatever the scale of z is; of the data itself, at most that."""
-    sampler, lr = Sampler(seed), 1e-6
-    R, (gradient, C) = sampler.rotations(K, m), with_moment(sampler, K, n, m)
-    assert gradient.second_moment is not None
-    moved = turned(R, replace(gradient, second_moment=10**scale * gradient.second_moment), lr=lr) - R
-    G = C + cayley_metric.DAMPING * torch.eye(m)
-    sizes = torch.einsum("kij,jl,kil->k", moved, G, moved).div(m).sqrt()
-    assert_close(sizes, torch.full((K,), lr).double(), rtol=1e-2, atol=0)
-    assert (torch.einsum("kij,jl,kil->k", moved, C, moved) <= m * (1.01 * lr) ** 2).all()
-
-
-@given(K=NUM_TASKS, n=NUM_SAMPLES, m=st.integers(2, 24), seed=SEEDS)
-def test_direction_is_the_steepest_in_the_metric(K: int, n: int, m: int, seed: int) -> None:
-    sampler, lr = Sampler(seed), 1e-7
-    R, (gradient, C) = sampler.rotations(K, m), with_moment(sampler, K, n, m)
-    N, inverse = gradient.correlation(m), (C + cayley_metric.DAMPING * torch.eye(m)).inverse()
-    wanted = inverse @ (N - N.mT) @ inverse
-    found = R.mT @ turned(R, gradient, lr=lr) - torch.eye(m)
-    cosines = torch.cosine_similarity(found.flatten(1), wanted.flatten(1))
-    assert_close(cosines, torch.ones(K).double(), rtol=0, atol=1e-6)
-
-
-@given(K=NUM_TASKS, n=NUM_SAMPLES, m=st.integers(2, 24), seed=SEEDS, share=st.floats(0, 1))
-def test_turns_follow_the_schedule_of_the_network(K: int, n: int, m: int, seed: int, share: float) -> None:
-    sampler, angles = Sampler(seed), []
-    gradient, rotations = rotation_gradient(*sampler.directions(K, n, m)), haar(K, m, torch.float64)
-    for factor in (1.0, share):
-        network = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
-        step = CayleyStep(rotations, 1e-6, Processes(), network)
-        step.step([unusable(gradient)])  # it has seen the highest rate
-        network.param_groups[0]["lr"] *= factor
-        angle = step.step([gradient])
-        assert angle is not None
-        angles.append(angle)
-    assert_close(angles[1], share * angles[0], rtol=1e-3, atol=1e-12)
-
-
-def test_rotations_turn_every_few_steps() -> None:
-    sampler, moved = Sampler(0), []
-    bench = Bench((4, 6), 3, torch.float64, rotation_size=6, turn_every=None)
-    grads = list(sampler.normal(3, 4, 6))
-    for _ in range(2 * TURN_EVERY + 1):
-        before = bench.matrices
-        bench.step(grads)
-        moved.append(not torch.equal(bench.matrices, before))
-    assert [step for step, each in enumerate(moved) if each] == [0, TURN_EVERY, 2 * TURN_EVERY]
 
 
 @given(K=NUM_TASKS, m=SIZES, n=NUM_SAMPLES, seed=SEEDS, lr=LOG_LRS)
@@ -262,34 +120,6 @@ def test_form_changes_at_the_threshold_and_nothing_else_does(K: int, m: int, see
         above = turned(R, rotation_gradient(torch.cat([units, zeros], dim=1), torch.cat([target, zeros[0]])))
     assert forms == [SampleSkew if n < cayley_step.DENSE_FROM * m else DenseSkew, DenseSkew]
     assert_close(below, above, rtol=0, atol=1e-12)
-
-
-@given(K=NUM_TASKS, m=SIZES, counts=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=SEEDS)
-def test_gradients_of_the_parts_of_a_batch_add_up(K: int, m: int, counts: list[int], seed: int) -> None:
-    """Also where one part alone would turn by low rank, and all together do not."""
-    sampler = Sampler(seed)
-    R, (units, target) = sampler.rotations(K, m), sampler.directions(K, sum(counts), m)
-    z = sampler.normal(sum(counts), m)
-    parts = zip(*(torch.split(each, counts, dim=-2) for each in (units, target, z)), strict=True)
-    expected = turned(R, rotation_gradient(units, target, z))
-    assert_close(turned(R, *(rotation_gradient(*part) for part in parts)), expected, rtol=0, atol=1e-12)
-
-
-@given(K=NUM_TASKS, m=SIZES, counts=st.lists(st.integers(1, 4), min_size=2, max_size=3), seed=SEEDS)
-def test_processes_turn_by_the_gradients_of_their_joined_batch(K: int, m: int, counts: list[int], seed: int) -> None:
-    sampler = Sampler(seed)
-    R, (units, target) = sampler.rotations(K, m), sampler.directions(K, sum(counts), m)
-    z = sampler.normal(sum(counts), m)
-    expected = turned(R, rotation_gradient(units, target, z))
-    shares = list(zip(*(torch.split(each, counts, dim=-2) for each in (units, target, z)), strict=True))
-
-    def turn(processes: Processes) -> Tensor:
-        return turned(R, rotation_gradient(*shares[processes.rank]), processes=processes)
-
-    results = together(len(counts), turn)
-    assert_close(results[0], expected, rtol=0, atol=1e-12)
-    for result in results:
-        assert_same_bits(result, results[0])
 
 
 @given(K=NUM_TASKS, n=NUM_SAMPLES, m=SIZES, rest=st.integers(1, 3), seed=SEEDS, dense=st.sampled_from([0.0, math.inf]))
@@ -356,72 +186,6 @@ def test_one_feature_cannot_turn(K: int, seed: int, haar: bool) -> None:
     for grads in Sampler(seed, torch.float32).normal(3, K, 4, 1):
         bench.step(list(grads))
     assert torch.equal(bench.matrices, torch.ones(K, 1, 1))
-
-
-def test_step_sizes_are_where_the_rotations_are() -> None:
-    options: dict[str, Any] = {"device": torch.device("meta"), "dtype": torch.float64}
-    rotations = Rotations(2, 4, rotate=[True, True], init="identity", **options)
-    (sizes,) = cayley(rotations, 0.1).optimizer.param_groups[0]["params"]
-    assert {"device": sizes.device, "dtype": sizes.dtype} == options
-
-
-def test_loaded_step_goes_on_in_the_dtype_of_its_rotations() -> None:
-    sampler = Sampler(0)
-    saved = cayley(haar(2, 4, torch.float64), 0.1)
-    saved.step([rotation_gradient(*sampler.directions(2, 6, 4), sampler.normal(6, 4))])
-    loaded = cayley(haar(2, 4, torch.float32), 0.1)
-    assert loaded.optimizer.param_groups[0]["lr"] == 0.1
-    loaded.load_state_dict(saved.state_dict())
-    state = loaded.state_dict()
-    assert state["metric"]["mean"].dtype == torch.float32
-    assert_close(state["metric"]["mean"], saved.state_dict()["metric"]["mean"].float())
-    assert state["schedule"] == {"highest": 0.1}
-
-
-def test_positions_of_a_map_count_as_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cayley_step, "SampleSkew", None)  # 12 samples of 16 features: the dense form is cheaper
-    units, target = Sampler(0).directions(2, 3, 16, 4)
-    turned(Sampler(1).rotations(2, 16), rotation_gradient(units, target, dim=1))
-
-
-@given(K=NUM_TASKS, n=NUM_SAMPLES, m=st.integers(2, 24), seed=SEEDS)
-def test_angles_are_the_root_mean_square_over_all_vectors(K: int, n: int, m: int, seed: int) -> None:
-    sampler = Sampler(seed)
-    rotations, gradients = haar(K, m, torch.float64), rotation_gradient(*sampler.directions(K, n, m))
-    step = cayley(rotations, 1e-5)
-    for _ in range(2):
-        before = rotations.matrices.clone()
-        angles = step.step([gradients])
-    moved = torch.linalg.matrix_norm(rotations.matrices - before)  # of m unit vectors, each by its angle
-    assert_close(angles, moved / m**0.5, rtol=1e-3, atol=1e-12)
-
-
-@given(layout_=st.sampled_from(LAYOUTS), seed=SEEDS, K=st.integers(1, 4), rest=st.integers(0, 3))
-def test_correlation_is_a_sum_over_samples(layout_: Layout, seed: int, K: int, rest: int) -> None:
-    shape, dim = layout_
-    sampler, dims = Sampler(seed), RotatedDims(dim)
-    x, y = sampler.normal(K, *shape), sampler.normal(*shape)
-    m = dims.size(y.shape) - rest
-    index = layout(y.shape, dims.dim)[:, :m]
-    expected = torch.stack([rep.flatten()[index].T @ y.flatten()[index] for rep in x])
-    gradient = RotationGradient(dims.view_stacked(x), dims.view(y), torch.tensor(True))
-    assert_close(gradient.correlation(m), expected, rtol=1e-13, atol=1e-13)
-    assert gradient.num_samples == len(index)
-
-
-@given(K=NUM_TASKS, n=NUM_SAMPLES, m=SIZES, seed=SEEDS, dtype=DTYPES, dense=st.sampled_from([0.0, math.inf]))
-def test_the_gradient_of_no_samples_changes_nothing(
-    K: int, n: int, m: int, seed: int, dtype: torch.dtype, dense: float
-) -> None:
-    """A process has it that must turn because others do."""
-    sampler = Sampler(seed, dtype)
-    R, gradients = sampler.rotations(K, m), rotation_gradient(*sampler.directions(K, n, m))
-    none = RotationGradient.none(K, m, like=R[:, 0, 0])
-    assert none.num_samples == 0
-    assert_same_bits(none.correlation(m), torch.zeros(K, m, m, dtype=dtype))
-    assert_close(none.usable, torch.tensor(False))
-    assert torch.equal(turned(R, gradients, none, dense_from=dense), turned(R, gradients, dense_from=dense))
-    assert_same_bits(turned(R, none, dense_from=dense), R)
 
 
 @example(K=2, n=1, m=2, seed=82, apart=-1.0, dense=math.inf)  # lost 3e-5 once, of which the test allows 1e-5

@@ -1,0 +1,162 @@
+"""Ways around the heads: losses that reach what tasks share without passing a rotation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from rotoopt._capture.dependence import Dependence
+from rotoopt._capture.graph import (
+    Edge,
+    Node,
+    behind,
+    inputs,
+    is_checkpoint,
+    is_leaf,
+    is_of_each,
+    is_sum,
+    leaves,
+    reached,
+    reaching,
+    taps_of,
+)
+from rotoopt._torch.modules import is_trained, name_of
+
+
+def check_shared(
+    dependence: Dependence,
+    losses: Mapping[int, Edge],
+    names: Sequence[str],
+    own: Mapping[int, int],
+    terms: Sequence[Edge] = (),
+) -> None:
+    """Raise if a parameter outside of the heads is shared, and a loss reaches it without passing a head.
+
+    There, nothing weighs its gradient. Parameters that only weigh losses, as log-variances do, are none of these, nor
+    are those of which each task reads numbers of its own.
+
+    Args:
+        dependence: How the losses depend on the outputs of the heads.
+        losses: What made the losses of the present tasks.
+        names: How to call the K tasks in an error.
+        own: The tasks by the ids of their parameters.
+        terms: What made terms of a sum of losses, of whatever tasks.
+    """
+    check_not_hidden(dependence, [*losses.values(), *terms], names)
+    read: dict[int, _Read] = {}
+    beside: dict[int, _Read] = {}  # the losses: their weights, and penalties
+    of_tasks = [(term, dependence.tasks(term)) for term in terms]
+    for task, loss in losses.items():
+        found = dependence.terms(loss)
+        of_tasks += [(term, {task}) for term in found.of_tasks]
+        for param in leaves(reached(node for node, _ in found.of_none)):
+            beside.setdefault(id(param), _Read(param)).by(task, None)
+    for term, tasks in of_tasks:
+        for task in tasks:
+            for param, index in dependence.parameters(term, task):
+                read.setdefault(id(param), _Read(param)).by(task, index)
+    if not read.keys() | beside.keys() <= own.keys():
+        roots = [*losses.values(), *terms]
+        shared = {id(param) for param in leaves(behind(taps_of(node for node, _ in roots)))}
+        for key in (read.keys() | beside.keys()) - own.keys():
+            each = read.get(key)
+            if key in shared or (each is not None and own and each.is_shared):  # functional heads may share theirs
+                each = each or beside[key]
+                if is_trained(each.param):
+                    raise RuntimeError(_around_the_heads(each, [names[task] for task in sorted(each.tasks)]))
+
+
+def check_not_bypassed(
+    losses: Iterable[Node], taps: Iterable[Node], own: Mapping[int, int], names: Sequence[str]
+) -> None:
+    """Raise if a loss that passes no tap takes something shared through the parameters of a head.
+
+    Args:
+        losses: Losses that pass no tap, as nodes.
+        taps: Those that other losses pass.
+        own: The tasks by the ids of their parameters.
+        names: How to call the K tasks.
+    """
+    shared = {id(param) for param in leaves(behind(taps))} - own.keys()
+    for loss in losses:
+        nodes = reached([loss])
+        with_own = reaching(nodes, [node for node in nodes if is_leaf(node) and id(node.variable) in own])
+        with_shared = reaching(nodes, [node for node in nodes if is_leaf(node) and id(node.variable) in shared])
+        for node in with_own & with_shared:
+            parts = inputs(node)
+            # A penalty on all parameters adds them up, or puts them together; a layer takes an input and a weight.
+            meet = any(p in with_own and q in with_shared for p in parts for q in parts if p is not q)
+            if meet and not is_sum(node) and not is_of_each(node):
+                param = next(param for param in leaves(reached([node])) if id(param) in own)
+                raise RuntimeError(not_through_its_head(names[own[id(param)]], "none"))
+
+
+def check_not_hidden(dependence: Dependence, terms: Sequence[Edge], names: Sequence[str]) -> None:
+    """Raise if losses reach what a re-entrant checkpoint made without passing a head, and share it.
+
+    Its parameters are not in the graph: by themselves they cannot be found.
+    """
+    past: dict[Node, set[int]] = {}
+    for term in terms:
+        for node in filter(is_checkpoint, reached([term[0]], stop_at_taps=True)):
+            past.setdefault(node, set()).update(dependence.tasks(term) - dependence.tasks((node, 0)))
+    if not past:
+        return
+    shared = behind(taps_of(node for node, _ in terms))
+    for node, tasks in past.items():
+        if tasks and (node in shared or len(tasks) > 1):
+            raise RuntimeError(
+                "What tasks share must be reached through their heads, got the output of a re-entrant checkpoint, "
+                f"which the loss of {names[min(tasks)]} reaches without passing a head: nothing weighs its gradient "
+                "there. Put what goes around the head into it, or hand it to the head as an input. If it is shared by "
+                "nothing but a penalty, pass use_reentrant=False to checkpoint(), which shows what it is made of."
+            )
+
+
+@dataclass
+class _Read:
+    """A parameter that is read without passing a tap: by which tasks, and which of its numbers, None for all."""
+
+    param: Tensor
+    tasks: dict[int, set[int | None]] = field(default_factory=dict)
+
+    def by(self, task: int, index: int | None) -> None:
+        self.tasks.setdefault(task, set()).add(index)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several tasks read one number."""
+        read = [index for indices in self.tasks.values() for index in indices]
+        return len(self.tasks) > 1 and (None in read or len(set(read)) < len(read))
+
+
+def _around_the_heads(read: _Read, names: Sequence[str]) -> str:
+    several = len(names) > 1
+    who = f"the {'losses' if several else 'loss'} of {' and '.join(sorted(names))}"
+    return (
+        f"A parameter that tasks share must be reached through their heads, got {name_of(read.param)}, which "
+        f"{who} {'reach' if several else 'reaches'} without passing a head: nothing weighs its gradient there. "
+        "Likely causes: (a) a skip connection goes around a head: put it into the head, or hand what it "
+        "carries to the head as an input, (b) a head is called as head.forward(z), (c) a head reads something "
+        "that was stored and not handed to it, or is in an object of a class of its own, (d) a penalty on "
+        "the backbone is part of a loss: pass it as backbone_loss, or (e) a layer is applied to the outputs of "
+        "several heads: give every task a copy of its own, in `heads`. A loss that was computed from gradients, as in "
+        "MAML, cannot be weighted: run its forward and backward under optimizer.paused(), and then optimizer.step() "
+        "without losses. If the parameter belongs to one task, list it "
+        "there: heads={'task': (head, parameter)}. To weigh losses by it, multiply the losses, and not their errors."
+    )
+
+
+def not_through_its_head(name: str, others: str) -> str:
+    """Return what to say of a loss that passes through ``others`` instead of the head of ``name``."""
+    return (
+        f"The loss of {name} must pass through its rotated head, got one that passes through: {others or 'none'}. "
+        "Either (a) `losses` are in another order than the heads, (b) the head was bypassed, as by "
+        "head.forward(z), a submodule of it, or a functional head that was not fed by optimizer.rotate(z), "
+        "(c) it ran in eval mode, on z.detach(), under paused(), no_grad(), torch.func.vmap() or re-entrant "
+        "checkpointing (pass use_reentrant=False), before the optimizer was built, or after remove() or "
+        "fold(), or (d) the model was compiled and run before the optimizer was built: build it first, or call "
+        "torch._dynamo.reset()."
+    )

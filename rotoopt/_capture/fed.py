@@ -1,0 +1,58 @@
+"""What the heads were fed since the latest backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from rotoopt._capture.fork import Fork
+
+
+@dataclass
+class Fed:
+    """What the heads were fed since the latest backward pass.
+
+    Attributes:
+        tasks: Whether anything that entered its heads required grad, by task.
+        forks: The forks of all tensors whose graphs are still there.
+        addresses: Where the memory of everything begins that entered.
+    """
+
+    tasks: dict[int, bool] = field(default_factory=dict)
+    forks: WeakSet[Fork] = field(default_factory=WeakSet)
+    addresses: set[int] = field(default_factory=set)
+
+    def note(self, rep: Tensor, task: int) -> None:
+        """Note that ``rep`` enters the head of ``task``."""
+        self.tasks[task] = self.tasks.get(task, False) or rep.requires_grad
+        self.addresses.add(address(rep))
+
+    def only_fork(self) -> Fork | None:
+        """Return the fork of the only tensor that was fed and not used up yet; None if there are none or several."""
+        unused = [fork for fork in self.forks if not fork.used]
+        return unused[0] if len(unused) == 1 else None
+
+    def trained(self) -> frozenset[int]:
+        """Return the tasks whose heads were fed something that requires grad."""
+        return frozenset(task for task, requires_grad in self.tasks.items() if requires_grad)
+
+    def is_frozen(self, tasks: Iterable[int]) -> bool:
+        """Whether the heads of ``tasks`` were fed, and nothing that requires grad."""
+        return all(self.tasks.get(task) is False for task in tasks)
+
+    def described(self, names: Sequence[str]) -> str:
+        """Return what entered the heads of each task: shapes, and what made them."""
+        found: dict[int, list[str]] = {}
+        for fork in self.forks:
+            for task in fork.tasks:
+                found.setdefault(task, []).append(f"{tuple(fork.shape)} made by {fork.made_by}")
+        return "; ".join(f"{names[task]}: {', '.join(sorted(found[task]))}" for task in sorted(found)) or "nothing"
+
+
+def address(tensor: Tensor) -> int:
+    """Return where the memory of ``tensor`` begins, by which a view is known; zero if it has no plain memory."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0

@@ -1,0 +1,181 @@
+"""Copies, averages and targets have the rotations that their weights need, or a warning says that they do not."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.swa_utils import AveragedModel
+
+from rotoopt import RotoGradOptimizer
+from tests.contract.models import TwoTasks, assert_same, sgd, train, wrap
+
+# Rotations far from I, turned by every step.
+OPTIONS: dict[str, Any] = {"init": "haar", "rotation_optimizer": partial(SGD, lr=1.0)}
+STALE = "A copy of the model should have the rotations that its weights were trained with"
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: Tensor) -> list[Tensor]:
+    return list(model(x))
+
+
+def test_average_of_the_weights_is_reported_until_it_is_refreshed() -> None:
+    model, optimizer = wrap(**OPTIONS)
+    x = model.inputs(9)
+    train(model, optimizer, 0)
+    average = AveragedModel(model, avg_fn=lambda old, new, _: (old + new) / 2)
+    predict(average, x)
+    for batch in (1, 3):
+        train(model, optimizer, batch, batch + 1)
+        average.update_parameters(model)
+        with pytest.warns(UserWarning, match=STALE):
+            predict(average, x)
+        optimizer.refresh(average)
+        predict(average, x)
+        average.update_parameters(model)  # rotations have not turned since
+        predict(average, x)
+    assert_same(predict(average, x), predict(average.module, x))
+
+
+def by_copy(theirs: Tensor, own: Tensor) -> None:
+    with torch.no_grad():
+        theirs.copy_(own)
+
+
+def by_lerp(theirs: Tensor, own: Tensor) -> None:
+    theirs.data.mul_(0.5).add_(own.data, alpha=0.5)
+
+
+def by_data(theirs: Tensor, own: Tensor) -> None:
+    theirs.data = own.detach().clone()
+
+
+UPDATES: dict[str, Callable[[Tensor, Tensor], None]] = {"copy": by_copy, "lerp of data": by_lerp, "other data": by_data}
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "train, no_grad"])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+def test_a_target_network_is_reported_once_for_every_update(
+    update: Callable[[Tensor, Tensor], None], frozen: bool, mode: str
+) -> None:
+    """In whatever way its weights are written, and in whatever mode it runs."""
+    model, optimizer = wrap(**OPTIONS)
+    x = model.inputs(9)
+    train(model, optimizer, 0)
+    target = copy.deepcopy(model).requires_grad_(not frozen)
+    target.train(mode != "eval")
+
+    def run() -> int:
+        with warnings.catch_warnings(record=True) as record, nullcontext() if mode == "train" else torch.no_grad():
+            warnings.simplefilter("always")
+            target(x)
+        assert all(str(each.message).startswith(STALE) for each in record)
+        return len(record)
+
+    for _ in range(2):
+        train(model, optimizer, 1)
+        assert run() == 0  # a copy of the model as it was
+        train(model, optimizer, 2)
+        for theirs, own in zip(target.parameters(), model.parameters(), strict=True):
+            update(theirs, own)
+        assert run() == 2  # heads
+        assert run() == 0
+    train(model, optimizer, 3)
+    target.load_state_dict(model.state_dict())
+    assert_same(predict(target, x), predict(model, x))
+    train(model, optimizer, 4)
+    assert run() == 0
+    target.bfloat16()
+    with torch.no_grad():
+        target(x.bfloat16())
+
+
+@pytest.mark.parametrize("clears", [False, True])
+def test_a_copy_that_is_trained_itself_is_not_reported(clears: bool) -> None:
+    model, optimizer = wrap(**OPTIONS)
+    student = copy.deepcopy(model)
+    bare = sgd(student.parameters())
+    for batch in range(3):
+        train(model, optimizer, batch)
+        torch.autograd.backward(student.losses(batch)[0])
+        bare.step()
+        if clears:
+            bare.zero_grad()
+        predict(student.eval(), model.inputs(9))
+        student.train()
+
+
+def test_copies_that_are_right_are_not_reported() -> None:
+    model, optimizer = wrap(**OPTIONS)
+    x = model.inputs(9)
+    train(model, optimizer, 0)
+    best, target, student = (copy.deepcopy(model) for _ in range(3))
+    expected = predict(model, x)
+    bare = sgd(student.parameters())
+    train(model, optimizer, 1)
+    assert_same(predict(best, x), expected)
+    target.load_state_dict(model.state_dict())
+    assert_same(predict(target, x), predict(model, x))
+    torch.autograd.backward(student.losses(0)[0])
+    bare.step()
+    predict(student, x)  # trained with the rotations that it has
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("heads", [["left", "right"], ["right"]])
+def test_a_new_optimizer_takes_over_the_rotations(heads: list[str], copied: bool) -> None:
+    """A second stage of training, a cell of a notebook that runs again, a copy of the model."""
+    model, optimizer = wrap(**OPTIONS)
+    x = model.inputs(9)
+    train(model, optimizer, 0, 1)
+    expected, rotations = predict(model, x), optimizer.rotations.matrices.clone()
+    model = copy.deepcopy(model) if copied else model
+    second = RotoGradOptimizer(sgd(model.parameters()), {name: model.heads[name] for name in heads})
+    assert_same(predict(model, x), expected)
+    assert_same(second.rotations.matrices, rotations[-len(heads) :])
+    assert all(len(model.heads[name]._forward_pre_hooks) == 1 for name in model.heads)
+    second.zero_grad()
+    losses = dict(zip(model.heads, model.losses(2)[0], strict=True))
+    second.step({name: losses[name] for name in heads})
+
+
+class ModelEmaV3(nn.Module):
+    """As of timm: an average that is no ``AveragedModel``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(model).requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", [AveragedModel, ModelEmaV3])
+@pytest.mark.parametrize("of", ["the model", "another model", "nothing"])
+def test_an_average_from_before_the_optimizer_is_reported(of: str, kind: Callable[[nn.Module], nn.Module]) -> None:
+    model = TwoTasks()
+    copied = {"the model": model, "another model": nn.Linear(2, 2), "nothing": None}[of]
+    averaged = None if copied is None else kind(copied)
+    name = getattr(kind, "__name__", "")
+    message = f"An average of the model must be made after the optimizer, got a {name} from before"
+    with pytest.warns(UserWarning, match=message) if of == "the model" else nullcontext():
+        RotoGradOptimizer(sgd(model.parameters()), model.heads)
+    del averaged
+    with_hooks = AveragedModel(model)
+    RotoGradOptimizer(sgd(model.parameters()), model.heads)
+    del with_hooks
+
+
+def test_a_rotation_inside_of_a_new_head_is_an_error_until_it_is_folded() -> None:
+    model, optimizer = wrap(**OPTIONS)
+    train(model, optimizer, 0, 1)
+    outer = {name: nn.Sequential(nn.Tanh(), head) for name, head in model.heads.items()}
+    with pytest.raises(ValueError, match=r"left, which has one in front of its \w+. Call fold\(\) on that optimizer"):
+        RotoGradOptimizer(sgd(model.parameters()), outer)
+    optimizer.fold()
+    RotoGradOptimizer(sgd(model.parameters()), outer)
