@@ -1,12 +1,12 @@
-"""Multi-task training that does not fight itself: RotoGrad as an optimizer wrapper.
+"""Multi-task training with RotoGrad, as a wrapper of any torch optimizer.
 
     representation z -> rotation R_k -> head k -> loss k -> gradient at z -> weighting -> wrapped optimizer
                                                                  |
                                                                  +-> rotation step
 
 :class:`RotoGradOptimizer` wraps any torch optimizer; ``optimizer.step(losses, rep)`` replaces
-``sum(losses).backward(); optimizer.step()``. The weightings say how K task gradients become one;
-:mod:`rotoopt.weighting` has what one of your own needs. :mod:`rotoopt.rotograd` is the API of the official package.
+``sum(losses).backward(); optimizer.step()``. A weighting combines the K task gradients; :mod:`rotoopt.weighting` has
+the base class for writing your own. :mod:`rotoopt.rotograd` is the API of the official package.
 """
 
 from rotoopt._engine.record import StepRecord

@@ -46,50 +46,52 @@ TURN_EVERY = 16
 
 
 class RotoGradOptimizer(OptimizerWrapper):
-    r"""Wraps any torch optimizer so that several tasks train one representation without fighting over it.
+    r"""Wraps any torch optimizer to train several tasks on one shared representation.
 
-    Put a rotation :math:`R_k \in SO(d)` in front of every head, bring the K task gradients at the representation
-    to one magnitude, and turn the rotations so that the gradients agree in direction. All of it is state of the
-    optimizer; the model stays as it is, and so do ``param_groups``, schedulers, clipping and checkpoints.
+    A rotation :math:`R_k \in SO(d)` is applied to the shared representation in front of head k. The gradients of the K
+    tasks at the representation are weighted: by default, by running means of their norms, by how far each task has
+    converged, and by the share of each gradient that is signal (:class:`~rotoopt.ProgressWeighting`). The rotations
+    are trained so that the gradients align. All of this is state of the optimizer: the model, ``param_groups``,
+    schedulers, clipping and the keys of checkpoints do not change.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``, already built.
-        heads: The first modules that belong to one task alone, a sequence or a mapping from task names. Whatever
-            floating-point tensor with a gradient enters them is the representation of that task. A task may have
-            several, and parameters beside them, in a tuple: ``{"latent": (mean, log_variance)}``. A forward pre-hook
-            puts the rotation in front of each.
-        num_tasks: K, instead of ``heads``, for functional heads: feed them with :meth:`rotate`.
+        heads: The first modules that belong to one task alone, as a sequence or as a mapping from task names. The
+            floating-point tensors with a gradient that enter them are the representation of that task. For several
+            modules of one task, or parameters beside them, use a tuple: ``{"latent": (mean, log_variance)}``. A
+            forward pre-hook applies the rotation in front of each.
+        num_tasks: K, instead of ``heads``, for functional heads. See :meth:`rotate`.
         dim: Dimension or dimensions of the representation that are rotated (several are flattened together):
             -1 for vectors ``(B, d)`` and token sequences ``(B, T, d)``, 1 for the channels of ``(B, C, H, W)`` maps.
-            All others count as samples. ``None``: -1 for two or three dimensions, and an error for others, and
-            where the heads begin with layers that take another one.
+            All other dimensions count as samples. ``None``: -1 for two or three dimensions; an error for any other
+            number, or if the first layers of the heads operate on another dimension.
         rotation_size: Rotate only the first m features along ``dim``. The rotations then exist from construction;
-            otherwise they are made in the first training forward.
-        rotate: ``False``, or one flag per task: that task keeps R_k = I (frozen, pretrained heads).
-        weighting: How K gradients become one: ``ProgressWeighting()`` (default), ``RotoGradWeighting()`` (the paper's),
-            ``GradNorm(alpha=...)``, ``EqualWeighting()``, or any callable ``(K, n) -> (n,)``, such as a TorchJD
-            aggregator.
-        normalize_losses: Back-propagate ``L_k / |L_k(t0)|`` instead of L_k. Needs ``step(losses)`` or
-            ``backward(losses)``: in your own ``sum(losses).backward()`` the losses are what you make them.
-        burn_in_period: Step at which L_k(t0) and the norms ||G_k(t0)|| are taken anew.
-        rotation_lr: Learning rate of the built-in rotation step: by how much its first turn changes what the heads get,
-            relative to that (root mean square). Its t-th turn changes it by about :math:`\mathrm{lr} / \sqrt t`, times
-            the learning rate of the network as a share of its highest so far.
-        turn_every: Steps from one turn of the rotations to the next. ``None``: 16 for the built-in step, which then
-            costs little next to applying the rotations, and keeps them slower than the network, as the method asks; 1
-            for a ``rotation_optimizer``, which has a schedule of its own.
+            otherwise they are created in the first forward pass in training mode.
+        rotate: ``False``, or one flag per task. R_k stays I where it is False (frozen, pretrained heads).
+        weighting: How the K gradients are combined: ``ProgressWeighting()`` (default), ``RotoGradWeighting()`` (the
+            paper's), ``GradNorm(alpha=...)``, ``EqualWeighting()``, or any callable ``(K, n) -> (n,)``, such as a
+            TorchJD aggregator.
+        normalize_losses: Back-propagate ``L_k / |L_k(t0)|`` instead of L_k. Applies to ``step(losses)`` and
+            ``backward(losses)``, not to your own ``sum(losses).backward()``.
+        burn_in_period: Step in which the references L_k(t0) and ||G_k(t0)|| are measured again.
+        rotation_lr: Learning rate of the built-in rotation step: the relative change (root mean square) of the input
+            of a head in the first update. The change in the t-th update is about :math:`\mathrm{lr} / \sqrt t`,
+            multiplied by the learning rate of the network relative to its maximum so far.
+        turn_every: Number of steps from one update of the rotations to the next. ``None``: 16 for the built-in step,
+            which is cheap and keeps the rotations slower than the network, as the method requires; 1 for a
+            ``rotation_optimizer``, which has its own schedule.
         rotation_optimizer: A callable ``params -> torch.optim.Optimizer`` on the Lie-algebra coordinates, instead
             of the built-in step. The official recipe is ``lambda params: torch.optim.Adam(params, lr=...)``.
-        init: ``"identity"``: the model computes what it did before wrapping. ``"haar"``: uniformly random rotations,
-            what the official code does in effect; for heads trained from scratch only.
-        process_group: The processes that share a batch under DistributedDataParallel or FSDP2: their gradients are
-            measured together, so that N processes do what one with the joined batch does. ``None``: the default group,
-            if there is one. Give a group of one process to keep it out of this.
+        init: ``"identity"``: initially, the model computes the same as before wrapping. ``"haar"``: uniformly random
+            rotations, as in the official code; only for heads that are trained from scratch.
+        process_group: The processes that share a batch under DistributedDataParallel or FSDP2. Gradients are measured
+            over all of them, so that N processes compute the same as one process with the joined batch. ``None``: the
+            default group, if there is one. To measure each process on its own, pass a group of one process.
 
     Raises:
-        TypeError: If ``optimizer`` is no built torch optimizer, or a head no module that takes hooks.
-        ValueError: If an option is out of range, a head is listed twice, or has a rotation that does not fit: a new
-            optimizer for heads of another one takes over their rotations.
+        TypeError: If ``optimizer`` is not a torch optimizer instance, or a head is not a module that accepts hooks.
+        ValueError: If an option is out of range, a head is listed twice, or a head has a rotation from a previous
+            optimizer that does not fit this one. A new optimizer takes over the rotations of the previous one.
 
     Example:
         >>> from torch import nn
@@ -103,12 +105,13 @@ class RotoGradOptimizer(OptimizerWrapper):
         >>> optimizer.task_weights.shape, optimizer.rotations.matrices.shape
         (torch.Size([2]), torch.Size([2, 8, 8]))
 
-    Source: Javaloy and Valera, RotoGrad: Gradient Homogenization in Multitask Learning, ICLR 2022, algorithm 1. Departs
-    from the official code (rotograd 0.1.6): wraps the optimizer instead of the model; by default, gradients have one
-    norm on average and times progress, instead of in every step; starts at R_k = I; the rotation objective uses unit
-    gradients; rotations turn in every 16th step, where the representation has little variance, by a step that decays
-    and follows the schedule of the network; references are never taken from absent, zero or non-finite gradients; an
-    absent task contributes nothing instead of its previous gradient.
+    Source: Javaloy and Valera, RotoGrad: Gradient Homogenization in Multitask Learning, ICLR 2022, algorithm 1.
+    Differs from the official code (rotograd 0.1.6): wraps the optimizer instead of the model; the default weighting
+    uses running means and progress instead of equal norms in every step; the initial rotations are R_k = I; the
+    objective of the rotations uses unit gradients; rotations are updated every 16 steps, mainly in directions in which
+    the representation has little variance, with a step size that decays and follows the schedule of the network;
+    references are never taken from absent, zero or non-finite gradients; an absent task contributes nothing instead
+    of its previous gradient.
     """
 
     _core: RotoGradCore
@@ -145,7 +148,7 @@ class RotoGradOptimizer(OptimizerWrapper):
         dims, used_weighting = RotatedDims(dim), as_weighting(weighting)
         hooks = previous_hooks([modules_of(each) for each in parts], names)
         if len(names) == 1 and init == "identity" and not turned(hooks):
-            flags = (False,)  # a single task agrees with itself: R = I for ever, so do not even multiply by it
+            flags = (False,)  # a single task has no conflict: R stays I, so the product is skipped as well
         if turn_every is None:
             turn_every = TURN_EVERY if rotation_optimizer is None else 1
         processes = Processes(process_group)
@@ -192,23 +195,23 @@ class RotoGradOptimizer(OptimizerWrapper):
         backbone_loss: Tensor | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        """Fill every ``.grad`` and collect what the rotation step needs: all of ``step`` but the updates.
+        """Compute all gradients and collect what the rotation step needs. :meth:`step` without the updates.
 
         Args:
             losses: One scalar loss per task, in the order of the heads or by task name; ``None`` (or a missing
-                name) for a task that is absent from this batch. Or all of them, stacked. Shape ``(K,)``.
-            rep: The shared representation: what entered the heads, a tensor or several in lists, tuples and dicts. It
-                is checked to be that, and may be left out.
-            backbone_loss: A loss of the backbone alone (a regularizer). Added to the gradient as it is: never
-                normalized, scaled or rotated.
-            scaler: Multiplies what is back-propagated. Go on with ``scaler.step(optimizer); scaler.update()``.
+                name) for a task that is absent from this batch. Or a tensor of stacked losses, shape ``(K,)``.
+            rep: The shared representation that entered the heads: a tensor, or several in lists, tuples and dicts.
+                Optional; only used to check that the heads received it.
+            backbone_loss: A loss of the backbone alone (a regularizer). Its gradient is added without normalizing,
+                scaling or rotating it.
+            scaler: Scales the losses. Continue with ``scaler.step(optimizer); scaler.update()``.
 
         Raises:
             ValueError: If the losses are not K scalars with graphs, or ``rep`` did not enter the heads.
-            RuntimeError: If a loss does not pass through its own head, or through another one as well; if something
-                that tasks share is reached around the heads; if the weighting needs one tensor that all heads read,
-                and there are several; if ``backbone_loss`` passes through a head; or if the losses were back-propagated
-                before.
+            RuntimeError: If a loss does not pass through its own head, or passes through another one as well; if a
+                loss reaches shared parameters around the heads; if the weighting requires that all heads read one
+                tensor, and they read several; if ``backbone_loss`` passes through a head; or if the losses were
+                back-propagated before.
         """
         self._core.engine.backward(losses, rep, backbone_loss, scaler)
 
@@ -234,11 +237,11 @@ class RotoGradOptimizer(OptimizerWrapper):
         losses: Losses | None = None,
         backbone_loss: Tensor | None = None,
     ) -> float | None:
-        """Back-propagate the losses, step the wrapped optimizer, and turn the rotations.
+        """Back-propagate the losses, step the wrapped optimizer, and update the rotations.
 
-        ``step(losses, rep)`` replaces ``sum(losses).backward(); step()``. Without losses it steps on the gradients
-        that :meth:`backward`, your own ``sum(losses).backward()`` or a closure left, as any optimizer does; where
-        there was no backward pass, rotations and counters stay as they are.
+        ``step(losses, rep)`` replaces ``sum(losses).backward(); step()``. Without losses, it uses the gradients
+        computed by :meth:`backward`, your own ``sum(losses).backward()`` or a closure, as any optimizer does. Without
+        a backward pass, rotations and counters do not change.
 
         Args:
             closure: The losses, as in :meth:`backward`, or, as for every torch optimizer, a closure or ``None``.
@@ -301,10 +304,10 @@ class RotoGradOptimizer(OptimizerWrapper):
         return tuple(core.engine.capture.feed(rep, task) for task in range(len(core.engine.names)))
 
     def paused(self) -> AbstractContextManager[None]:
-        """Return a context in which forward passes rotate, but gradients are left alone.
+        """Return a context in which forward passes rotate, but gradients are not weighted.
 
-        For saliency maps, adversarial examples and gradient penalties: inside, the model is the rotated model and its
-        gradients are its true ones. What matters is where the forward pass runs.
+        For saliency maps, adversarial examples and gradient penalties. It applies to the forward passes inside it:
+        their gradients are the true gradients of the rotated model.
         """
         return self._core.engine.capture.pause()
 
@@ -315,18 +318,19 @@ class RotoGradOptimizer(OptimizerWrapper):
     # ------------------------------------------------------------------ deployment
 
     def fold(self) -> None:
-        r"""Make every rotation part of its head and remove the hooks, to use the model without this optimizer.
+        r"""Merge every rotation into its head and remove the hooks, to use the model without this optimizer.
 
-        The first layers of head k, linear ones or convolutions, get the weights :math:`W R_k`. Predictions in eval mode
-        stay as they are, up to rounding, and ``model.state_dict()`` then loads into a model that was never wrapped.
+        The first layers of head k, linear layers or convolutions, get the weights :math:`W R_k`. Predictions in eval
+        mode do not change beyond rounding errors, and ``model.state_dict()`` then loads into a model that was never
+        wrapped.
 
         A head that does not begin with such layers, needs more inputs than z, or shares its first weight with another
-        module keeps its rotation, as a buffer ``rotation`` that a forward pre-hook applies; a warning names it. So do
-        sharded (FSDP) and quantized heads. Where torch.compile or DistributedDataParallel is around a head, the head
-        inside is changed.
+        module keeps its rotation, as a buffer ``rotation`` that a forward pre-hook applies; a warning names it. The
+        same holds for sharded (FSDP) and quantized heads. If a head is wrapped by torch.compile or
+        DistributedDataParallel, the head inside is changed.
 
-        For deployment only: moments, as Adam's, belong to the weights before. Save what training is to resume from
-        before you fold.
+        For deployment only: the state of the optimizer (e.g. the moments of Adam) belongs to the weights before
+        folding. Save a checkpoint to resume from before you fold.
 
         Raises:
             RuntimeError: If heads are functional (``num_tasks=K``), a head did not run in training mode since this
@@ -346,10 +350,10 @@ class RotoGradOptimizer(OptimizerWrapper):
         fold(self._core.engine.capture, heads, self._core.engine.names)
 
     def refresh(self, model_copy: nn.Module) -> None:
-        """Give a copy of the model the rotations of now.
+        """Copy the current rotations into a copy of the model.
 
-        A copy of the model alone, by ``copy.deepcopy`` or ``torch.optim.swa_utils.AveragedModel``, rotates as the model
-        did when it was copied. Call this after its weights were brought up to date.
+        A copy of the model alone, by ``copy.deepcopy`` or ``torch.optim.swa_utils.AveragedModel``, keeps the rotations
+        that the model had when it was copied. Call this after the weights of the copy were updated.
 
         Args:
             model_copy: The copy, or a module that contains it. Its weights and modes stay as they are.

@@ -28,7 +28,7 @@ TOOLS = ("pytest", "hypothesis", "numpy", "torchjd[quadprog-projector]==0.18.0")
 # What asks torch or Python for things that change between releases: hooks, graphs, optimizers, compiling, exporting,
 # state dicts. And the oracle, which would notice other numbers.
 CORE = (
-    "tests/test_docs.py::test_page_runs[README.md]",
+    "tests/test_docs.py::test_page_runs_and_prints_what_it_says[README.md]",
     "tests/test_equals_oracle.py",
     "tests/test_special_cases.py",
     "tests/test_api.py",

@@ -1,4 +1,4 @@
-"""Did it help? Train with several options on the same seeds, and compare what they reach.
+"""Compare options: train with each of them on the same seeds, and compare the test metrics.
 
 .. code-block:: python
 
@@ -13,9 +13,9 @@
     result = compare(train, seeds=5, higher_is_better={"accuracy": True, "depth error": False}, path="comparison.json")
     print(result)
 
-:func:`compare` runs the plain sum, the default with and without rotations, equal norms and GradNorm, or whatever
-candidates it is given; it resumes after an interruption, and runs in several processes. A :class:`Comparison` has the
-numbers, paired by seed, a table and a picture.
+:func:`compare` runs the plain sum, the default with and without rotations, equal norms and GradNorm, or your own
+candidates. It resumes after an interruption, and can run in several processes. A :class:`Comparison` contains the
+numbers, paired by seed, a table and a plot.
 """
 
 from rotoopt.comparison._candidates import CANDIDATES

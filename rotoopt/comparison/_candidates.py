@@ -1,4 +1,4 @@
-"""Candidates: the options that are compared, and a description by which their results are found again."""
+"""Candidates: the options that are compared, and descriptions that identify their results in a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Options = Mapping[str, Any]
 
 
 class _Copies(Mapping[str, Options]):
-    """Candidates that are handed out as copies: a weighting serves one optimizer only."""
+    """Candidates that are returned as copies: a weighting belongs to one optimizer."""
 
     def __init__(self, candidates: dict[str, Options]) -> None:
         self._candidates = candidates
@@ -43,30 +43,30 @@ CANDIDATES: Mapping[str, Options] = _Copies(
         "default": {},
     }
 )
-"""What :func:`compare` tries by default: options of :class:`~rotoopt.RotoGradOptimizer`, by name.
+"""The default candidates of :func:`compare`: options of :class:`~rotoopt.RotoGradOptimizer`, by name.
 
-``"plain sum"`` trains as ``sum(losses).backward()`` does, up to the order of additions; ``"scale only"`` gives all task
-gradients one norm in every step. Add your own:
+``"plain sum"`` trains like ``sum(losses).backward()``, up to the order of additions; ``"scale only"`` gives all task
+gradients the same norm in every step. Add your own:
 ``{**CANDIDATES, "UPGrad": {"weighting": UPGrad(), "rotate": False}}``.
 """
 
 
 def check_unused(name: str, options: Options) -> None:
-    """Raise if the weighting of a candidate serves an optimizer already: its copies would, too.
+    """Raise if the weighting of a candidate already belongs to an optimizer: so would its copies.
 
     Raises:
-        ValueError: Then.
+        ValueError: If it does.
     """
     weighting = options.get("weighting")
     if isinstance(weighting, Weighting) and weighting._bound:
         raise ValueError(
             f"`candidates[{name!r}]` must have a weighting of its own, got a {type(weighting).__name__} that an "
-            f"optimizer uses. Make a new {type(weighting).__name__}: every run gets a copy of it."
+            f"optimizer uses. Make a new {type(weighting).__name__}; every run gets a copy of it."
         )
 
 
 def describe(value: Any) -> str:
-    """Write an option with all that it consists of: the same in every process, another one if something changes.
+    """Describe an option with everything in it: the same text in every process, another one if a part changes.
 
     A function is described by its name alone.
 

@@ -1,4 +1,4 @@
-"""Clock: the time of a training step, from one step of an optimizer to its next."""
+"""Clock: the time of a training step, from one step of an optimizer to the next."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# Steps whose times are averaged before the median: rotations turn in every 16th step, and a median of single steps
-# would leave out what that costs.
+# Number of steps whose times are averaged before taking the median. Rotations are updated every 16 steps; a median of
+# single steps would not include that.
 BLOCK = 16
 
 
 class StepClock:
-    """Notes when optimizers have stepped, while it is entered.
+    """Context that records when optimizers step.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(1))
@@ -47,10 +47,10 @@ class StepClock:
         self._times[self._number.setdefault(optimizer, len(self._number))].append(time.perf_counter())
 
     def seconds_per_step(self) -> float | None:
-        """Return the time from one step to the next of the optimizer with most steps; None if none made two.
+        """Return the time between steps of the optimizer with the most steps; None if none made two.
 
-        It is the median over blocks of 16 steps of their mean: warming up and testing between epochs hardly count,
-        turns of the rotations do.
+        The median of the means over blocks of 16 steps: it includes updates of the rotations, and is robust to warm-up
+        and to tests between epochs.
         """
         times = torch.tensor(max(self._times.values(), key=len, default=[]), dtype=torch.float64)
         seconds = times.diff()

@@ -1,4 +1,4 @@
-"""Compare: train with every candidate and every seed, and keep what was done."""
+"""Compare: train with every candidate and every seed, and store the results."""
 
 from __future__ import annotations
 
@@ -30,41 +30,40 @@ def compare(
     processes: int = 1,
     quiet: bool = False,
 ) -> Comparison:
-    r"""Train with every candidate on the same seeds, and say what each of them reached.
+    r"""Train with every candidate on the same seeds, and compare the test metrics.
 
-    A candidate is a set of options: those of :class:`~rotoopt.RotoGradOptimizer`, and whatever else ``train`` takes.
-    Torch's generator is seeded before every run; what draws from others must be seeded by ``train``.
+    A candidate is a set of options of :class:`~rotoopt.RotoGradOptimizer`, and any other arguments of ``train``.
+    Torch's generator is seeded before every run; ``train`` must seed any other generator that it uses.
 
-    Time per step is the time from one step of an optimizer to its next, so it includes the data, the forward and the
-    backward pass, and the load of the machine: compare times of one process on a quiet machine. It is the median over
-    blocks of 16 steps, the mean in each.
+    Time per step is the time from one step of an optimizer to the next, so it includes the data, the forward and the
+    backward pass, and other load on the machine: compare times of one process on an idle machine. It is the median of
+    the means over blocks of 16 steps.
 
     Args:
-        train: Called as ``train(seed, **options)``; with ``lrs``, as ``train(seed, lr=lr, **options)``. Makes a
+        train: Called as ``train(seed, **options)``, or ``train(seed, lr=lr, **options)`` with ``lrs``. Builds a
             network, trains it with ``RotoGradOptimizer(..., **options)``, and returns its test metrics by name.
-        higher_is_better: Whether it is, by metric.
-        candidates: Options by name. Every run gets a copy of its own.
-        seeds: The seeds, or how many: ``5`` is ``range(5)``.
-        baseline: What Delta-m is relative to: a candidate, or one number per metric, such as those of one network per
+        higher_is_better: Whether higher is better, for each metric.
+        candidates: Options by name. Every run gets its own copy.
+        seeds: The seeds, or their number: ``5`` is ``range(5)``.
+        baseline: The reference of Delta-m: a candidate, or one number per metric, such as those of one network per
             task.
-        lrs: Learning rates to choose from: each candidate takes the one with the best mean change of the metrics, each
-            clipped to 100 %, over ``search_seeds``. One rate for all would favor the candidate that it fits.
-        search_seeds: Seeds of these runs; none of ``seeds``.
-        path: A JSON file, written after every run. A call that was interrupted goes on where it was; a candidate whose
-            options have changed, and other metrics, are run anew. Changes of ``train`` itself are not seen: give
-            another path.
-        processes: How many runs at a time, in processes of their own, which share the threads of this one. ``train``
+        lrs: Learning rates to choose from. Each candidate uses the one with the best mean change of the metrics, each
+            clipped to 100 %, over ``search_seeds``. One rate for all would favor the candidate that it suits best.
+        search_seeds: Seeds of these runs, different from ``seeds``.
+        path: A JSON file, written after every run. An interrupted call resumes from it; runs whose options or metrics
+            have changed are repeated. Changes of ``train`` itself are not detected: use another path.
+        processes: Number of runs at a time, each in its own process; they share the threads of this one. ``train``
             and the candidates must then be importable, and a script must call this below ``if __name__ ==
             "__main__":``.
-        quiet: Print no line per run on standard error.
+        quiet: Whether to omit the line per run on standard error.
 
     Returns:
-        The numbers: ``print(result)`` and ``result.plot()`` show them. A run that raised is in ``failures``, one whose
-        metrics are not finite is reported as diverged, and the others count.
+        The results: ``print(result)`` and ``result.plot()`` show them. A run that raised an error is in ``failures``,
+        and one whose metrics are not finite is reported as diverged; neither affects the others.
 
     Raises:
-        ValueError: If an argument is out of range, or ``path`` is a file of something else.
-        RuntimeError: If as many runs fail as there are candidates before any succeeds, or a process ends abruptly.
+        ValueError: If an argument is out of range, or ``path`` is not a file of a comparison.
+        RuntimeError: If as many runs fail as there are candidates before any succeeds, or a process exits abruptly.
 
     Example:
         >>> from torch import nn
@@ -94,7 +93,7 @@ def compare(
     trainings = Trainings(train, candidates, list(higher_is_better), where, processes, quiet=quiet)
     chosen = {} if lrs is None else _search(trainings, list(candidates), higher_is_better, baseline, lrs, search_seeds)
     runs = {name: [trainings.run(name, chosen.get(name), seed) for seed in numbers] for name in candidates}
-    # Seed by seed: what was interrupted is then a comparison, too, of fewer seeds.
+    # Seed by seed, so that an interrupted comparison is a comparison of fewer seeds.
     trainings.finish("Comparison", [run for of_seed in zip(*runs.values(), strict=True) for run in of_seed])
     values = {name: trainings.values(of_seeds) for name, of_seeds in runs.items()}
     failures = trainings.failures
@@ -117,7 +116,7 @@ def _search(
     lrs: Sequence[float],
     seeds: Sequence[int],
 ) -> dict[str, float]:
-    """Return the learning rate that every candidate chooses."""
+    """Return the learning rate of each candidate."""
     runs = {name: {lr: [trainings.run(name, lr, seed) for seed in seeds] for lr in lrs} for name in candidates}
     order = [runs[name][lr][place] for place in range(len(seeds)) for lr in lrs for name in candidates]
     trainings.finish("Search of learning rates", order)
@@ -155,5 +154,5 @@ def _check(
     if not search_seeds or set(search_seeds) & set(seeds):
         raise ValueError(
             f"`search_seeds` must be seeds that the comparison does not use, got {list(search_seeds)} beside "
-            f"{list(seeds)}. A learning rate chosen on the seeds of the table flatters whoever has more to choose from."
+            f"{list(seeds)}. A learning rate chosen on the seeds of the table makes its results too optimistic."
         )

@@ -1,4 +1,4 @@
-"""Comparison: what the candidates reached, as numbers, a table and a picture."""
+"""Comparison: the results of the candidates, as numbers, a table and a plot."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ Baseline = str | Mapping[str, float]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What every candidate reached with every seed. Print it for the table.
+    """The results of every candidate with every seed. Print it for the table.
 
     Attributes:
         metrics: By candidate and metric, one number per seed; NaN where the run diverged or failed. Shape ``(seeds,)``
             each.
-        higher_is_better: Whether it is, by metric.
+        higher_is_better: Whether higher is better, for each metric.
         seeds: The seeds, in order.
-        baseline: The candidate, or the numbers, that Delta-m is relative to.
-        ms_per_step: Milliseconds per step, by candidate and seed; NaN where nothing was measured. Shape ``(seeds,)``
-            each.
-        learning_rates: By candidate, what it chose; empty if there was no choice.
-        failures: What went wrong, by candidate and seed.
+        baseline: The reference of Delta-m: a candidate, or numbers.
+        ms_per_step: Milliseconds per step, by candidate and seed; NaN where not measured. Shape ``(seeds,)`` each.
+        learning_rates: The chosen learning rate, by candidate; empty if there was no choice.
+        failures: Error messages, by candidate and seed.
 
     Example:
         >>> result = Comparison(
@@ -84,7 +83,7 @@ class Comparison:
 
         Returns:
             Shape ``(seeds, n)``, metrics in the order of `higher_is_better`. Relative to the mean of the baseline over
-            the seeds. NaN where one of both runs failed or diverged.
+            the seeds. NaN if one of the two runs failed or diverged.
         """
         signs = torch.tensor([1.0 if higher else -1.0 for higher in self.higher_is_better.values()])
         return relative_changes(self._values(candidate), self._reference(), signs)
@@ -96,12 +95,12 @@ class Comparison:
 
         Args:
             candidate: Its name.
-            clipped: Limit the change of every metric to 100 %, so that one whose baseline is near zero does not decide
-                alone; a run that diverged counts as a loss of 100 %.
+            clipped: Limit the change of every metric to 100 %, so that a metric with a baseline near zero does not
+                dominate; a run that diverged counts as -100 %.
 
         Returns:
-            Shape ``(seeds,)``. NaN where one of both runs failed, or the baseline's diverged; unless ``clipped``, also
-            where the candidate's did.
+            Shape ``(seeds,)``. NaN if one of the two runs failed or the baseline's diverged; without ``clipped``, also
+            if the candidate's diverged.
         """
         changes = self.changes(candidate)
         if not clipped:
@@ -111,16 +110,16 @@ class Comparison:
         return clip(changes).mean(dim=1).where(~unknown, torch.nan)
 
     def to_markdown(self) -> str:
-        """Return the table, with what its columns mean, and what went wrong, below it."""
+        """Return the table, with notes on its columns and on failed runs."""
         return markdown(self)
 
     def plot(self) -> Figure:
-        """Draw Delta-m, and the change of every metric, of all candidates: seeds, means and standard errors.
+        """Plot Delta-m and the change of every metric for all candidates: seeds, means and standard errors.
 
         Changes are clipped to 100 %.
 
         Returns:
-            The figure, of ``matplotlib.pyplot``, transparent: ``figure.savefig(path)`` saves it.
+            A figure of ``matplotlib.pyplot`` with a transparent background. Save it with ``figure.savefig(path)``.
 
         Raises:
             ImportError: If matplotlib is not installed (``pip install 'rotoopt[plot]'``).
@@ -130,7 +129,7 @@ class Comparison:
     def __str__(self) -> str:
         return self.to_markdown()
 
-    def _repr_markdown_(self) -> str:  # what a notebook shows
+    def _repr_markdown_(self) -> str:  # shown by notebooks
         return self.to_markdown()
 
     def _values(self, candidate: str) -> Tensor:
@@ -145,7 +144,7 @@ class Comparison:
 
 
 def check_baseline(baseline: Baseline, candidates: Mapping[str, object], higher_is_better: Mapping[str, bool]) -> None:
-    """Raise if nothing can be relative to ``baseline``.
+    """Raise if ``baseline`` cannot be a reference.
 
     Raises:
         ValueError: If there is no such candidate, or a metric has no number.

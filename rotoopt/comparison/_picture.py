@@ -1,4 +1,4 @@
-"""Picture: changes against the baseline as dots, one row per candidate."""
+"""Plot: changes against the baseline as dots, one row per candidate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rotoopt.comparison._comparison import Comparison
 
-INK = "#7a7a7a"  # of texts and axes: 4.3 to 1 against white, and against black, so that no page hides it
+INK = "#7a7a7a"  # of texts and axes: contrast 4.3 to 1 against both white and black pages
 BLUE, ORANGE = COLORS[0], COLORS[1]
 
 
@@ -48,18 +48,18 @@ def new_figure(num_rows_of_axes: int, num_columns: int, *, num_rows: int) -> tup
 
 
 def label(figure: Figure, text: str) -> None:
-    """Say what the horizontal axes are."""
+    """Label the horizontal axes."""
     figure.supxlabel(text, fontsize="medium", color=INK)
 
 
 def draw_changes(ax: Axes, changes: Mapping[str, Tensor], title: str, *, highlighted: str) -> None:
-    """Draw the change of every candidate: a faint dot for a seed, a dot and a bar for mean and standard error.
+    """Plot the change of every candidate: a faint dot per seed, and a dot with a bar for mean and standard error.
 
     Args:
-        ax: Where to draw.
+        ax: The axes.
         changes: Percent by candidate, NaN where unknown. Shape ``(seeds,)`` each.
         title: Of the axes.
-        highlighted: The candidate in another color.
+        highlighted: The candidate that has another color.
     """
     ax.patch.set_alpha(0)
     ax.axvline(0, color=INK, linewidth=0.8)

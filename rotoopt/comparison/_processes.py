@@ -1,4 +1,4 @@
-"""Processes: the same function for many jobs, here or in processes of their own, and no error stops the others."""
+"""Processes: one function for many jobs, in this process or in others; an error does not stop the other jobs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception, in words: the object itself may not survive the way between processes."""
+    """An exception as text: the object itself may not be picklable."""
 
     error: str
     traceback: str
@@ -30,7 +30,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Outcome(Generic[Job, Result]):
-    """What became of a job: its result, or why there is none."""
+    """The result of a job, or its failure."""
 
     job: Job
     result: Result | Failure
@@ -39,13 +39,13 @@ class Outcome(Generic[Job, Result]):
 def outcomes(
     function: Callable[[Job], Result], jobs: Sequence[Job], num_processes: int
 ) -> Iterator[Outcome[Job, Result]]:
-    """Call ``function`` for every job, and yield what became of it as soon as it is known.
+    """Call ``function`` for every job, and yield each outcome as soon as it is known.
 
-    Processes are spawned, not forked: one that has used torch's thread pool must not be forked. Each gets its share of
-    the threads of this one.
+    Processes are spawned, not forked: a process that has used torch's thread pool must not be forked. The threads of
+    this process are divided among them.
 
     Raises:
-        RuntimeError: If a process ends without an answer.
+        RuntimeError: If a process exits without a result.
     """
     if num_processes == 1:
         for job in jobs:
@@ -61,9 +61,9 @@ def outcomes(
             yield future.result()
     except BrokenProcessPool as error:
         raise RuntimeError(
-            "Every process must live until its runs are done, got one that ended without an answer. Either (a) there "
+            "Every process must live until its runs are done, got one that exited without a result. Either (a) there "
             "is not enough memory for so many: lower `processes`; or (b) a script calls this outside of "
-            '`if __name__ == "__main__":`, and every process starts it anew. What has finished is in `path`.'
+            '`if __name__ == "__main__":`, so that every process runs it again. Finished runs are in `path`.'
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -77,7 +77,7 @@ def _attempt(function: Callable[[Job], Result], job: Job) -> Outcome[Job, Result
 
 
 def check_importable(name: str, value: Any) -> None:
-    """Raise if other processes could not have ``value``.
+    """Raise if other processes cannot receive ``value``.
 
     Raises:
         ValueError: If it cannot be pickled, or is a function of a session that cannot be imported.
@@ -85,7 +85,7 @@ def check_importable(name: str, value: Any) -> None:
     try:
         pickle.dumps(value)
         reason = _session_of(value)
-    except Exception as error:  # pickle raises whatever objects raise
+    except Exception as error:  # pickling calls methods of the objects, which may raise anything
         reason = str(error)
     if reason is not None:
         raise ValueError(
@@ -98,5 +98,5 @@ def _session_of(value: Any) -> str | None:
     function = value.func if isinstance(value, functools.partial) else value
     script = getattr(sys.modules["__main__"], "__file__", None)
     if getattr(function, "__module__", None) == "__main__" and not (script and Path(script).is_file()):
-        return "it was made in a notebook or an interactive session"
+        return "it was defined in a notebook or an interactive session"
     return None

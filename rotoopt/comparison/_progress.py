@@ -11,10 +11,10 @@ from rotoopt.comparison._run import Run, Trained
 
 
 class Progress:
-    """Says what was done, and how long the rest will take.
+    """Prints finished runs, and an estimate of the remaining time.
 
     Args:
-        quiet: Say nothing.
+        quiet: Print nothing.
     """
 
     def __init__(self, *, quiet: bool) -> None:
@@ -23,13 +23,13 @@ class Progress:
         self._count = self._done = 0
 
     def begin(self, what: str, num_runs: int, num_known: int, path: Path | None) -> None:
-        """Say how many runs there are, and how many of them are known already."""
+        """Print the number of runs, and how many of them are known already."""
         self._start, self._count, self._done = time.perf_counter(), num_runs - num_known, 0
         known = f", {num_known} of them found in {path}" if num_known else ""
         self._say(f"{what}: {num_runs} runs{known}")
 
     def report(self, run: Run, result: Trained | Failure) -> None:
-        """Say what came of a run."""
+        """Print the result of a run."""
         self._done += 1
         if isinstance(result, Failure):
             outcome = f"failed\n{result.traceback}"

@@ -1,4 +1,4 @@
-"""Run: one training, with one candidate and one seed; what tells it from others, and what comes of it."""
+"""Run: one training with one candidate and one seed: what identifies it, and its result."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Train = Callable[..., Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Run:
-    """What tells a run from others: results are found again where all of it is the same.
+    """Identifies a run: a stored result is used again if all of this is equal.
 
     Attributes:
         candidate: Its name.
-        options: Its options, in words.
-        lr: Learning rate, None where ``train`` has its own.
+        options: Its options, as text.
+        lr: Learning rate, None if ``train`` is called without one.
         seed: Its seed.
         metrics: Names of the metrics, sorted.
     """
@@ -41,7 +41,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Trained:
-    """What comes of a run: metrics, None where one is not finite, and times in seconds."""
+    """The result of a run: metrics, None where not finite, and times in seconds."""
 
     metrics: dict[str, float | None]
     seconds_per_step: float | None
@@ -49,15 +49,15 @@ class Trained:
 
 
 def execute(train: Train, job: tuple[Run, Options]) -> Trained:
-    """Train once, with options of its own and torch's generator seeded; the generator is set back afterwards."""
+    """Train once, with a copy of the options and a seeded generator; restore the generator's state afterwards."""
     run, options = job
-    made_anew = dict(copy.deepcopy(dict(options)))  # a weighting serves one optimizer only
+    own_options = dict(copy.deepcopy(dict(options)))  # a weighting belongs to one optimizer
     if run.lr is not None:
-        made_anew["lr"] = run.lr
+        own_options["lr"] = run.lr
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]), StepClock() as clock:
         torch.manual_seed(run.seed)
-        metrics = train(run.seed, **made_anew)
+        metrics = train(run.seed, **own_options)
     return Trained(_checked(metrics, run.metrics), clock.seconds_per_step(), time.perf_counter() - start)
 
 

@@ -1,4 +1,4 @@
-"""Search: which learning rate a candidate is compared with."""
+"""Search: the choice of a learning rate for each candidate."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rotoopt.comparison._statistics import clip, relative_changes
 
 
 def yardstick(baseline: Mapping[float, Tensor]) -> Tensor:
-    """Return what learning rates are judged against: the median over those of the baseline of its mean over seeds.
+    """Return the reference of the search: the median over the baseline's learning rates of its means over seeds.
 
     Args:
         baseline: The metrics of the baseline by learning rate, NaN where a run failed. Shape ``(seeds, n)`` each.
 
     Returns:
-        Shape ``(n,)``, NaN for a metric that no learning rate reached.
+        Shape ``(n,)``, NaN for a metric without any finite value.
     """
     means = torch.stack([values.mean(dim=0) for values in baseline.values()])
     return means.where(means.isfinite(), torch.nan).nanmedian(dim=0).values
@@ -26,11 +26,11 @@ def yardstick(baseline: Mapping[float, Tensor]) -> Tensor:
 def choose_lr(candidate: Mapping[float, Tensor], reference: Tensor, signs: Tensor) -> float:
     """Return the learning rate with the best mean change of the metrics, each clipped to 100 %.
 
-    A run that failed counts as a loss of 100 %.
+    A run that failed counts as -100 %.
 
     Args:
         candidate: Its metrics by learning rate, NaN where a run failed. Shape ``(seeds, n)`` each.
-        reference: What they are relative to. Shape ``(n,)``.
+        reference: The reference of the changes. Shape ``(n,)``.
         signs: 1 where higher is better and -1 where lower is. Shape ``(n,)``.
 
     Example:

@@ -1,4 +1,4 @@
-"""Statistics: how far a candidate is ahead of a baseline, seed by seed, and how sure that is."""
+"""Statistics: paired differences between a candidate and a baseline, and their standard errors."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import math
 import torch
 from torch import Tensor
 
-LIMIT = 100.0  # percent, to which the change of one metric is clipped where none shall decide alone
+LIMIT = 100.0  # percent, to which the change of a metric is clipped so that none dominates
 
 
 def relative_changes(values: Tensor, reference: Tensor, signs: Tensor) -> Tensor:
-    r"""Return by how many percent every metric is better than the reference, seed by seed.
+    r"""Return by how many percent every metric is better than the reference, for each seed.
 
     .. math:: 100 \, s_i \frac{M_{r,i} - B_{r,i}}{|\bar B_i|}
 
-    for the seeds r and metrics i, with :math:`\bar B` the mean of the reference over the seeds: a mean of ratios to
-    each seed's own would be biased by the noise of the denominator.
+    for seeds r and metrics i, where :math:`\bar B` is the mean of the reference over the seeds: ratios to each seed's
+    own reference would be biased by noise in the denominator.
 
     Args:
         values: M. Shape ``(seeds, n)``.
-        reference: B, of the same or of more seeds. Shape ``(seeds, n)``.
+        reference: B, for the same or more seeds. Shape ``(seeds, n)``.
         signs: s, 1 where higher is better and -1 where lower is. Shape ``(n,)``.
 
     Returns:
@@ -38,15 +38,15 @@ def relative_changes(values: Tensor, reference: Tensor, signs: Tensor) -> Tensor
 
 
 def clip(changes: Tensor) -> Tensor:
-    """Return changes of metrics limited to 100 %: a metric near zero then counts, and does not decide alone.
+    """Return changes limited to 100 %, so that a metric with a reference near zero does not dominate.
 
-    What is not finite, because a run diverged, counts as a loss of 100 %.
+    A value that is not finite, because a run diverged, counts as -100 %.
     """
     return changes.clamp(-LIMIT, LIMIT).nan_to_num(-LIMIT)
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Return the mean over seeds and its standard error, of those that are finite; NaN where that is unknown.
+    """Return the mean of the finite values over seeds and its standard error; NaN where unknown.
 
     Args:
         values: Shape ``(seeds,)``.

@@ -1,4 +1,4 @@
-"""Store: results in a JSON file, one per line; an interruption leaves the old file or the new one."""
+"""Store: results in a JSON file, one per line. An interruption leaves either the old or the new file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def load(path: Path) -> list[Entry]:
     """Return the entries of a file, none if there is no file.
 
     Raises:
-        ValueError: If the file holds something else; it is left as it is.
+        ValueError: If the file has other contents; it is not changed.
     """
     if not path.exists():
         return []

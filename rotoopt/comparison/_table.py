@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def markdown(comparison: Comparison) -> str:
-    """Return the table of a comparison, and what must be known to read it."""
+    """Return the table of a comparison, with notes on how to read it."""
     baseline = comparison.baseline
     deltas = {name: comparison.delta_m(name) for name in comparison.metrics}
     clipped = {name: comparison.delta_m(name, clipped=True) for name in comparison.metrics}
@@ -47,7 +47,7 @@ def _legend(comparison: Comparison, *, differ: bool) -> list[str]:
     lines = [f"Mean ± standard error, {seeds}."]
     lines.append(f"Delta-m: mean change of the metrics relative to {relative}; positive is better.")
     if differ:
-        lines.append(f"Clipped: no metric changes by more than {LIMIT:.0f} %, and a run that diverged loses as much.")
+        lines.append(f"Clipped: changes are limited to {LIMIT:.0f} %; a run that diverged counts as -{LIMIT:.0f} %.")
     for name, of_metrics in comparison.metrics.items():
         lost = torch.stack([of_metrics[metric].isnan() for metric in comparison.higher_is_better]).any(dim=0)
         failed = torch.tensor([(name, seed) in comparison.failures for seed in comparison.seeds])
@@ -60,7 +60,7 @@ def _legend(comparison: Comparison, *, differ: bool) -> list[str]:
 
 
 def cell(values: Tensor, sign: str = "") -> str:
-    """Write one number per seed as mean and standard error, and of how many seeds where some have none."""
+    """Format one number per seed as mean and standard error, with the number of seeds if some have none."""
     known = int(values.isfinite().sum())
     if known == 0:
         return "-"
@@ -68,7 +68,7 @@ def cell(values: Tensor, sign: str = "") -> str:
 
 
 def plus_minus(values: Tensor, sign: str = "") -> str:
-    """Write one number per seed as mean and standard error, in three digits.
+    """Format one number per seed as mean and standard error, with three digits.
 
     Example:
         >>> plus_minus(torch.tensor([1.0, 3.0])), plus_minus(torch.tensor([0.00214]))
@@ -87,5 +87,5 @@ def row(first: str, rest: Iterable[str]) -> str:
 
 
 def rule(num_columns: int) -> str:
-    """Return what is below the first row of a table with so many columns of numbers."""
+    """Return the line below the header of a table with this many numeric columns."""
     return "|---|" + "---:|" * num_columns

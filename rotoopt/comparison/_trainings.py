@@ -1,4 +1,4 @@
-"""Trainings: runs what is not known yet, keeps what is known in a file, and finds it again."""
+"""Trainings: executes the runs whose results are not in the file yet, and stores them there."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Trainings:
     """The runs of one comparison.
 
     Args:
-        train: What the user trains with.
+        train: The user's training function.
         candidates: Options by name.
         metrics: Names of the metrics.
-        path: Where results are kept, None for nowhere.
-        processes: How many runs at a time.
+        path: Where results are stored; None: nowhere.
+        processes: Number of runs at a time.
         quiet: Whether nothing is printed.
 
     Attributes:
-        failures: What went wrong.
+        failures: Error messages by candidate and seed.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Trainings:
         self.failures: dict[Run, str] = {}
 
     def run(self, candidate: str, lr: float | None, seed: int) -> Run:
-        """Return what tells a run from others."""
+        """Return the identity of a run."""
         return Run(candidate, self._descriptions[candidate], lr, seed, tuple(sorted(self._metrics)))
 
     def finish(self, what: str, runs: Sequence[Run]) -> None:
-        """Run what is missing of ``runs``, and save every result at once.
+        """Execute the missing ones of ``runs``, and save each result immediately.
 
         Raises:
             RuntimeError: If as many runs fail as there are candidates before any succeeds.

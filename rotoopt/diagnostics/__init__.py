@@ -1,4 +1,4 @@
-"""Look at what the tasks do to each other: collect the records of all steps, plot them, log them.
+"""Conflicts between tasks: collect the measurements of all steps, plot and log them.
 
 .. code-block:: python
 
@@ -8,8 +8,8 @@
         history.record(optimizer)
     plot_history(history)
 
-A :class:`History` also warns, once, when the rotations seem to do harm. ``log_step`` writes to TensorBoard, and
-``scalars`` makes a flat dict for any other logger. Plots need matplotlib (the extra ``plot``). Two metrics compare
+A :class:`History` also warns, once, if the rotations seem to be harmful. ``log_step`` writes to TensorBoard, and
+``scalars`` returns a flat dict for any other logger. Plots need matplotlib (the extra ``plot``). Two metrics compare
 whole networks: Delta-m and the mean rank.
 """
 

@@ -1,4 +1,4 @@
-"""Drawing: lines for a few series over the steps, a map of colors for many."""
+"""Drawing: lines for a few series over the steps, a color map for many."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-# From the palette of Okabe and Ito, which color-blind readers tell apart, without its yellow.
+# From the palette of Okabe and Ito, which color-blind readers can distinguish, without its yellow.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MAX_LINES = len(COLORS)
-LINE_HEIGHT = 0.01  # a line as thick as this share of the axis hides another that is nearer
-LOG_SPAN = 20.0  # ratio of largest to smallest value from which an axis is logarithmic
+LINE_HEIGHT = 0.01  # share of the axis: a line hides another that is closer than its thickness
+LOG_SPAN = 20.0  # an axis is logarithmic from this ratio of the largest to the smallest value
 MAX_COLUMNS = 80  # of a map
-ROW_HEIGHT = 0.125  # inches: rows of a map have labels
-DIVERGING = "PuOr_r"  # orange is high, purple is low: color-blind readers tell these apart, too
+ROW_HEIGHT = 0.125  # inches; the rows of a map have labels
+DIVERGING = "PuOr_r"  # orange is high, purple is low: distinguishable by color-blind readers
 SEQUENTIAL = "cividis"
 LEGEND_WIDTH, LEGEND_HANDLE = 150, 8  # characters in a figure of two columns, and in place of a handle
 SECOND_AXIS_WIDTH = 7.5  # of its labels, in font sizes
@@ -32,12 +32,12 @@ ABSENT = "0.82"  # a light gray
 
 
 def matplotlib(module: str) -> Any:
-    """Import a module of matplotlib, or say how to install it."""
+    """Import a module of matplotlib; if it is missing, raise an error that says how to install it."""
     return require(f"matplotlib.{module}", install="pip install matplotlib")
 
 
 def new_figure(num_rows: int, num_columns: int, num_tasks: int) -> tuple[Figure, Any]:
-    """Return a figure and its array of axes, higher if a map of so many tasks needs it."""
+    """Return a figure and its array of axes, taller if a map of this many tasks needs it."""
     height = max(4.0, ROW_HEIGHT * num_tasks + 1.0)
     size = (1.5 + 6.0 * num_columns, height * num_rows)
     figure, grid = matplotlib("pyplot").subplots(num_rows, num_columns, figsize=size, layout="constrained")
@@ -45,7 +45,7 @@ def new_figure(num_rows: int, num_columns: int, num_tasks: int) -> tuple[Figure,
 
 
 def tidy(ax: Axes, title: str, ylabel: str) -> None:
-    """Give ``ax`` its texts, and take away what says nothing."""
+    """Set title and label of ``ax``, and remove unnecessary spines."""
     ax.set_title(title, loc="left")
     ax.set_xlabel("step")
     ax.set_ylabel(ylabel)
@@ -53,7 +53,7 @@ def tidy(ax: Axes, title: str, ylabel: str) -> None:
 
 
 def note(ax: Axes, text: str) -> None:
-    """Say why there is nothing to see."""
+    """Write why ``ax`` is empty."""
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color="0.4")
     ax.set_axis_off()
 
@@ -61,17 +61,17 @@ def note(ax: Axes, text: str) -> None:
 def draw_lines(
     ax: Axes, steps: Tensor, values: Tensor, labels: Sequence[str], colors: Sequence[str], *, can_be_log: bool = False
 ) -> None:
-    """Draw the running median of every column of ``values`` (T, n), and all values behind it, faintly.
+    """Plot the running median of every column of ``values`` (T, n), with all values faintly behind it.
 
-    A line that lies on an earlier one is dashed, so that both are seen.
+    A line that covers an earlier one is dashed, so that both are visible.
 
     Args:
-        ax: Where to draw.
+        ax: The axes.
         steps: Shape ``(T,)``.
         values: NaN where there is none.
         labels: One per column; they are in the legend that :func:`add_legend` makes.
         colors: At least one per column.
-        can_be_log: Whether the axis may be logarithmic; it is where the medians span decades.
+        can_be_log: Whether the axis may be logarithmic; it is if the medians span decades.
     """
     places, medians = running_median(values)
     if can_be_log and spans_decades(medians):
@@ -79,7 +79,7 @@ def draw_lines(
     for column, (label, color) in enumerate(zip(labels, colors, strict=False)):
         series = values[:, column]
         measured = series.isfinite().nonzero().squeeze(1)
-        if len(values) >= MIN_SMOOTHED:  # fewer are their own medians
+        if len(values) >= MIN_SMOOTHED:  # fewer values are not smoothed
             positions, raw = outline(series[measured])
             ax.plot(steps[measured[positions]].numpy(), raw.numpy(), color=color, alpha=0.2, linewidth=0.6, zorder=1)
         known = medians[:, column].isfinite()
@@ -91,7 +91,7 @@ def draw_lines(
 
 
 def spans_decades(values: Tensor) -> bool:
-    """Whether all finite values are positive and some are many times larger than others."""
+    """Whether all finite values are positive, and the largest is many times the smallest."""
     finite = values[values.isfinite()]
     return finite.numel() > 0 and bool(finite.min() > 0) and bool(finite.max() / finite.min() > LOG_SPAN)
 
@@ -107,7 +107,7 @@ def num_coinciding(values: Tensor, *, log: bool) -> int:
 
 
 def add_legend(ax: Axes) -> None:
-    """Put a legend beside the data, in the order in which the lines end."""
+    """Put a legend beside the data, in the order of the ends of the lines."""
     lines = [line for line in ax.lines if not str(line.get_label()).startswith("_")]
     if not lines:
         return
@@ -124,7 +124,7 @@ def _end(line: Line2D) -> float:
 
 
 def add_second_line(ax: Axes, steps: Tensor, values: Tensor, label: str) -> None:
-    """Draw ``values`` (T,), of another unit, as a dashed gray line with an axis on the right."""
+    """Plot ``values`` (T,), which have another unit, as a dashed gray line with an axis on the right."""
     second = ax.twinx()
     if spans_decades(values):
         second.set_yscale("log")
@@ -144,15 +144,15 @@ def draw_map(
     centered: bool = False,
     **colors: Any,
 ) -> None:
-    """Draw every column of ``values`` (T, n) as a row of colors, averaged over bins of steps.
+    """Plot every column of ``values`` (T, n) as a row of colors, averaged over bins of steps.
 
     Args:
-        ax: Where to draw.
+        ax: The axes.
         steps: Shape ``(T,)``.
         values: NaN, where there is none, is gray.
         labels: One per column.
-        meaning: What the colors mean.
-        centered: Whether zero is in the middle of the colors. They then leave out the most extreme 2 percent.
+        meaning: The meaning of the colors.
+        centered: Whether the center of the color map is zero. Its range then excludes the most extreme 2 percent.
         **colors: Options of ``pcolormesh``.
     """
     num_bins = min(len(values), MAX_COLUMNS)

@@ -1,4 +1,4 @@
-"""History: the records of many steps, kept cheaply."""
+"""History: the measurements of many steps, at little cost."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from rotoopt.diagnostics._measurements import Measured, columns, latest, stack
 from rotoopt.diagnostics._optional import require
 from rotoopt.rotograd import RotateOnly
 
-MOVE_EVERY = 100  # records: the device is waited for once in so many
+MOVE_EVERY = 100  # records between two copies to the CPU
 
 
 class History:
-    r"""Collects what every step measured.
+    r"""Collects the measurements of every step.
 
-    Recording keeps the small tensors of ``optimizer.last_step`` where they are. Every 100 records they go to the CPU as
-    one; nothing else waits for a GPU. The training is not changed, and neither graphs nor rotations are kept alive: 5
-    tasks take 250 bytes per record, and 40 take 7500.
+    Recording keeps references to the small tensors of ``optimizer.last_step``. Every 100 records they are moved to the
+    CPU in one copy, which is the only synchronization. Training is not changed, and neither graphs nor rotations are
+    kept alive. A record takes 250 bytes for 5 tasks, and 7500 for 40.
 
-    Every 100 records it also looks whether the rotations do harm by the last 1000, and warns once if they seem to: if
-    one of them turned by half a radian or more while the cosines fell, the losses rose, or the cosines did not rise
-    although the learning rate of the rotations is above that of the network.
+    Every 100 records it also checks whether the rotations are harmful, from the last 1000 records, and warns once if
+    they seem to be: if one of them turned by a radian or more while the cosines fell, the losses rose, or the cosines
+    did not rise although the learning rate of the rotations is above that of the network.
 
     Attributes:
         task_names: The names of the tasks, those of the heads; empty before the first record.
@@ -57,14 +57,14 @@ class History:
         return MOVE_EVERY * len(self._moved) + len(self._recent)
 
     def record(self, optimizer: Measured) -> None:
-        """Keep ``optimizer.last_step``; call this after every step, or after those that you want to see.
+        """Record ``optimizer.last_step``. Call this after every step, or after the steps of interest.
 
         Args:
-            optimizer: The optimizer, the same at every call; or a module such as :class:`~rotoopt.RotoGrad`.
+            optimizer: The optimizer, the same in every call; or a module such as :class:`~rotoopt.rotograd.RotoGrad`.
 
         Raises:
-            TypeError: If ``optimizer`` is none of ours.
-            RuntimeError: If it has seen no backward pass yet.
+            TypeError: If ``optimizer`` is neither.
+            RuntimeError: If it has not run a backward pass yet.
             ValueError: If its tasks are not those that were recorded before.
         """
         row, names = latest(optimizer), optimizer.task_names
@@ -90,11 +90,11 @@ class History:
             warn_user(found)
 
     def to_dict(self) -> dict[str, Tensor]:
-        """Return the T records as tensors on the CPU, as :class:`~rotoopt.StepRecord` describes them.
+        """Return the T records as tensors on the CPU; see :class:`~rotoopt.StepRecord` for their meaning.
 
-        What was not measured is NaN: everything about gradients of an absent task, losses that the optimizer did not
-        see, alignment and conflict rate where something was not finite, and the angles of modules such as
-        :class:`~rotoopt.RotoGrad`, whose rotations the user turns.
+        Values that were not measured are NaN: everything about gradients of an absent task, losses if the user called
+        ``backward()`` on them, alignment and conflict rate if a value was not finite, and the angles of modules such
+        as :class:`~rotoopt.rotograd.RotoGrad`, whose rotations are updated by the user.
 
         Returns:
             ``losses``, ``grad_norms``, ``weights``, ``alignment``, ``angles``, ``total_angles`` and ``present``, of
@@ -113,8 +113,8 @@ class History:
     def to_pandas(self) -> Any:
         """Return a ``pandas.DataFrame`` with one row per record, indexed by step.
 
-        Columns are named as in ``loss/left`` and ``cosine/left/right``, as the tags of
-        :func:`~rotoopt.diagnostics.scalars` are; the numbers are those of :meth:`to_dict`.
+        Columns are named like ``loss/left`` and ``cosine/left/right``, as in :func:`~rotoopt.diagnostics.scalars`; the
+        numbers are those of :meth:`to_dict`.
 
         Raises:
             ImportError: If pandas is not installed.
@@ -131,9 +131,9 @@ def _join(chunks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _network_lr(optimizer: Measured) -> float:
-    """Return the largest learning rate, NaN where nothing compares with it.
+    """Return the largest learning rate of the network, NaN if it is not comparable with that of the rotations.
 
-    The optimizer of a module's network is not ours, and the rate of the built-in rotation step has another unit.
+    The optimizer of a module's network is not known here, and the built-in rotation step has another unit.
     """
     if isinstance(optimizer, RotateOnly) or isinstance(optimizer.rotation_optimizer, NormalizedStep):
         return float("nan")

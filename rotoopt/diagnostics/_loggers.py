@@ -1,4 +1,4 @@
-"""Loggers: what a step measured as a flat dict of numbers, and written to TensorBoard."""
+"""Loggers: the measurements of a step as a flat dict of numbers, and written to TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from rotoopt.diagnostics._measurements import Measured, columns, latest, stack
 
 
 class Writer(Protocol):
-    """What :func:`log_step` asks of a writer, such as TensorBoard's ``SummaryWriter``."""
+    """The interface of a writer for :func:`log_step`, such as TensorBoard's ``SummaryWriter``."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> Any:
         """Write one number."""
 
 
 def scalars(optimizer: Measured) -> dict[str, float]:
-    """Return what the latest step measured as a flat dict, for any logger: ``wandb.log(scalars(optimizer))``.
+    """Return the measurements of the latest step as a flat dict, for any logger: ``wandb.log(scalars(optimizer))``.
 
-    Reading the numbers waits for a GPU: with a fast network, do it every few steps.
+    Reading the numbers synchronizes with the GPU: with a fast network, call it every few steps.
 
     Args:
-        optimizer: The optimizer, or a module such as :class:`~rotoopt.RotoGrad`.
+        optimizer: The optimizer, or a module such as :class:`~rotoopt.rotograd.RotoGrad`.
 
     Returns:
         For every task ``loss/<task>``, ``grad_norm/<task>``, ``weight/<task>``, ``alignment/<task>``, ``angle/<task>``,
         ``total_angle/<task>`` and ``present/<task>``; for every pair ``cosine/<task>/<task>``; ``conflict_rate``,
-        ``rotation_lr`` and ``finite``. What was not measured, as with an absent task, is left out.
+        ``rotation_lr`` and ``finite``. Values that were not measured, as for an absent task, are left out.
 
     Raises:
-        TypeError: If ``optimizer`` is none of ours.
-        RuntimeError: If it has seen no backward pass yet.
+        TypeError: If ``optimizer`` is neither.
+        RuntimeError: If it has not run a backward pass yet.
 
     Example:
         >>> import torch
@@ -53,9 +53,9 @@ def log_step(writer: Writer, optimizer: Measured, step: int | None = None) -> No
     """Write :func:`scalars` of the latest step to TensorBoard.
 
     Args:
-        writer: A ``torch.utils.tensorboard.SummaryWriter``, or whatever has its ``add_scalar``.
-        optimizer: The optimizer, or a module such as :class:`~rotoopt.RotoGrad`.
-        step: The step to write it at; by default that of the record, which goes on after a resume.
+        writer: A ``torch.utils.tensorboard.SummaryWriter``, or any object with its ``add_scalar``.
+        optimizer: The optimizer, or a module such as :class:`~rotoopt.rotograd.RotoGrad`.
+        step: The step to write it at. Default: the step of the record, which continues after a resume.
 
     Example:
         >>> import torch

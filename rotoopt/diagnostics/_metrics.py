@@ -1,4 +1,4 @@
-"""Metrics: how good a network of several tasks is, in one number."""
+"""Metrics: the quality of a multi-task network in one number."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def mean_relative_change(multi_task: Values, single_task: Values, higher_is_bett
         higher_is_better: One flag per metric.
 
     Returns:
-        Percent. All metrics count alike: where tasks have several, average over those of a task first if tasks shall.
+        Percent. All metrics have equal weight. If a task has several, average over its metrics first to weight tasks
+        equally.
 
     Raises:
-        ValueError: If shapes do not match, or something is not finite or a reference is zero.
+        ValueError: If shapes do not match, a value is not finite, or a reference is zero.
 
     Example:
         Two points less in accuracy, and half of the error:
@@ -35,8 +36,8 @@ def mean_relative_change(multi_task: Values, single_task: Values, higher_is_bett
         >>> mean_relative_change([0.78, 1.5], [0.80, 3.0], higher_is_better=[True, False])
         23.75
 
-    Source: Maninis, Radosavovic and Kokkinos, Attentive Single-Tasking of Multiple Tasks, CVPR 2019, there
-    without the absolute value, which matters for metrics below zero only.
+    Source: Maninis, Radosavovic and Kokkinos, Attentive Single-Tasking of Multiple Tasks, CVPR 2019; there without the
+    absolute value, which only matters for negative metrics.
     """
     values = _metrics("multi_task", multi_task)
     references = _metrics("single_task", single_task)
@@ -64,7 +65,7 @@ def mean_rank(results: Mapping[str, Values], higher_is_better: Sequence[bool]) -
         higher_is_better: One flag per metric.
 
     Raises:
-        ValueError: If shapes do not match, or something is not finite.
+        ValueError: If shapes do not match, or a value is not finite.
 
     Example:
         >>> mean_rank({"plain sum": [0.7, 3.3], "RotoGrad": [0.9, 4.0]}, higher_is_better=[True, False])

@@ -7,10 +7,10 @@ from types import ModuleType
 
 
 def require(module: str, *, install: str) -> ModuleType:
-    """Import ``module``, or say how to install it.
+    """Import ``module``; if it is missing, raise an error that says how to install it.
 
     Args:
-        module: Its name; a submodule is imported, too.
+        module: Its name; a submodule is imported as well.
         install: The command that installs it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Panels: what each plot shows of the stacked measurements, for few tasks and for many."""
+"""Panels: what each plot shows, for few tasks and for many."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 Panel = Callable[["Axes", dict[str, Tensor], Sequence[str]], None]
 
-MAX_PAIRS_AS_LINES = 3  # those of 3 tasks; 4 have 6
-MAX_TASKS_IN_PAIRS = 7  # 21 rows of a map
+MAX_PAIRS_AS_LINES = 3  # 3 tasks have 3 pairs, 4 have 6
+MAX_TASKS_IN_PAIRS = 7  # 7 tasks have 21 pairs, each of them a row
 MAX_NAME = 18  # characters of a task in the name of a pair
-FIRST_BINS = 50  # of the series: the first loss is the mean over one
+FIRST_BINS = 50  # the first loss is the mean over the first of this many bins
 
 
 def draw_losses(ax: Axes, values: dict[str, Tensor], names: Sequence[str]) -> None:
-    """Losses as lines, or, of many tasks, how they changed."""
+    """Losses as lines; for many tasks, their changes as a map."""
     losses = torch.where(values["losses"].isfinite(), values["losses"], torch.nan)
     tidy(ax, "Losses", "loss")
     if losses.isnan().all():
-        note(ax, "The optimizer did not see the losses:\ngive them to step() or backward().")
+        note(ax, "The losses are unknown:\npass them to step() or backward().")
     elif len(names) <= MAX_LINES:
         draw_lines(ax, values["step"], losses, names, COLORS, can_be_log=True)
     else:
@@ -59,13 +59,13 @@ def draw_grad_norms(ax: Axes, values: dict[str, Tensor], names: Sequence[str]) -
 
 
 def draw_cosines(ax: Axes, values: dict[str, Tensor], names: Sequence[str]) -> None:
-    """Cosines of up to 3 pairs as lines, of the pairs of up to 7 tasks as colors, else of each task with the others."""
+    """Cosines: up to 3 pairs as lines, the pairs of up to 7 tasks as colors, else means over the other tasks."""
     cosines, K = values["cosines"], len(names)
     tidy(ax, "Gradient cosines", "conflict  ←  cosine  →  agreement")
     if K == 1:
-        note(ax, "One task has no conflicts.")
+        note(ax, "There is only one task.")
     elif not _of_pairs(cosines).isfinite().any():
-        note(ax, "No two tasks were in one batch.")
+        note(ax, "No batch contains two tasks.")
     elif len(pairs(K)) <= MAX_PAIRS_AS_LINES:
         labels = [f"{names[i]}, {names[j]}" for i, j in pairs(K)]
         draw_lines(ax, values["step"], _of_pairs(cosines), labels, COLORS[::-1])
@@ -80,12 +80,12 @@ def draw_cosines(ax: Axes, values: dict[str, Tensor], names: Sequence[str]) -> N
 
 
 def draw_rotations(ax: Axes, values: dict[str, Tensor], names: Sequence[str]) -> None:
-    """How far every rotation turned so far, and the learning rate of the rotations."""
+    """Angles that the rotations have turned by so far, and their learning rate."""
     angles, rates, meaning = values["total_angles"], values["rotation_lr"], "turned so far, radians"
     changes = bool((rates != rates[0]).any())
     tidy(ax, _rotations_title(rates, changes=changes), meaning)
     if angles.isnan().all():
-        note(ax, "Your own optimizer turns the rotations.")
+        note(ax, "Angles are unknown:\nyour own optimizer updates the rotations.")
     elif (angles == 0).all():
         note(ax, "The rotations did not turn.")
     elif len(names) <= MAX_LINES:
@@ -117,7 +117,7 @@ def _draw_cosine_map(ax: Axes, steps: Tensor, series: Tensor, labels: Sequence[s
 
 
 def _change_from_first(losses: Tensor) -> tuple[Tensor, str]:
-    """Return by how much every loss changed since it was seen first, and what the number means."""
+    """Return the change of every loss since its first value, and the meaning of the number."""
     bins = bin_means(losses, min(len(losses), FIRST_BINS))
     known = ~bins.isnan()
     first = bins.gather(0, known.int().argmax(dim=0, keepdim=True))[0]

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def plot_history(history: History) -> Figure:
-    """Draw everything in one figure: losses, gradient norms, cosines and rotations.
+    """Plot losses, gradient norms, cosines and rotations in one figure.
 
     Args:
-        history: What was recorded.
+        history: The recorded history.
 
     Returns:
-        The figure, of ``matplotlib.pyplot``: ``plt.show()`` shows it, ``figure.savefig(path)`` saves it.
+        A figure of ``matplotlib.pyplot``: ``plt.show()`` shows it, ``figure.savefig(path)`` saves it.
 
     Raises:
         ImportError: If matplotlib is not installed (``pip install matplotlib``).
@@ -48,20 +48,20 @@ def plot_history(history: History) -> Figure:
     panels = (draw_losses, draw_grad_norms, draw_cosines, draw_rotations)
     for ax, draw in zip(grid.flatten(), panels, strict=True):
         draw(ax, values, names)
-    add_shared_legend(figure, grid[0, 1], grid[1, 0])  # the pairs of tasks have colors of their own
+    add_shared_legend(figure, grid[0, 1], grid[1, 0])  # pairs of tasks have other colors
     return figure
 
 
 def plot_losses(history: History, *, ax: Axes | None = None) -> Axes:
-    """Draw the loss of every task over the steps.
+    """Plot the loss of every task over the steps.
 
-    Lines are running medians, with all values faintly behind them; the axis is logarithmic where losses span decades.
-    Of more than 7 tasks a map of colors shows how much every loss changed since the start, with gray where a task was
-    absent.
+    Lines are running medians, with all values faintly behind them; the axis is logarithmic if losses span decades.
+    For more than 7 tasks, a color map shows how much every loss has changed since the start; gray means that the task
+    was absent.
 
     Args:
-        history: What was recorded.
-        ax: Where to draw, by default the axes of a new figure.
+        history: The recorded history.
+        ax: The axes. Default: those of a new figure.
 
     Returns:
         The axes.
@@ -77,7 +77,7 @@ def plot_losses(history: History, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_grad_norms(history: History, *, ax: Axes | None = None) -> Axes:
-    """Draw the norm of every task's gradient at the representation: norms that lie decades apart are why tasks fight.
+    """Plot the norm of every task gradient at the representation. If they differ by decades, the largest dominate.
 
     Arguments, result and errors are those of :func:`plot_losses`.
     """
@@ -85,10 +85,10 @@ def plot_grad_norms(history: History, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_cosines(history: History, *, ax: Axes | None = None) -> Axes:
-    """Draw the cosines between the gradients of the tasks: below zero, a step for one is a step against the other.
+    """Plot the cosines between the task gradients. Below zero, a step for one task increases the loss of the other.
 
-    Of 2 or 3 tasks, every pair is a line. Of 4 to 7, every pair is a row of colors, and of more, every task is one,
-    with its mean cosine with all others. Rows begin with the greatest conflict.
+    For 2 or 3 tasks, every pair is a line. For 4 to 7, every pair is a row of colors. For more, every task is a row,
+    with its mean cosine with all others. Rows are sorted, starting with the greatest conflict.
 
     Arguments, result and errors are those of :func:`plot_losses`.
     """
@@ -96,10 +96,10 @@ def plot_cosines(history: History, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_rotations(history: History, *, ax: Axes | None = None) -> Axes:
-    """Draw how far every rotation turned so far, and the learning rate of the rotations.
+    """Plot how far every rotation has turned so far, and the learning rate of the rotations.
 
-    The line of a rotation that settles becomes flat. It is the length of the way, so one that turns to and fro rises,
-    too. A learning rate that changes is a dashed line.
+    The line becomes flat when a rotation has converged. It shows the accumulated angle, which also grows if a rotation
+    turns back and forth. A learning rate that changes is shown as a dashed line.
 
     Arguments, result and errors are those of :func:`plot_losses`.
     """

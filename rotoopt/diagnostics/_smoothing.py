@@ -1,21 +1,21 @@
-"""Smoothing: long, noisy series as few points as a picture can show."""
+"""Smoothing: reduces long, noisy series to as many points as a plot can show."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-NUM_POINTS = 400  # of a smooth line: about two pixels each
-NUM_BINS = 800  # of raw values: about one pixel each
+NUM_POINTS = 400  # of a smooth line, about two pixels each
+NUM_BINS = 800  # of raw values, about one pixel each
 WINDOWS_PER_SERIES = 25
-MIN_SMOOTHED = 2 * WINDOWS_PER_SERIES  # values; a window of fewer is one of them
+MIN_SMOOTHED = 2 * WINDOWS_PER_SERIES  # values: shorter series are not smoothed
 
 
 def running_median(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the median, over windows of a 25th of the series, at up to 400 places.
+    """Return medians over windows of 1/25 of the series, at up to 400 positions.
 
     Args:
-        values: Shape ``(T, n)``; NaN does not count.
+        values: Shape ``(T, n)``; NaN is ignored.
 
     Returns:
         The places, as positions in the series, shape ``(P,)``, and the medians, ``(P, n)``, NaN for an empty window.
@@ -28,7 +28,7 @@ def running_median(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def outline(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a line that looks as that through all values: the least and the largest of every bin, in turns.
+    """Return a line that looks like the line through all values: minimum and maximum of each bin, alternating.
 
     Args:
         values: Shape ``(T,)``, without NaN.

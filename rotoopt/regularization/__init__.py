@@ -1,8 +1,9 @@
 """Transfer-learning regularizers: fine-tuning as multi-task training.
 
-Keep what the source model knows while it learns the target. The names and numbers are those of ``tllib``. Terms that
-depend on the backbone or on the representation go into ``optimizer.step(losses, rep, backbone_loss=...)``, where they
-are never rescaled; terms with a head of their own are tasks. Each is documented with where it departs from ``tllib``.
+They preserve what a pretrained source model has learned while it is fine-tuned. Names and numbers are those of
+``tllib``. Penalties on the backbone or on the representation are passed to ``optimizer.step(losses, rep,
+backbone_loss=...)``, where they are never rescaled; terms with their own head are tasks. The documentation of each
+lists its differences from ``tllib``.
 """
 
 from rotoopt.regularization.bi_tuning import BiTuning

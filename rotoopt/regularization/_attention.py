@@ -1,4 +1,4 @@
-"""Channel attention for DELTA: how much the loss of a model rises without one channel of a layer."""
+"""Channel attention for DELTA: how much the loss of a model increases without one channel of a layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rotoopt._torch.modules import in_eval_mode, unwrapped
 from rotoopt.regularization._inputs import at_least_float32
 from rotoopt.regularization._layer_getter import IntermediateLayerGetter
 
-# In units of the last place of the loss: what differs by less than this differs by rounding.
+# In units of the last place of the loss: smaller differences are rounding errors.
 ROUNDING = 16
 
 
@@ -33,33 +33,34 @@ def channel_attention(
     .. math:: a_j = \operatorname{softmax}\left(\frac{\Delta_j - \operatorname{mean} \Delta_j}
         {\tau \operatorname{std} \Delta_j}\right)
 
-    where :math:`\Delta_{jc}` is how much the loss rises, on average over the batches, when channel c of what layer j
-    returns is zero. All channels weigh the same where none makes a difference that is larger than rounding.
+    where :math:`\Delta_{jc}` is the increase of the loss, averaged over the batches, if channel c of the output of
+    layer j is set to zero. The weights are uniform if no channel makes a difference beyond rounding errors.
 
-    The model is that of the source with a head for the target task, which was trained with the rest frozen. It is
-    evaluated, and left as it was. Under DistributedDataParallel, call this on one process and share the result, or on
-    all of them with the same batches.
+    The model is the source model with a head for the target task that was trained while the rest was frozen. It runs in
+    eval mode, and is restored afterwards. Under DistributedDataParallel, call this on one process and broadcast the
+    result, or on all of them with the same batches.
 
     Args:
         model: The model.
         layers: Names of the layers, as in ``model.named_modules()``.
         loss_fn: Maps the output of the model and the second part of a batch to a scalar.
-        batches: Pairs of an input and what ``loss_fn`` needs, on the device of the model. All of them are used: give
-            ``itertools.islice(loader, 10)``.
-        method: ``"ablation"`` takes one channel away after the other, ``chunk_size`` of them at once under
-            :func:`torch.func.vmap`, which runs what comes before the layer once for all. ``"first_order"`` is an
-            estimate, :math:`\Delta_{jc} \approx -\sum F_{jc} \, \partial L / \partial F_{jc}`, that takes one forward
-            and backward pass per batch and needs nothing of the model.
+        batches: Pairs of an input and the second argument of ``loss_fn``, on the device of the model. All of them are
+            used; to use fewer, pass ``itertools.islice(loader, 10)``.
+        method: ``"ablation"`` removes one channel after the other, ``chunk_size`` of them at once under
+            :func:`torch.func.vmap`; the layers before are run only once for all of these. ``"first_order"`` estimates
+            :math:`\Delta_{jc} \approx -\sum F_{jc} \, \partial L / \partial F_{jc}` with one forward and backward pass
+            per batch, and does not use ``vmap``.
         temperature: :math:`\tau`.
-        channel_dim: Dimension of the channels in what the layers return.
-        chunk_size: Number of channels that are taken away at once; memory grows with it.
+        channel_dim: Dimension of the channels in the outputs of the layers.
+        chunk_size: Number of channels that are removed at once; memory grows with it.
 
     Returns:
         The weights of every layer, ``(C_j,)``, in float32 on the device of the feature maps.
 
     Raises:
-        ValueError: If an argument is out of range, there is no such layer, no batch, or a loss is no finite scalar.
-        RuntimeError: If the model does what :func:`torch.func.vmap` cannot follow.
+        ValueError: If an argument is out of range, a layer does not exist, there is no batch, or a loss is not a
+            finite scalar.
+        RuntimeError: If the model does not run under :func:`torch.func.vmap`.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
@@ -69,10 +70,10 @@ def channel_attention(
         (torch.Size([3]), 1.0)
 
     Source: Li et al., DELTA, ICLR 2019, as in ``calculate_channel_attention`` of tllib's example ``delta.py``, without
-    the training that precedes. Departs from it: a channel is zero where the layer returns it, so that the bias of a
-    convolution is taken away, too; no weight is changed; where all channels matter the same, attention is uniform
-    instead of NaN; and a ResNet-50 takes 1,200 runs, in which each channel has its own only from the layer on, where
-    tllib's takes 38,400 whole ones.
+    the training before it. Differences: a channel is set to zero in the output of the layer, so that the bias of a
+    convolution is removed as well; no weight is changed; attention is uniform instead of NaN if all channels matter
+    equally; and a ResNet-50 needs 1,200 forward passes, which are separate per channel only after the layer, instead
+    of 38,400.
     """
     if method not in ("ablation", "first_order"):
         raise ValueError(f"`method` must be 'ablation' or 'first_order', got {method!r}.")
@@ -82,7 +83,7 @@ def channel_attention(
     getter = IntermediateLayerGetter(model, layers, clone=True)
     losses: dict[str, list[Tensor]] = {name: [] for name in getter.return_layers}
     ones: dict[str, Tensor] = {}
-    # Compiled code may have no place for hooks that come later.
+    # Compiled code may ignore hooks that are added later.
     with in_eval_mode(model), torch.compiler.set_stance("force_eager"):
         for inputs, targets in batches:
             ones = ones or _ones(getter, inputs, channel_dim)
@@ -98,7 +99,7 @@ def channel_attention(
 
 
 class _MaskedLoss:
-    """The loss of a model on one batch, when the channels of some layers are multiplied by something."""
+    """The loss of a model on one batch, with the channels of some layers multiplied by masks."""
 
     def __init__(
         self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, channel_dim: int
@@ -129,10 +130,10 @@ class _MaskedLoss:
 
 @torch.no_grad()
 def _ones(getter: IntermediateLayerGetter, inputs: Any, channel_dim: int) -> dict[str, Tensor]:
-    """Return masks that change nothing. Shapes ``(C,)``."""
+    """Return masks that have no effect. Shapes ``(C,)``."""
     maps, _ = getter(inputs)
     for name, output in maps.items():
-        # The first dimension is that of the samples.
+        # The first dimension contains the samples.
         if not isinstance(output, Tensor) or not (abs(channel_dim) < output.ndim and channel_dim):
             found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise ValueError(
@@ -155,15 +156,15 @@ def _ablated(loss: _MaskedLoss, name: str, ones: Tensor, chunk_size: int) -> Ten
     except RuntimeError as error:
         raise RuntimeError(
             f"The model must run under torch.func.vmap from {name} on, got: {error}. Likely causes: (a) a tensor from "
-            "before that layer is changed in place by one from behind it: write x = x + y, not x += y, (b) what runs "
-            "depends on values, as in `if x.max() > 0`, or (c) memory: lower chunk_size. Or pass method='first_order'."
+            "before that layer is changed in place after it: write x = x + y, not x += y, (b) control flow depends on "
+            "values, as in `if x.max() > 0`, or (c) memory: lower chunk_size. Or pass method='first_order'."
         ) from error
     return losses
 
 
 @torch.enable_grad()
 def _first_order(loss: _MaskedLoss, ones: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return how much the loss would rise without one channel each, if it were linear. Shapes ``(C,)``."""
+    """Return the increase of a linearized loss without one channel each. Shapes ``(C,)``."""
     masks = {name: each.clone().requires_grad_() for name, each in ones.items()}
     grads = torch.autograd.grad(loss(masks), list(masks.values()))
     return {name: -grad for name, grad in zip(masks, grads, strict=True)}
@@ -172,12 +173,12 @@ def _first_order(loss: _MaskedLoss, ones: Mapping[str, Tensor]) -> dict[str, Ten
 def _softmax_of_standardized(name: str, measured: list[Tensor], temperature: float) -> Tensor:
     """Return the attention of one layer from the losses, ``(C,)`` each, of all batches."""
     if not measured:
-        raise ValueError("`batches` must hold at least one batch, got none. Was the iterator used up before?")
+        raise ValueError("`batches` must contain at least one batch, got none. Was the iterator exhausted before?")
     losses = torch.stack(measured).to("cpu", torch.float64)
     if not losses.isfinite().all():
         raise ValueError(f"Every loss must be finite, got {losses.tolist()} for the channels of {name}.")
     mean = losses.mean(dim=0)
-    # The loss with all channels, which tllib subtracts before, cancels here.
+    # The loss with all channels, which tllib subtracts, cancels here.
     deviations = mean - mean.mean()
     spread = deviations.square().mean().sqrt()
     if spread <= ROUNDING * torch.finfo(measured[0].dtype).eps * mean.abs().max():

@@ -12,16 +12,16 @@ from rotoopt.regularization._pooling import GlobalAveragePool, features_of
 
 
 class ClassifierHead(nn.Linear):
-    """A linear layer that can also return what it got: the rotated representation, where a rotation is in front."""
+    """A linear layer that can also return its input, which is rotated if there is a rotation in front of it."""
 
     def forward(self, rep: Tensor, with_rep: bool = False) -> Any:
-        """Return the logits, and ``rep`` if asked."""
+        """Return the logits, and ``rep`` as well if ``with_rep``."""
         logits = super().forward(rep)
         return (logits, rep) if with_rep else logits
 
 
 class Classifier(nn.Module):
-    """The encoder of Bi-Tuning: a backbone, a linear classifier head and a linear projector, both on its features h.
+    """The encoder of Bi-Tuning: a backbone, with a linear classifier and a linear projector on its features h.
 
     With ``RotoGradOptimizer`` they are two tasks that share h: pass :attr:`heads`.
 
@@ -30,13 +30,13 @@ class Classifier(nn.Module):
         num_classes: Number of classes.
         projection_dim: Number of outputs of the projector.
         finetune: Whether :meth:`get_parameters` gives backbone and projector a tenth of the learning rate.
-        pool_layer: Makes vectors of what ``backbone`` returns; the mean over all positions by default.
+        pool_layer: Maps the output of ``backbone`` to vectors. Default: the mean over all positions.
 
     Raises:
         ValueError: If ``backbone`` has no ``out_features``.
 
-    Source: ``tllib.regularization.bi_tuning.Classifier``, whose names and outputs these are. Departs from it: the
-    default pooling takes vectors and refuses token sequences; unit vectors are at least float32.
+    Source: ``tllib.regularization.bi_tuning.Classifier``, with the same names and outputs. Differences: the default
+    pooling accepts vectors and rejects token sequences; unit vectors are at least float32.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Classifier(nn.Module):
 
     @property
     def features_dim(self) -> int:
-        """Number of features that the heads get."""
+        """Number of input features of the heads."""
         return features_of(self.backbone)
 
     @property
     def heads(self) -> dict[str, nn.Module]:
-        """What consumes the representation, by task."""
+        """The heads for ``RotoGradOptimizer``, by task."""
         return {"classifier": self.head, "projector": self.projector}
 
     def represent(self, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Classifier(nn.Module):
         return rep
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | Tensor:
-        """Return logits y, and in training mode the unit vectors z of the projector and hn of what the head gets.
+        """Return logits y, and in training mode also the unit vectors z and hn of projector and head input.
 
         Returns:
             In training mode y ``(b, num_classes)``, z ``(b, projection_dim)`` and hn = [h, 1] / ||[h, 1]||
@@ -97,7 +97,7 @@ class Classifier(nn.Module):
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Return ``vectors``, shape ``(b, n)``, scaled to length one, at least float32."""
+    """Return ``vectors``, shape ``(b, n)``, normalized to length one, at least float32."""
     return normalize(at_least_float32(vectors), dim=1)
 
 

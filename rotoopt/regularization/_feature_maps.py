@@ -1,4 +1,4 @@
-"""Penalties on the distance between what layers of the source and of the target model compute (DELTA)."""
+"""Penalties on the distance between feature maps of the source and of the target model (DELTA)."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class BehavioralRegularization(nn.Module):
     .. math:: \Omega(w) = \frac12 \sum_j \lVert F_j(w, x) - F_j(w_0, x) \rVert_2^2
 
     over the layers :math:`j`, all samples and all positions: the sum grows with the batch and the resolution. With
-    ``reduction="batchmean"`` it does not grow with the batch, and under DistributedDataParallel, which takes the mean
-    of the gradients, N processes do what one with the joined batch does.
+    ``reduction="batchmean"`` it does not grow with the batch. Then N processes under DistributedDataParallel, which
+    averages gradients, compute the same as one process with the joined batch.
 
-    The source model belongs in ``eval()``. Where the target has batch normalization, the distance behind it is then not
-    zero at the start, since the target normalizes by the batch; put these layers into ``eval()`` if it should be.
+    The source model should be in eval mode. If the target has batch normalization layers, the distance after them is
+    initially not zero, since the target normalizes by the batch; to avoid this, put these layers in eval mode.
 
     Args:
         reduction: ``"sum"``, or ``"batchmean"`` to divide by the number of samples, the first dimension.
 
     Shape:
-        - Inputs: mappings from names of layers to feature maps, as :class:`IntermediateLayerGetter` returns them. The
-          same names in any order, the same shapes. Gradients go to the second one only.
-        - Output: ``()``, in float32 at least.
+        - Inputs: mappings from names of layers to feature maps, as returned by :class:`IntermediateLayerGetter`, with
+          the same names, in any order, and the same shapes. Only the second one receives gradients.
+        - Output: ``()``, at least float32.
 
     Raises:
-        TypeError: If an input is no mapping to tensors.
+        TypeError: If an input is not a mapping to tensors.
         ValueError: If there is no layer, or names or shapes differ.
 
     Example:
@@ -46,9 +46,9 @@ class BehavioralRegularization(nn.Module):
 
     Source: Li et al., DELTA: Deep Learning Transfer using Feature Map with Attention for Convolutional Networks, ICLR
     2019, as in ``tllib.regularization.delta.BehavioralRegularization``. The factor 1/2 is in its code, and the
-    authors', but not in its documentation. Departs from it: layers are matched by name, where tllib pairs them in
-    order and drops what is left over; shapes are never broadcast; no layer is an error instead of the float 0.0;
-    squares are taken and summed in float32 at least, where float16 overflows; the second derivative at zero is not NaN.
+    authors', but not in its documentation. Differences: layers are matched by name, where tllib matches them by order
+    and ignores the rest; shapes are never broadcast; an empty mapping is an error instead of the float 0.0; squares
+    are computed at least in float32, where float16 overflows; the second derivative at zero is not NaN.
     """
 
     def __init__(self, *, reduction: Reduction = "sum") -> None:
@@ -66,8 +66,8 @@ class AttentionBehavioralRegularization(nn.Module):
 
     .. math:: \Omega(w) = \frac12 \sum_j \frac{C_j}{P_j} \sum_c a_{jc} \lVert F_{jc}(w, x) - F_{jc}(w_0, x) \rVert_2^2
 
-    with :math:`C_j` channels and :math:`P_j` positions in layer :math:`j`. The weights :math:`a_j` of a layer are made
-    by :func:`channel_attention` and sum to one; if they are equal, this is :class:`BehavioralRegularization` with the
+    with :math:`C_j` channels and :math:`P_j` positions in layer :math:`j`. The weights :math:`a_j` of a layer come
+    from :func:`channel_attention` and sum to one; if they are equal, this is :class:`BehavioralRegularization` with the
     mean over positions instead of the sum.
 
     Args:
@@ -82,17 +82,17 @@ class AttentionBehavioralRegularization(nn.Module):
         - Inputs, output: as in :class:`BehavioralRegularization`.
 
     Raises:
-        TypeError: If ``channel_attention`` holds something else than floating-point tensors.
-        ValueError: If there is none, one is no vector, or one does not fit to the feature maps.
+        TypeError: If ``channel_attention`` contains anything but floating-point tensors.
+        ValueError: If it is empty, a tensor is not a vector, or it does not match the feature maps.
 
     Example:
         >>> source, target = {"conv": torch.zeros(2, 3, 4, 4)}, {"conv": torch.ones(2, 3, 4, 4)}
         >>> AttentionBehavioralRegularization({"conv": torch.tensor([0.5, 0.5, 0.0])})(source, target)
         tensor(3.)
 
-    Source: as for :class:`BehavioralRegularization`. Departs from tllib in the same ways, and: attention is in the
-    state dict, follows ``.to()`` and is never broadcast; maps may have any number of dimensions, tllib's have four;
-    a mapping pairs by name, where tllib pairs in the order of execution.
+    Source: as for :class:`BehavioralRegularization`. The same differences from tllib, and: attention is in the state
+    dict, follows ``.to()`` and is never broadcast; maps may have any number of dimensions instead of four; a mapping
+    is matched by name, where tllib matches by order of execution.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class AttentionBehavioralRegularization(nn.Module):
             )
         per_channel = squares(difference).sum([other for other in range(rank) if other != dim])
         num_positions = math.prod(shape[1:]) // shape[dim]
-        # Not a product of vectors, which autocast would take in half precision.
+        # Not a product of vectors, which autocast would compute in half precision.
         return (at_least_float32(attention) * per_channel).sum() * (shape[dim] / num_positions)
 
 
@@ -160,7 +160,7 @@ def _check_attention(attention: Mapping[str, Tensor]) -> None:
     for name, weights in attention.items():
         if not isinstance(weights, Tensor) or not weights.is_floating_point():
             found = weights.dtype if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
-            raise TypeError(f"`channel_attention` must hold floating-point tensors, got {found} for {name}.")
+            raise TypeError(f"`channel_attention` must contain floating-point tensors, got {found} for {name}.")
         if weights.ndim != 1 or len(weights) == 0:
             raise ValueError(
                 f"`channel_attention` must have one weight per channel, got shape {tuple(weights.shape)} for {name}."
@@ -179,20 +179,20 @@ def _differences(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> 
             )
     if source.keys() != target.keys() or not source:
         raise ValueError(
-            "Feature maps must be those of the same layers, of one at least, got those of "
+            "Feature maps must be those of the same layers, at least one, got those of "
             f"{[*source]} for the source and of {[*target]} for the target."
         )
     for name, each in source.items():
         if each.shape != target[name].shape or each.ndim == 0:
             raise ValueError(
-                f"Feature maps must have the same shape, with one dimension at least, got {tuple(each.shape)} for the "
+                f"Feature maps must have the same shape, with at least one dimension, got {tuple(each.shape)} for the "
                 f"source and {tuple(target[name].shape)} for the target in {name}."
             )
     return {name: at_least_float32(target[name]) - at_least_float32(each.detach()) for name, each in source.items()}
 
 
 def _total(distances: Mapping[str, Tensor], maps: Mapping[str, Tensor], reduction: Reduction) -> Tensor:
-    """Return half of the sum of the distances, of their means over the samples if asked for."""
+    """Return half of the sum of the distances, or of their means over the samples."""
     if reduction == "batchmean":
         distances = {name: distance / len(maps[name]) for name, distance in distances.items()}
     return 0.5 * torch.stack([*distances.values()]).sum()

@@ -1,4 +1,4 @@
-"""What the losses and classifiers are given: checks, each with the wording of its error, and the precision to use."""
+"""Inputs of losses and classifiers: checks with their errors, and the precision to use."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def check_same_shape(**tensors: Tensor) -> None:
-    """Raise unless the two tensors, given by name, both have the same shape ``(b, N)``."""
+    """Raise unless two tensors, given by name, have the same shape ``(b, N)``."""
     (name, tensor), (other_name, other) = tensors.items()
     if tensor.ndim != 2 or tensor.shape != other.shape:
         raise ValueError(
-            f"`{name}` and `{other_name}` must have one shape (b, N), got {tuple(tensor.shape)} and "
+            f"`{name}` and `{other_name}` must have the same shape (b, N), got {tuple(tensor.shape)} and "
             f"{tuple(other.shape)}."
         )
 
@@ -24,8 +24,8 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def check_labels(labels: Tensor, batch_size: int, num_classes: int | None) -> None:
     """Raise unless ``labels`` are ``batch_size`` class numbers below ``num_classes`` (``None``: any).
 
-    Of labels on a GPU only what the host knows is checked: to read them, it would have to wait. The operations that
-    use them must therefore not take negative ones for indices from the end.
+    The values of labels on a GPU are not checked, since reading them would synchronize. Operations that use them must
+    therefore not interpret negative ones as indices from the end.
     """
     if labels.shape != (batch_size,) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(

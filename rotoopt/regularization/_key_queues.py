@@ -1,4 +1,4 @@
-"""Key queues: the latest keys of every class, in rings that are filled without a loop or a wait for the device."""
+"""Key queues: the latest keys of every class, in ring buffers that are filled without loops or synchronization."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 @torch.no_grad()
 def enqueue_(queues: Sequence[Tensor], pointers: Tensor, keys: Sequence[Tensor], labels: Tensor) -> None:
-    """Put every key into the ring of its class, one after the other, over the oldest; as a loop would, all at once.
+    """Append every key to the ring buffer of its class, overwriting the oldest; equivalent to a loop over the keys.
 
     Args:
-        queues: Rings of K keys for C classes, changed in place. Shapes ``(D, C, K)``.
+        queues: Ring buffers of K keys for C classes, changed in place. Shapes ``(D, C, K)``.
         pointers: The slot for the next key of each class, changed in place. Shape ``(C,)``, int64.
-        keys: What goes into each of ``queues``. Shapes ``(N, D)``.
+        keys: The keys for each of ``queues``. Shapes ``(N, D)``.
         labels: Their classes, in 0..C-1. Shape ``(N,)``, int64.
 
     Example:
@@ -34,7 +34,7 @@ def enqueue_(queues: Sequence[Tensor], pointers: Tensor, keys: Sequence[Tensor],
     place = torch.arange(len(labels), device=labels.device)
     rank = place - first.gather(0, labels)
     slot = (pointers.gather(0, labels) + rank) % size
-    # More than K keys of a class go round its ring: all that fall on one slot bring the key of the last of them.
+    # A class with more than K keys wraps around: all keys of one slot write the last of them.
     last = place + (counts.gather(0, labels) - 1 - rank) // size * size
     for queue, each in zip(queues, keys, strict=True):
         queue[:, labels, slot] = each[order[last]].to(queue.dtype).mT

@@ -1,4 +1,4 @@
-"""What layers inside a model compute, by the names of the layers."""
+"""Outputs of layers inside a model, by the names of the layers."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from torch import Tensor, nn
 from rotoopt._torch.modules import unwrapped
 from rotoopt._torch.private import version
 
-# The outputs of a layer in one forward pass, each with torch's count of changes in place, None if there can be none.
+# The outputs of a layer in one forward pass, each with its version counter, None if it has none.
 Outputs = list[tuple[Any, int | None]]
 
 
 class IntermediateLayerGetter:
-    r"""Runs a model and returns what some of its layers computed.
+    r"""Runs a model and returns the outputs of some of its layers.
 
-    Hooks are put on the layers for the time of a call, and taken off whatever happens in it. The model may be wrapped
-    by DistributedDataParallel; names are those without the wrapper. It may be compiled, whole or in part: its code then
-    knows the hooks if they were there when it first ran in the same mode, training or evaluation, with or without
-    gradients. So run it through the getter from the start; where that came too late, a layer counts as one that did not
+    Hooks are registered on the layers during a call, and removed even if it fails. The model may be wrapped in
+    DistributedDataParallel; names are those without the wrapper. It may be compiled, as a whole or in part: compiled
+    code includes the hooks if they were present when it first ran in the same mode (training or evaluation, with or
+    without gradients). So run it through the getter from the start; otherwise, the layer counts as one that did not
     run.
 
     Args:
         model: The model.
         return_layers: Names of the layers, as in ``model.named_modules()``.
-        keep_output: Whether to return the output of the model, too.
-        clone: Whether to copy what the layers return, for layers whose output is changed in place afterwards, as by
-            ``nn.ReLU(inplace=True)``. In compiled code, and under ``torch.inference_mode``, it is copied anyway.
+        keep_output: Whether to return the output of the model as well.
+        clone: Whether to copy the outputs of the layers, for outputs that are changed in place afterwards, e.g. by
+            ``nn.ReLU(inplace=True)``. In compiled code, and under ``torch.inference_mode``, they are always copied.
 
     Raises:
-        TypeError: If ``model`` is no module or ``return_layers`` a single string.
-        ValueError: If the model has no such layer, or a name is there twice, or none.
+        TypeError: If ``model`` is not a module or ``return_layers`` is a single string.
+        ValueError: If the model has no such layer, or ``return_layers`` is empty or contains a name twice.
 
     Calling it raises a RuntimeError if a layer did not run, ran more than once, or returned a tensor that was changed
-    in place afterwards. Layers may return other things than tensors; these are passed on as they are.
+    in place afterwards. Outputs that are not tensors are returned as they are.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -46,10 +46,10 @@ class IntermediateLayerGetter:
         >>> [(name, tuple(each.shape)) for name, each in maps.items()], tuple(output.shape)
         ([('2', (5, 2)), ('0', (5, 4))], (5, 2))
 
-    Source: ``tllib.regularization.delta.IntermediateLayerGetter``. Departs from it: the order is that of
-    ``return_layers``, as documented there, and not that of execution; names are checked when this object is built;
-    hooks do not stay behind after an error; layers that did not run are not silently absent, those that ran twice do
-    not silently count once, and no output has been changed since.
+    Source: ``tllib.regularization.delta.IntermediateLayerGetter``. Differences: the order is that of
+    ``return_layers``, as documented there, and not that of execution; names are checked at construction; hooks are
+    removed after an error; a layer that did not run or ran twice is an error instead of being missing or counted once;
+    and returned outputs have not been changed since.
     """
 
     def __init__(
@@ -72,15 +72,15 @@ class IntermediateLayerGetter:
         """Run the model.
 
         Args:
-            *args: Handed on to the model.
-            **kwargs: Handed on to the model.
+            *args: Passed to the model.
+            **kwargs: Passed to the model.
 
         Returns:
             The outputs of the layers by name, in the order of ``return_layers``; and the output of the model, or
             ``None`` without ``keep_output``.
 
         Raises:
-            RuntimeError: If what a layer returned is not to be had.
+            RuntimeError: If the output of a layer is not available.
         """
         outputs: dict[str, Outputs] = {name: [] for name in self.return_layers}
         handles = []
@@ -97,7 +97,7 @@ class IntermediateLayerGetter:
 
 
 class _Recorder:
-    """Forward hook: notes what a layer returns."""
+    """Forward hook that records the outputs of a layer."""
 
     def __init__(self, found: Outputs, clone: bool) -> None:
         self.found = found
@@ -106,7 +106,7 @@ class _Recorder:
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not isinstance(output, Tensor):
             self.found.append((output, None))
-        # Neither compiled code nor inference tensors tell of changes in place.
+        # Compiled code and inference tensors have no version counter.
         elif self.clone or torch.compiler.is_compiling() or output.is_inference():
             self.found.append((output.clone(), None))
         else:
@@ -114,24 +114,24 @@ class _Recorder:
 
 
 def _single(name: str, found: Outputs) -> Any:
-    """Return the one output of a layer, as it was when the layer returned it."""
+    """Return the only output of a layer, if it was not changed since."""
     if not found:
         raise RuntimeError(
             f"Every layer must run in the forward pass, got {name}, which did not. Likely causes: (a) the model uses "
-            "its forward() or its weights instead of calling it, (b) whether it runs depends on the input, or on the "
-            "mode of the model, or (c) the model is compiled, and ran in the same mode without this getter before: run "
-            "it through the getter first, or call torch.compiler.reset()."
+            "its forward() or its weights instead of calling it, (b) it runs only for some inputs or in one mode of "
+            "the model, or (c) the model is compiled, and ran in the same mode without this getter before: run it "
+            "through the getter first, or call torch.compiler.reset()."
         )
     if len(found) > 1:
         raise RuntimeError(
             f"Every layer must run once in the forward pass, got {name}, which ran {len(found)} times. Give the model "
-            "one module, such as nn.Identity(), for every place to look at."
+            "a separate module, such as nn.Identity(), for every output of interest."
         )
     ((output, changes),) = found
     if changes is not None and version(output) != changes:
         raise RuntimeError(
-            f"The output of a layer must not be changed in place, got that of {name}, which was, as by the "
-            "nn.ReLU(inplace=True) behind it. Either (a) pass clone=True, or (b) name the later layer."
+            f"The output of a layer must not be changed in place, got that of {name}, which was, e.g. by an "
+            "nn.ReLU(inplace=True) after it. Either (a) pass clone=True, or (b) name the later layer."
         )
     return output
 

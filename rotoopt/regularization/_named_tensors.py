@@ -1,4 +1,4 @@
-"""What regularizers of names and tensors share: what they keep, how they name it, and how they square differences."""
+"""Common parts of regularizers on named tensors: stored copies, names, and squared differences."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rotoopt._torch.private import without_compiled_prefixes
 
 
 class NamedTensors(nn.Module):
-    """Copies of tensors, as buffers: moved, cast, copied and saved with the module that holds this one.
+    """Copies of tensors as buffers, which are moved, cast, copied and saved with the parent module.
 
     Args:
-        tensors: The tensors by name. Dots, which buffers must not have in their names, are slashes in the state dict.
+        tensors: The tensors by name. Dots, which buffer names must not contain, become slashes in the state dict.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -24,13 +24,13 @@ class NamedTensors(nn.Module):
             self.register_buffer(name.replace(".", "/"), tensor.detach().clone())
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield names, with their dots, and tensors."""
+        """Yield the original names and the tensors."""
         for name in self.names:
             yield name, self.get_buffer(name.replace(".", "/"))
 
 
 def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
-    """Return the parameters under the names that they have where no part of the model is compiled."""
+    """Return the parameters by name, without the prefixes of torch.compile."""
     named = unwrapped(model).named_parameters(remove_duplicate=remove_duplicate)
     return {without_compiled_prefixes(name): param for name, param in named}
 
@@ -38,6 +38,6 @@ def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict
 def squares(tensor: Tensor) -> Tensor:
     """Return |x|^2 of every entry.
 
-    Not the square of a norm, as in tllib: at zero, where every start point lies, its second derivative is NaN.
+    Not the square of a norm, as in tllib: its second derivative at zero, the start of fine-tuning, is NaN.
     """
     return (tensor * tensor.conj()).real

@@ -1,4 +1,4 @@
-"""Pooling: from what a backbone returns to the vectors that its heads consume."""
+"""Pooling: from the output of a backbone to the vectors that its heads read."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 class GlobalAveragePool(nn.Module):
-    """Averages maps ``(b, c, h, w)`` over their positions, and passes vectors ``(b, c)``."""
+    """Averages maps ``(b, c, h, w)`` over their positions, and returns vectors ``(b, c)`` as they are."""
 
     def forward(self, features: Tensor) -> Tensor:
         """Return vectors ``(b, c)``."""
         if features.ndim not in (2, 4):
             raise ValueError(
-                f"`backbone` must return vectors (b, c) or maps (b, c, h, w), got shape {tuple(features.shape)}. Give "
-                "a `pool_layer` that makes vectors of them, or nn.Identity() if the heads take them as they are."
+                f"`backbone` must return vectors (b, c) or maps (b, c, h, w), got shape {tuple(features.shape)}. Pass "
+                "a `pool_layer` that returns vectors, or nn.Identity() if the heads accept this shape."
             )
         return features if features.ndim == 2 else features.mean(dim=(2, 3))
 
@@ -25,7 +25,7 @@ def features_of(backbone: nn.Module) -> int:
     size: Any = getattr(backbone, "out_features", None)
     if not isinstance(size, int):
         raise ValueError(
-            f"`backbone` must say how many features it has after pooling, got out_features={size!r}. Set it, as in "
-            "backbone.out_features = 512."
+            f"`backbone` must have the number of features after pooling as an attribute, got out_features={size!r}. "
+            "Set it, as in backbone.out_features = 512."
         )
     return size

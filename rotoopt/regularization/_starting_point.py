@@ -1,4 +1,4 @@
-"""Penalties on parameters: their distance from zero (L2), or from where fine-tuning started (L2-SP)."""
+"""Penalties on parameters: their distance from zero (L2), or from the start of fine-tuning (L2-SP)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class L2Regularization(nn.Module):
 
     .. math:: \Omega(w) = \frac12 \lVert w \rVert_2^2
 
-    For new layers, whose start point means nothing. The gradient is :math:`w`, so that weight decay in their parameter
-    group of ``SGD`` does the same, and is how to use it for the heads of :class:`~rotoopt.RotoGradOptimizer`.
+    For new layers, which have no meaningful start point. The gradient is :math:`w`. Weight decay in the parameter group
+    of ``SGD`` is equivalent, and should be used for the heads of :class:`~rotoopt.RotoGradOptimizer`.
 
     Args:
         model: The model, which is not registered as a submodule.
 
     Shape:
-        - Output: ``()``, in float32 at least.
+        - Output: ``()``, at least float32.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -33,14 +33,14 @@ class L2Regularization(nn.Module):
         >>> L2Regularization(layer)()
         tensor(9., grad_fn=<MulBackward0>)
 
-    Source: ``tllib.regularization.delta.L2Regularization``. Departs from it: the state dict and ``parameters()`` are
-    empty instead of the model's, which an optimizer given both would see twice; a model without parameters gives a
-    tensor instead of a float; squares are summed in float32 at least; the second derivative at zero is not NaN.
+    Source: ``tllib.regularization.delta.L2Regularization``. Differences: the state dict and ``parameters()`` are empty
+    instead of the model's, which an optimizer given both would contain twice; a model without parameters gives a
+    tensor instead of a float; squares are summed at least in float32; the second derivative at zero is not NaN.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._model = (_checked(model, "model"),)  # in a tuple, so that it is no submodule
+        self._model = (_checked(model, "model"),)  # in a tuple, so that it is not a submodule
 
     def forward(self) -> Tensor:
         """Return the penalty."""
@@ -53,29 +53,29 @@ class SPRegularization(nn.Module):
 
     .. math:: \Omega(w) = \frac12 \lVert w - w_0 \rVert_2^2
 
-    over all parameters :math:`w` of the target model, with :math:`w_0` those of the source model when this object is
-    built. It is zero then, and so is its gradient, :math:`w - w_0`: as ``backbone_loss`` of
-    :class:`~rotoopt.RotoGradOptimizer` it does no harm there, since that is never divided by its first value.
+    over all parameters :math:`w` of the target model; :math:`w_0` are those of the source model when this object is
+    built. Initially the penalty and its gradient :math:`w - w_0` are zero. It can be the ``backbone_loss`` of
+    :class:`~rotoopt.RotoGradOptimizer`, which is never divided by its first value.
 
     Args:
-        source_model: The start point: a model, or tensors by name such as its state dict. Copied, so that it may be
-            trained, or may be the target model itself.
-        target_model: The model that is fine-tuned, which is not registered as a submodule. It may be wrapped by
-            DistributedDataParallel or torch.compile: names are compared without their prefixes. A parameter that takes
-            no part in the forward pass must be excluded under ``find_unused_parameters=True``, or else
-            DistributedDataParallel marks it as unused and then gets a gradient for it. A model under ``fully_shard``
-            needs a start point that is sharded in the same way, and the penalty before the forward pass, which gathers
-            the parameters.
-        exclude: Patterns of names, as of files, of parameters that are left out: ``["fc.*"]`` for a new head,
-            ``["*.bias"]`` for all biases.
+        source_model: The start point: a model, or tensors by name such as its state dict. It is copied, so it may be
+            trained, or be the target model itself.
+        target_model: The model that is fine-tuned, which is not registered as a submodule. It may be wrapped in
+            DistributedDataParallel or torch.compile: names are compared without their prefixes. With
+            ``find_unused_parameters=True``, exclude parameters that are not used in the forward pass: otherwise
+            DistributedDataParallel marks them as unused, and then receives a gradient. Under ``fully_shard``, the start
+            point must be sharded in the same way, and the penalty computed before the forward pass, which gathers the
+            parameters.
+        exclude: Patterns, as for file names, of parameters to leave out: ``["fc.*"]`` for a new head, ``["*.bias"]``
+            for all biases.
 
     Shape:
-        - Output: ``()``, in float32 at least.
+        - Output: ``()``, at least float32.
 
     Raises:
-        TypeError: If a model is no module, or ``exclude`` a single string.
+        TypeError: If a model is not a module, or ``exclude`` is a single string.
         ValueError: If a parameter of the target model is missing in the source or has another shape there, a pattern
-            matches nothing, or nothing is left.
+            matches nothing, or no parameter is left.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -86,11 +86,11 @@ class SPRegularization(nn.Module):
         tensor(2., grad_fn=<MulBackward0>)
 
     Source: Li, Grandvalet and Davoine, Explicit Inductive Bias for Transfer Learning with Convolutional Networks, ICML
-    2018, as in ``tllib.regularization.delta.SPRegularization``, where biases and normalization layers are included and
-    one weight serves all; the authors' default leaves these out, as ``exclude`` can. Departs from tllib: :math:`w_0` is
-    a copy, not an alias that moves with the source, is in the state dict, and follows ``.to()``; the target model does
-    neither; names and shapes are checked when this object is built, where tllib broadcasts, or fails in the first
-    forward pass; squares are summed in float32 at least; the second derivative at the start point is not NaN.
+    2018, as in ``tllib.regularization.delta.SPRegularization``, which includes biases and normalization layers with the
+    same weight; the authors exclude these by default, which ``exclude`` can do. Differences from tllib: :math:`w_0` is
+    a copy, not an alias that changes with the source; it is in the state dict and follows ``.to()``, and the target
+    model does not; names and shapes are checked at construction, where tllib broadcasts, or fails in the first forward
+    pass; squares are summed at least in float32; the second derivative at the start point is not NaN.
     """
 
     def __init__(
@@ -114,8 +114,8 @@ class SPRegularization(nn.Module):
         changed = [name for name in start if name not in params or params[name].shape != start[name].shape]
         if changed:
             raise RuntimeError(
-                f"The target model must keep its parameters, got one where {', '.join(changed)} is gone or has another "
-                "shape. Parametrize, prune or replace layers before SPRegularization is built."
+                f"The target model must keep its parameters, got one in which {', '.join(changed)} is missing or has "
+                "another shape. Parametrize, prune or replace layers before building SPRegularization."
             )
         return half_squared_norm([at_least_float32(params[name]) - at_least_float32(start[name]) for name in start])
 
@@ -132,7 +132,7 @@ def _checked(model: nn.Module, name: str) -> nn.Module:
 
 
 def _source(model: nn.Module) -> Mapping[str, Tensor]:
-    """Return all parameters, those under several names, too: which name counts is up to the target."""
+    """Return all parameters, those with several names under each of them: the target decides which one is used."""
     return named_parameters(_checked(model, "source_model"), remove_duplicate=False)
 
 

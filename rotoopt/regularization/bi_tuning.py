@@ -1,4 +1,4 @@
-"""Bi-Tuning: contrast every sample with keys of all classes, before the classifier and after a projector."""
+"""Bi-Tuning: contrasts every sample with keys of all classes, before the classifier and after a projector."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ __all__ = ["BiTuning", "Classifier"]
 
 
 class BiTuning(nn.Module):
-    r"""Contrast each sample with a queue of keys per class: K positives of its own, (C - 1) K negatives of the others.
+    r"""Contrasts samples with a queue of keys per class: K positives of their own, (C - 1) K negatives of the others.
 
     Keys come from a second encoder, a moving average of the first: :math:`\theta_k \leftarrow m \theta_k + (1 - m)
     \theta_q` in every forward pass. The projector's term compares z with the keys of earlier batches; the classifier's
     compares the weights w of the label's class with [h, 1] and, in the queue, with keys of this batch as well. Keys
-    carry no gradient, nor do the weights in the classifier's term: it trains the backbone. Loss (trade-off 1)::
+    and, in the classifier's term, the weights have no gradient, so that this term trains the backbone. Loss (with
+    trade-off 1)::
 
         y, logits_z, logits_y, labels_c = bi_tuning(x_q, x_k, labels)  # two augmentations of a batch
         contrast = nn.KLDivLoss(reduction="batchmean")
         loss = F.cross_entropy(y, labels) + contrast(logits_z, labels_c) + contrast(logits_y, labels_c)
 
     With ``RotoGradOptimizer`` there are two tasks, as in the example. Queued features are not rotated, so they stay
-    valid while rotations turn. Build the optimizer after this module.
+    valid when the rotations are updated. Build the optimizer after this module.
 
-    A slot of the queue counts from the step after it was filled: the first step has no term but cross-entropy. To
-    resume, save the state dict of this module, not only that of the encoder.
+    A slot of the queue is used from the step after it was filled on, so the first step consists of the cross-entropy
+    only. To resume, save the state dict of this module, not only that of the encoder.
 
-    In distributed training each process enqueues the keys of all, which makes the queues equal. The batches must be of
-    one size (``drop_last=True``). DistributedDataParallel goes around this module, not around an encoder.
+    In distributed training, each process enqueues the keys of all, so that all queues are equal. Their batches must
+    have the same size (``drop_last=True``). Wrap this module in DistributedDataParallel, not an encoder.
 
     Args:
         encoder_q: Query encoder, which is trained.
-        encoder_k: Key encoder, of the same architecture. Takes over the weights of ``encoder_q`` and is frozen. In
-            half precision, a moving average with m = 0.999 rounds to a standstill: keep parameters in float32.
+        encoder_k: Key encoder, with the same architecture. It receives the weights of ``encoder_q`` and is frozen.
+            Keep its parameters in float32: in half precision, a moving average with m = 0.999 rounds to no change.
         num_classes: C.
         K: Keys per class.
         m: Momentum of the moving average.
@@ -50,7 +51,7 @@ class BiTuning(nn.Module):
         process_group: The processes that share a batch. ``None``: the default group, if there is one.
 
     Raises:
-        TypeError: If an encoder is no :class:`Classifier`.
+        TypeError: If an encoder is not a :class:`Classifier`.
         ValueError: If the encoders differ, share parameters, or have another number of classes, ``encoder_k`` was
             copied with a rotation, or an option is out of range.
 
@@ -69,15 +70,15 @@ class BiTuning(nn.Module):
         >>> y.shape, logits_z.shape, logits_y.shape, labels_c.shape
         (torch.Size([6, 2]), torch.Size([6, 11]), torch.Size([6, 11]), torch.Size([6, 11]))
 
-    Source: Zhong et al., Bi-tuning of Pre-trained Representations, 2020; ``tllib.regularization.bi_tuning``, whose
-    numbers these are once the queues are full, and whose state dicts load. Departs from it:
+    Source: Zhong et al., Bi-tuning of Pre-trained Representations, 2020; ``tllib.regularization.bi_tuning``, with the
+    same numbers once the queues are full. Its state dicts can be loaded. Differences:
 
-    - Slots of the queue that have no key yet do not take part; there, random vectors pass for positives.
-    - Queues start empty, are updated without loops or waits for the device, and are equal on all processes.
+    - Empty slots of the queue are ignored; there, they contain random vectors that count as positives.
+    - Queues start empty, are updated without loops or synchronization, and are equal on all processes.
     - A key that is not finite leaves its slot empty; there, it makes every later loss NaN.
-    - Parameters are averaged in place and by name, and buffers, such as those of batch norm, are taken over.
+    - Parameters are averaged in place and by name, and buffers, such as those of batch norm, are copied.
     - Logits are computed in float32, outside autocast.
-    - Encoders that do not fit, labels that are no class, and eval mode are errors that say so.
+    - Encoders that do not match, invalid labels, and eval mode raise descriptive errors.
     """
 
     queue_h: Tensor
@@ -119,12 +120,12 @@ class BiTuning(nn.Module):
 
         Returns:
             y_q ``(b, C)``; logits_z and logits_y, log-probabilities of the sample's own key, the K of its class, and
-            those of the other classes in order; labels_c, the probabilities they are to have, uniform over the own key
-            and the filled slots of the class. All three ``(b, 1 + C K)``. Empty slots have a probability of zero.
+            those of the other classes in order; labels_c, their target probabilities, uniform over the own key and the
+            filled slots of the class. All three ``(b, 1 + C K)``. Empty slots have probability zero.
 
         Raises:
             RuntimeError: If it is called in eval mode.
-            ValueError: If numbers of samples differ, or a label is no class.
+            ValueError: If numbers of samples differ, or a label is not a class.
         """
         self._check(im_q, im_k, labels)
         labels = labels.long()
@@ -134,7 +135,7 @@ class BiTuning(nn.Module):
         # Empty slots are zero, and the last feature of a key is 1 / ||[h, 1]||.
         filled = self._own_class_first((self.queue_h[-1] > 0).expand(len(labels), -1, -1), labels)
         with torch.autocast(labels.device.type, enabled=False):
-            keys_z = self.queue_z.to(z_q.dtype, copy=True)  # the backward pass needs it as it is now
+            keys_z = self.queue_z.to(z_q.dtype, copy=True)  # the backward pass needs the present values
             logits_z = self._log_probabilities((z_q * z_k).sum(dim=1), z_q @ keys_z.flatten(1), filled, labels)
             self._enqueue(h_k, z_k, labels)
             weights, unrotated = (each.index_select(0, labels) for each in self._class_weights())
@@ -147,18 +148,18 @@ class BiTuning(nn.Module):
     def _check(self, im_q: Tensor, im_k: Tensor, labels: Tensor) -> None:
         if not self.training or not self.encoder_q.training:
             raise RuntimeError(
-                "BiTuning must be called in training mode, got eval mode. Call train() after an evaluation; to "
-                "predict, call its encoder_q."
+                "BiTuning must be called in training mode, got eval mode. Call train() after an evaluation; for "
+                "predictions, call its encoder_q."
             )
         if len(im_q) != len(im_k):
             raise ValueError(f"`im_q` and `im_k` must be views of the same samples, got {len(im_q)} and {len(im_k)}.")
         check_labels(labels, len(im_q), self.num_classes)
-        if self._processes.count > 1 and labels.device.type == "cpu":  # on a GPU, the host would have to wait
+        if self._processes.count > 1 and labels.device.type == "cpu":  # on a GPU, this would synchronize
             sizes = self._processes.gather(torch.tensor([len(labels)])).flatten().tolist()
             if len(set(sizes)) > 1:
                 raise ValueError(
-                    f"The batches of all processes must be of one size, got {sizes}. They enqueue the keys of all: "
-                    "leave the last batch out, with drop_last=True."
+                    f"The batches of all processes must have the same size, got {sizes}. Each enqueues the keys of "
+                    "all: drop a smaller last batch with drop_last=True."
                 )
 
     @torch.no_grad()
@@ -172,7 +173,7 @@ class BiTuning(nn.Module):
 
     @torch.no_grad()
     def _encode_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys z, by the projector as it is rotated now, and [h, 1], not rotated."""
+        """Return the keys z, from the projector with its current rotation, and [h, 1], not rotated."""
         rep = self.encoder_k.represent(x)
         return unit(self.encoder_k.projector(_rotated_for(self.encoder_q.projector, rep))), unit(with_one(rep))
 
@@ -185,13 +186,13 @@ class BiTuning(nn.Module):
 
     def _log_probabilities(self, current: Tensor, queued: Tensor, filled: Tensor, labels: Tensor) -> Tensor:
         queued = self._own_class_first(queued.view(-1, self.num_classes, self.K), labels)
-        # The lowest number instead of -inf: times the probability zero that it is to have, this is zero.
+        # The lowest number instead of -inf: its product with the target probability zero is zero, not NaN.
         queued = torch.where(filled, queued / self.T, torch.finfo(queued.dtype).min)
         return torch.cat([current[:, None] / self.T, queued], dim=1).log_softmax(dim=1)
 
     @torch.no_grad()
     def _class_weights(self) -> tuple[Tensor, Tensor]:
-        """Return the unit vectors of [w, b], to meet rotated features, and of [R'w, b], to meet unrotated ones."""
+        """Return the unit vectors of [w, b], for rotated features, and of [R'w, b], for features without rotation."""
         head = self.encoder_q.head
         weight, bias = at_least_float32(head.weight), head.bias[:, None]
         turned = _rotated_for(head, weight, inverse=True)
@@ -199,7 +200,7 @@ class BiTuning(nn.Module):
 
     @torch.no_grad()
     def _enqueue(self, h: Tensor, z: Tensor, labels: Tensor) -> None:
-        """Put the keys of all processes into the rings of their classes, in order."""
+        """Append the keys of all processes to the ring buffers of their classes, in order."""
         keys = torch.cat([h, z], dim=1)
         if self._processes.count > 1:
             keys = self._processes.gather(keys).flatten(0, 1)
@@ -210,7 +211,7 @@ class BiTuning(nn.Module):
 
 
 def _rotated_for(head: nn.Module, vectors: Tensor, *, inverse: bool = False) -> Tensor:
-    """Return ``vectors``, shape ``(n, d)``, turned by the rotation in front of ``head``, if any, or by its inverse."""
+    """Return ``vectors``, shape ``(n, d)``, rotated by the rotation in front of ``head``, if any, or its inverse."""
     hook = hook_of(head)
     if hook is None or not hook.capture.rotations.rotate[hook.task]:
         return vectors
@@ -222,8 +223,8 @@ def _check_encoders(encoder_q: Classifier, encoder_k: Classifier, num_classes: i
     for name, encoder in (("encoder_q", encoder_q), ("encoder_k", encoder_k)):
         if not isinstance(encoder, Classifier) or not isinstance(encoder.head, ClassifierHead):
             raise TypeError(
-                f"`{name}` must be a bi_tuning.Classifier with its own head, got a {type(encoder).__name__}. It gives "
-                "Bi-Tuning what it contrasts."
+                f"`{name}` must be a bi_tuning.Classifier with its own head, got a {type(encoder).__name__}. Bi-Tuning "
+                "needs the outputs of that class."
             )
         if encoder.num_classes != num_classes:
             raise ValueError(f"`{name}` must have num_classes={num_classes} outputs, got {encoder.num_classes}.")
@@ -237,11 +238,11 @@ def _check_encoders(encoder_q: Classifier, encoder_k: Classifier, num_classes: i
     if different:
         found = ", ".join(f"{name}: {query.get(name)} and {key.get(name)}" for name in different[:5])
         raise ValueError(
-            f"`encoder_q` and `encoder_k` must have the same parameters and buffers, got {found}. Give the same "
+            f"`encoder_q` and `encoder_k` must have the same parameters and buffers, got {found}. Use the same "
             "backbone and projection_dim, or make a copy: copy.deepcopy(encoder_q)."
         )
     if any(hook_of(head) is not None for head in encoder_k.heads.values()):
         raise ValueError(
-            "`encoder_k` must not have rotations, got a copy of an encoder that has: they would stay as they are now. "
+            "`encoder_k` must not have rotations, got a copy of an encoder that has: they would not be updated. "
             "Copy the encoder before RotoGradOptimizer is built, or after its remove()."
         )

@@ -1,4 +1,4 @@
-"""Co-Tuning: target labels are translated into source classes, so that the source head is trained, too."""
+"""Co-Tuning: target labels are translated into source classes, so that the source head is trained as well."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from rotoopt.regularization.lwf import source_logits
 class CoTuningLoss(nn.Module):
     r"""Cross-entropy of the source head with soft labels, :math:`-\sum_i t_i \log \mathrm{softmax}(y)_i`, batch mean.
 
-    With ``RotoGradOptimizer`` this is the loss of a task, that of the source head: see :class:`Classifier`.
+    With ``RotoGradOptimizer`` this is the loss of the source head, which is a task: see :class:`Classifier`.
 
     Example:
         >>> CoTuningLoss()(torch.tensor([[0.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.5, 0.0, 0.0]]))  # log 4
         tensor(1.3863)
 
-    Source: You et al., Co-Tuning for Transfer Learning, NeurIPS 2020; ``tllib.regularization.co_tuning``. The same
-    value and gradient. Departs from tllib: shapes must be equal, where it broadcasts a target; the target gets no
-    gradient; a logit of -inf with a target of 0 contributes 0, not NaN; half precision is computed in float32.
+    Source: You et al., Co-Tuning for Transfer Learning, NeurIPS 2020; ``tllib.regularization.co_tuning``, with the same
+    value and gradient. Differences from tllib: shapes must be equal, where it broadcasts a target; the target receives
+    no gradient; a logit of -inf with a target of 0 contributes 0, not NaN; half precision is computed in float32.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -50,22 +50,22 @@ class CoTuningLoss(nn.Module):
 class Relationship(nn.Module):
     r"""The category relationship :math:`p(y_s \mid y_t)`: mean prediction of the source model for each target class.
 
-    ``relationship[labels]`` are the soft labels for :class:`CoTuningLoss`, of shape ``(b, N_s)``; also by int or list.
-    The matrix is a buffer, ``relationship``, of shape ``(N_t, N_s)``: it is saved, moved and copied as such. In
-    distributed training, all processes together make one; each may have its part of the data.
+    ``relationship[labels]`` are the soft labels for :class:`CoTuningLoss`, of shape ``(b, N_s)``; an int or a list is
+    an index, too. The matrix is a buffer, ``relationship``, of shape ``(N_t, N_s)``, and is saved, moved and copied as
+    such. In distributed training, all processes compute it together; each may have its part of the data.
 
     Args:
         data_loader: Yields ``(x, labels)`` of the target data, in any order.
-        classifier: Maps x to source logits ``(b, N_s)``; of a :class:`Classifier`, the source head does. It runs in
-            eval mode, and has its own modes back afterwards.
-        device: Where it runs, and where the matrix is.
-        cache: A file. If it is there, the matrix is loaded from it, else saved to it. Delete it when model or data
+        classifier: Maps x to source logits ``(b, N_s)``. In a :class:`Classifier`, the source head is used. It runs in
+            eval mode; its modes are restored afterwards.
+        device: The device of the computation and of the matrix.
+        cache: A file. If it exists, the matrix is loaded from it, otherwise saved to it. Delete it if model or data
             change: only the numbers of classes are compared.
         num_classes: N_t. ``None``: the largest label plus one.
 
     Raises:
-        ValueError: If a class has no sample, a label is no class, ``classifier`` returns something else than logits,
-            or ``cache`` does not fit.
+        ValueError: If a class has no sample, a label is not a class, ``classifier`` does not return logits, or
+            ``cache`` does not match.
 
     Example:
         >>> x, labels = torch.tensor([[0.0, 0.0], [9.0, -9.0], [2.0, 2.0]]), torch.tensor([0, 1, 0])
@@ -75,9 +75,9 @@ class Relationship(nn.Module):
                 [0.5000, 0.5000]])
 
     Source: the "direct" relationship of You et al., Co-Tuning for Transfer Learning, NeurIPS 2020;
-    ``tllib.regularization.co_tuning``. Departs from tllib: rows are tensors, not numpy arrays; a class without
-    samples, which gets a row of NaN there, and a label of -1, which is dropped, are errors; sums are in float64, batch
-    by batch; a ``cache`` is the file of that name (numpy appends ".npy", and does not find it again) and must fit.
+    ``tllib.regularization.co_tuning``. Differences from tllib: rows are tensors, not numpy arrays; a class without
+    samples (a row of NaN there) and a label of -1 (ignored there) are errors; sums are accumulated in float64, batch by
+    batch; a ``cache`` is the file of that name (numpy appends ".npy", and does not find it again) and must match.
     """
 
     relationship: Tensor
@@ -94,7 +94,7 @@ class Relationship(nn.Module):
         super().__init__()
         processes = Processes()
         cached = cache is not None and os.path.exists(cache)
-        if processes.count > 1:  # what follows is collective: all load it, or none
+        if processes.count > 1:  # what follows is collective: either all processes load it, or none
             cached = bool(processes.gather(torch.tensor([cached], device=device)).all())
         with in_eval_mode(classifier):
             if cache is not None and cached:
@@ -104,7 +104,7 @@ class Relationship(nn.Module):
                 matrix = _mean_predictions(data_loader, classifier, device, num_classes, processes)
         self.register_buffer("relationship", matrix.to(device, torch.float32))
         if cache is not None and not cached:
-            partial = f"{os.fspath(cache)}.{os.getpid()}"  # other processes may be reading, or writing the same
+            partial = f"{os.fspath(cache)}.{os.getpid()}"  # other processes may be reading or writing the same file
             torch.save(self.state_dict(), partial)
             os.replace(partial, cache)
 
@@ -126,7 +126,7 @@ def _mean_predictions(
     processes: Processes,
 ) -> Tensor:
     """Return the mean source probabilities of each class. Shape ``(N_t, N_s)``, float64."""
-    totals = torch.zeros(0, 1, dtype=torch.float64)  # of each class: number of samples, sums of the probabilities
+    totals = torch.zeros(0, 1, dtype=torch.float64)  # per class: number of samples, then sums of the probabilities
     for x, labels in data_loader:
         labels = labels.cpu()
         check_labels(labels, len(x), num_classes)
@@ -150,7 +150,7 @@ def _mean_predictions(
 
 
 def _grown(totals: Tensor, rows: int, columns: int) -> Tensor:
-    """Return ``totals`` with zeros for what is new, to have at least ``rows`` and ``columns``."""
+    """Return ``totals``, padded with zeros to at least ``rows`` and ``columns``."""
     return F.pad(totals, (0, max(columns - totals.shape[1], 0), 0, max(rows - len(totals), 0)))
 
 
@@ -177,22 +177,22 @@ def _check_fit(
     """Raise unless ``matrix``, loaded from ``cache``, has the classes of the first batch."""
     x, labels = next(iter(data_loader), (None, None))
     if x is None or labels is None:
-        raise ValueError("`data_loader` must have a batch, to compare with what is in `cache`, got an empty one.")
+        raise ValueError("`data_loader` must have a batch to compare `cache` with, got an empty one.")
     check_labels(labels, len(x), num_classes)
     num_source = source_logits(classifier, x.to(device)).shape[1]
     num_target = len(matrix) if num_classes is None else num_classes
     if matrix.shape != (num_target, num_source) or int(labels.max()) >= len(matrix):
         raise ValueError(
             f"`cache` must be of {num_target} target and {num_source} source classes, got {tuple(matrix.shape)} in "
-            f"{os.fspath(cache)!r}, and label {int(labels.max())} in the data. It is of another model or other data: "
-            "delete it."
+            f"{os.fspath(cache)!r}, and label {int(labels.max())} in the data. It belongs to another model or other "
+            "data: delete it."
         )
 
 
 class Classifier(lwf.Classifier):
     """:class:`rotoopt.regularization.lwf.Classifier` with a source head that is trained.
 
-    With ``RotoGradOptimizer`` both heads are tasks, and both may be rotated: the source head follows its rotation.
+    With ``RotoGradOptimizer`` both heads are tasks, and both may be rotated, since the source head is trained.
 
     Example:
         >>> from rotoopt import RotoGradOptimizer
@@ -208,6 +208,6 @@ class Classifier(lwf.Classifier):
     _freezes_source = False
 
     def get_parameters(self, base_lr: float = 1.0) -> list[dict[str, Any]]:
-        """Return parameter groups: a tenth of ``base_lr`` for pretrained layers if ``finetune``, else all of it."""
+        """Return parameter groups: if ``finetune``, pretrained layers get a tenth of ``base_lr``."""
         backbone, *others = super().get_parameters(base_lr)
         return [backbone, {"params": self.head_source.parameters(), "lr": backbone["lr"]}, *others]

@@ -1,4 +1,4 @@
-"""DELTA and its relatives, under the name of tllib's module: distances of parameters and of feature maps."""
+"""DELTA and related methods, with the module name of tllib: distances of parameters and of feature maps."""
 
 from rotoopt.regularization._attention import channel_attention
 from rotoopt.regularization._feature_maps import AttentionBehavioralRegularization, BehavioralRegularization

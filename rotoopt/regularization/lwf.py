@@ -1,4 +1,4 @@
-"""Learning without Forgetting: the source head stays, and is held to what it predicted before fine-tuning."""
+"""Learning without Forgetting: the source head is kept, with its predictions before fine-tuning as targets."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rotoopt.regularization._pooling import GlobalAveragePool, features_of
 class Classifier(nn.Module):
     """A backbone with two heads, one of the source model and one for the target task.
 
-    The source head sees the pooled features f; the target head sees the bottleneck's, ``bottleneck(f)``. With
-    ``RotoGradOptimizer`` they are two tasks that share f: pass :attr:`heads`. The source head is frozen, so its
-    rotation must rest: ``rotate=[False, True]``.
+    The source head reads the pooled features f, the target head ``bottleneck(f)``. With ``RotoGradOptimizer`` they are
+    two tasks that share f: pass :attr:`heads`. The source head is frozen, so it must not be rotated:
+    ``rotate=[False, True]``.
 
     Args:
         backbone: Returns maps ``(b, c, h, w)`` or vectors ``(b, c)``; has an attribute ``out_features``, c.
@@ -30,10 +30,10 @@ class Classifier(nn.Module):
         bottleneck: Maps ``(b, out_features)`` to ``(b, bottleneck_dim)``; none by default.
         bottleneck_dim: Number of features after ``bottleneck``.
         finetune: Whether :meth:`get_parameters` gives pretrained layers a tenth of the learning rate.
-        pool_layer: Makes vectors of what ``backbone`` returns; the mean over all positions by default.
+        pool_layer: Maps the output of ``backbone`` to vectors. Default: the mean over all positions.
 
     Raises:
-        TypeError: If ``head_source`` is no module.
+        TypeError: If ``head_source`` is not a module.
         ValueError: If ``backbone`` has no ``out_features``, ``bottleneck`` comes without ``bottleneck_dim``, or
             ``head_target`` has another number of outputs.
 
@@ -51,11 +51,11 @@ class Classifier(nn.Module):
         >>> y_s.shape, y_t.shape, classifier.eval()(x).shape
         (torch.Size([6, 5]), torch.Size([6, 2]), torch.Size([6, 2]))
 
-    Source: Li and Hoiem, Learning without Forgetting, ECCV 2016; ``tllib.regularization.lwf.Classifier``, whose names
-    and outputs these are. Departs from it: the source head is frozen, since no parameter group has it and its
-    gradients would pile up; the default pooling takes vectors, and refuses token sequences instead of averaging the
-    wrong dimension; a ``pool_layer`` with parameters is trained, with the backbone; what does not fit is an error at
-    construction; in eval mode the source head does not run.
+    Source: Li and Hoiem, Learning without Forgetting, ECCV 2016; ``tllib.regularization.lwf.Classifier``, with the same
+    names and outputs. Differences: the source head is frozen, since it is in no parameter group and its gradients
+    would accumulate; the default pooling accepts vectors, and rejects token sequences instead of averaging over the
+    wrong dimension; a ``pool_layer`` with parameters is trained with the backbone; modules that do not match are an
+    error at construction; the source head does not run in eval mode.
     """
 
     _freezes_source = True
@@ -91,12 +91,12 @@ class Classifier(nn.Module):
 
     @property
     def features_dim(self) -> int:
-        """Number of features that the target head gets."""
+        """Number of input features of the target head."""
         return self._features_dim
 
     @property
     def heads(self) -> dict[str, nn.Module]:
-        """What consumes the representation, by task: the source head, and the first module on the way to the target."""
+        """The heads for ``RotoGradOptimizer``, by task: source head, and bottleneck (or target head)."""
         begins_at_head = isinstance(self.bottleneck, nn.Identity)
         return {"source": self.head_source, "target": self.head_target if begins_at_head else self.bottleneck}
 
@@ -115,7 +115,7 @@ class Classifier(nn.Module):
         return logits
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | Tensor:
-        """Return :meth:`predict` in training mode, the target's logits alone in eval mode."""
+        """Return :meth:`predict` in training mode, and the target logits alone in eval mode."""
         rep = self.represent(x)
         if self.training:
             return self.predict(rep)
@@ -123,7 +123,7 @@ class Classifier(nn.Module):
         return logits
 
     def get_parameters(self, base_lr: float = 1.0) -> list[dict[str, Any]]:
-        """Return parameter groups: a tenth of ``base_lr`` for pretrained layers if ``finetune``, else all of it."""
+        """Return parameter groups: if ``finetune``, pretrained layers get a tenth of ``base_lr``."""
         pretrained_lr = 0.1 * base_lr if self.finetune else base_lr
         return [
             {"params": [*self.backbone.parameters(), *self.pool_layer.parameters()], "lr": pretrained_lr},
@@ -135,18 +135,18 @@ class Classifier(nn.Module):
 def distillation_loss(
     student: Tensor, teacher: Tensor, T: float = 1.0, *, form: Literal["kl", "cross_entropy"] = "kl"
 ) -> Tensor:
-    r"""Hold the student's predictions to the teacher's.
+    r"""Penalize differences between the predictions of student and teacher.
 
-    The mean over the batch of :math:`\mathrm{KL}(p \Vert q)`, with p and q the softmax of ``teacher`` and ``student``
-    over T. Its gradient falls as :math:`1/T^2`: multiply by ``T ** 2`` where it is to keep its size. A class with
-    p = 0 contributes nothing, whatever q is.
+    The mean over the batch of :math:`\mathrm{KL}(p \Vert q)`, where p and q are the softmax of ``teacher`` and
+    ``student`` over T. Its gradient scales with :math:`1/T^2`: multiply by ``T ** 2`` to compensate. A class with p = 0
+    contributes nothing, for any q.
 
     Args:
         student: Logits. Shape ``(b, N)``.
-        teacher: Logits, which get no gradient. Shape ``(b, N)``.
+        teacher: Logits, which receive no gradient. Shape ``(b, N)``.
         T: Temperature.
-        form: ``"cross_entropy"``: :math:`H(p, q)`, which has the same gradient, and is not zero where student and
-            teacher agree; so it can be the divisor of ``normalize_losses`` and the reference of ``GradNorm``.
+        form: ``"kl"``, as above, or ``"cross_entropy"``: :math:`H(p, q)`, which has the same gradient, but is not zero
+            if student and teacher agree, so that ``normalize_losses`` and ``GradNorm`` can divide by it.
 
     Returns:
         Shape ``()``, at least float32.
@@ -159,8 +159,8 @@ def distillation_loss(
         >>> distillation_loss(student, teacher), distillation_loss(teacher, teacher)
         (tensor(0.3278), tensor(0.))
 
-    Source: ``tllib``'s ``KnowledgeDistillationLoss``. Departs from it: the teacher gets no gradient; logits of -inf,
-    as of masked classes, give no NaN; half precision is computed in float32.
+    Source: ``KnowledgeDistillationLoss`` in ``tllib``. Differences: the teacher receives no gradient; logits of -inf,
+    as for masked classes, do not give NaN; half precision is computed in float32.
     """
     check_same_shape(student=student, teacher=teacher)
     if not T > 0 or form not in ("kl", "cross_entropy"):
@@ -175,23 +175,23 @@ def distillation_loss(
 
 
 def record_logits(data_loader: Iterable[Any], classifier: nn.Module, device: torch.device | str) -> Tensor:
-    """Return what the source model predicts, to hold it to that: row i belongs to sample i of the data set.
+    """Return the predictions of the source model, as targets for fine-tuning. Row i is sample i of the data set.
 
     Args:
-        data_loader: Yields ``x`` or ``(x, ...)``, in the order of the data set. Random augmentations, if any, are
-            those of the recorded view; training then sees others.
-        classifier: Maps x to source logits ``(b, N)``; of a :class:`Classifier`, the source head does. It runs in eval
-            mode, and has its own modes back afterwards.
-        device: Where it runs.
+        data_loader: Yields ``x`` or ``(x, ...)``, in the order of the data set. With random augmentations, logits
+            belong to the recorded view, and training uses others.
+        classifier: Maps x to source logits ``(b, N)``. In a :class:`Classifier`, the source head is used. It runs in
+            eval mode; its modes are restored afterwards.
+        device: The device of the computation.
 
     Returns:
         Shape ``(n, N)``, on the CPU.
 
     Raises:
         ValueError: If a ``DataLoader`` shuffles, samples or drops samples, there is no batch, or ``classifier``
-            returns something else than logits.
+            does not return logits.
 
-    Source: ``tllib``'s ``collect_pretrain_labels``, which leaves the model in eval mode and takes loaders that shuffle.
+    Source: ``collect_pretrain_labels`` in ``tllib``, which leaves the model in eval mode and accepts shuffled loaders.
     """
     _check_order(data_loader)
     with in_eval_mode(classifier):
@@ -208,12 +208,12 @@ def source_logits(classifier: nn.Module, x: Tensor) -> Tensor:
     if isinstance(classifier, Classifier):
         return classifier.predict_source(x)
     logits = classifier(x)
-    hidden = any(isinstance(module, Classifier) for module in classifier.modules())  # would answer for the target
+    hidden = any(isinstance(module, Classifier) for module in classifier.modules())  # would return target logits
     if hidden or not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
             f"`classifier` must map x to source logits (b, N), got {found} for {len(x)} samples from a "
-            f"{type(classifier).__name__}. Give the Classifier itself, or "
+            f"{type(classifier).__name__}. Pass the Classifier itself, or "
             "nn.Sequential(classifier.backbone, classifier.pool_layer, classifier.head_source)."
         )
     return logits

@@ -1,7 +1,7 @@
-"""The API of the official package, ``rotograd``: where code for it changes its import, and nothing else.
+"""The API of the official package ``rotograd``: existing code only changes its import.
 
-``from rotograd import RotoGrad`` becomes ``from rotoopt.rotograd import RotoGrad``. All mathematics is that of
-:class:`~rotoopt.RotoGradOptimizer`, which needs no such model.
+``from rotograd import RotoGrad`` becomes ``from rotoopt.rotograd import RotoGrad``. The implementation is shared with
+:class:`~rotoopt.RotoGradOptimizer`, which works with any model.
 """
 
 from rotoopt.rotograd._gradnorm import RotoGradNorm

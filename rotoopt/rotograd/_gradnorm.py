@@ -23,7 +23,7 @@ class RotoGradNorm(RotoGrad):
         alpha: How strongly slow tasks are favored; see :class:`~rotoopt.GradNorm`.
 
     Attributes:
-        weight_: The parameter that the weights are trained through, their logits. Shape ``(K,)``.
+        weight_: The parameter that trains the weights: their logits. Shape ``(K,)``.
     """
 
     weight_: nn.Parameter
@@ -55,27 +55,27 @@ class RotoGradNorm(RotoGrad):
         return self._gradnorm
 
     def backward(self, losses: Losses, backbone_loss: Tensor | None = None, **kwargs: Any) -> None:
-        """Fill every ``.grad``: see :meth:`RotateOnly.backward`."""
-        self._engine.memory.weights = self._gradnorm.weights  # those that the user's optimizer has made
+        """Compute all gradients: see :meth:`RotateOnly.backward`."""
+        self._engine.memory.weights = self._gradnorm.weights  # as updated by the user's optimizer
         super().backward(losses, backbone_loss, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if has_official_rotations(state_dict, prefix):  # there, every task has a parameter of its own
+        if has_official_rotations(state_dict, prefix):  # one parameter per task in the official package
             weights = [state_dict.pop(f"{prefix}weight_.{task}") for task in range(self.num_tasks)]
             state_dict[f"{prefix}weight_"] = torch.stack(weights)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def weight(self) -> Sequence[Tensor]:
-        """The weight of every task, positive, with sum K; detached: train :attr:`weight_`."""
+        """The weight of every task, positive, with sum K. Detached. To train it: :attr:`weight_`."""
         return list(self._gradnorm.weights)
 
 
 class UserTrainedGradNorm(GradNorm):
-    """GradNorm whose logits the user's optimizer trains: their gradients add up in ``logits.grad``."""
+    """GradNorm whose logits are trained by the user's optimizer: their gradients accumulate in ``logits.grad``."""
 
     def __call__(self, measured: Measurements) -> Tensor:
-        """Add the gradient of the logits, and return the weights as they are."""
+        """Accumulate the gradient of the logits, and return the current weights."""
         grad = self.gradient(self.logits, measured)
         self.logits.grad = grad if self.logits.grad is None else self.logits.grad + grad
         return self.weights

@@ -25,22 +25,22 @@ from rotoopt.weighting import EqualWeighting, RotoGradWeighting, Weighting
 
 
 class RotateOnly(VanillaMTL):
-    r"""A backbone and heads with a rotation in front of each: gradients are turned towards each other, not scaled.
+    r"""A backbone and heads with a rotation in front of each head: aligns gradients, without scaling them.
 
     Args:
-        backbone: Computes the representation, of shape ``(..., *rotation_shape, *post_shape)``; may return a tuple,
-            whose first entry it then is.
+        backbone: Computes the representation, of shape ``(..., *rotation_shape, *post_shape)``. If it returns a tuple,
+            the first entry is the representation.
         heads: One module per task. The sequence is copied, the modules are not.
-        rotation_shape: Size or shape of what is rotated, flattened. An int that is smaller than the dimension rotates
-            that many of its features.
-        post_shape: Shape of the positions behind, each of which is rotated by itself: ``(H, W)`` of a map.
+        rotation_shape: Size or shape of the rotated dimensions, which are flattened. An int smaller than the dimension
+            rotates that many of its features.
+        post_shape: Shape of the positions after them, each of which is rotated separately: ``(H, W)`` for a map.
         normalize_losses: Back-propagate ``L_k / |L_k(t0)|`` instead of L_k.
-        burn_in_period: Backward pass at which the references are taken anew.
+        burn_in_period: Backward pass in which the references are measured again.
 
     Attributes:
         rotation_size: m, the number of features that are rotated.
-        rotation_coordinates: The parameter that the rotations are trained through, their Lie-algebra coordinates. Shape
-            ``(K, m, m)``, zero but between a step of its optimizer and the next use of the rotations.
+        rotation_coordinates: The parameter that trains the rotations: their Lie-algebra coordinates. Shape
+            ``(K, m, m)``. Zero, except after a step of its optimizer and before the rotations are used again.
 
     Example:
         >>> model = RotoGrad(nn.Linear(3, 8), [nn.Linear(8, 1), nn.Linear(8, 2)], 8)
@@ -49,8 +49,8 @@ class RotateOnly(VanillaMTL):
         >>> model.backward([first.square().mean(), second.abs().mean()])
         >>> optimizer.step()
 
-    Source: Javaloy and Valera, RotoGrad, ICLR 2022; the classes of the official package, rotograd 0.1.6, for which they
-    stand in. Where they depart from it: :doc:`/how_to/migrate`.
+    Source: Javaloy and Valera, RotoGrad, ICLR 2022, and the classes of the official package, rotograd 0.1.6, which
+    these classes replace. Differences: :doc:`/how_to/migrate`.
     """
 
     rotation_coordinates: nn.Parameter
@@ -108,12 +108,12 @@ class RotateOnly(VanillaMTL):
 
     @property
     def rotation(self) -> Sequence[Tensor]:
-        """The rotation of every task. Shape ``(m, m)`` each, detached: train :attr:`rotation_coordinates`."""
+        """The rotation of every task. Shape ``(m, m)`` each, detached. To train it: :attr:`rotation_coordinates`."""
         self._turning.turn()
         return list(self.rotations.matrices)
 
     def backward(self, losses: Losses, backbone_loss: Tensor | None = None, **kwargs: Any) -> None:
-        """Fill every ``.grad``: of backbone, heads, rotations and GradNorm's weights.
+        """Compute all gradients: of the backbone, the heads, the rotations and GradNorm's weights.
 
         Args:
             losses: One scalar per task, ``None`` for an absent one.
@@ -126,16 +126,16 @@ class RotateOnly(VanillaMTL):
         """
         self._check_training()
         self._engine.backward(losses, None, backbone_loss, **kwargs)
-        # The official package counts backward passes. Who steps, and how far that turns the rotations, is not known.
+        # The official package counts backward passes. When the user's optimizer steps, and how far, is unknown here.
         self._engine.finish_step(self._turning.add, math.nan)
 
     @property
     def last_step(self) -> StepRecord | None:
-        """What the latest backward pass measured: losses, gradient norms, cosines. None before the first."""
+        """Measurements of the latest backward pass: losses, gradient norms, cosines. None before the first."""
         return self._engine.record
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return references and counters, which ``state_dict`` saves beside parameters and rotations."""
+        """Return references and counters, saved by ``state_dict`` along with parameters and rotations."""
         return {**self._engine.state_dict(), "matrices": None}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -155,7 +155,7 @@ class RotateOnly(VanillaMTL):
 
 
 class RotoGrad(RotateOnly):
-    """Rotations, and task gradients of one magnitude: :class:`RotateOnly` with eqs. 1-2 of the paper.
+    """Rotations, and equal norms of the task gradients: :class:`RotateOnly` with eqs. 1-2 of the paper.
 
     The arguments are those of :class:`RotateOnly`.
     """
@@ -182,5 +182,5 @@ class RotatedHead(nn.Module):
 
 @contextmanager
 def cached() -> Iterator[None]:
-    """Do nothing: the official package needs it to compute every rotation but once; here they lie ready."""
+    """Do nothing. The official package uses it to compute each rotation only once; here they are always stored."""
     yield

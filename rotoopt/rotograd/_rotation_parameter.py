@@ -1,4 +1,4 @@
-"""Rotations as a parameter that the user's own optimizer steps on."""
+"""Rotations as a parameter that the user's own optimizer updates."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rotoopt._torch.private import version
 
 
 class RotationParameter:
-    """The coordinates of the rotations, with gradients that add up in ``parameter.grad``.
+    """The coordinates of the rotations, with gradients that accumulate in ``parameter.grad``.
 
-    Whoever uses the rotations calls :meth:`turn` first, which applies what an optimizer has done to the parameter.
+    :meth:`turn` must be called before the rotations are used: it applies the update that an optimizer made.
 
     Args:
         coordinates: The coordinates of the rotations.
@@ -23,7 +23,7 @@ class RotationParameter:
     def __init__(self, coordinates: Coordinates) -> None:
         self._coordinates = coordinates
         self._version = version(self.parameter)
-        self._graded = False  # since the last turn
+        self._graded = False  # whether there was a gradient since the latest turn
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -31,16 +31,16 @@ class RotationParameter:
         return self._coordinates.parameter
 
     def add(self, gradients: Sequence[RotationGradient]) -> None:
-        """Add the gradient of a backward pass; there is none where one task was alone. Nothing turns yet."""
+        """Accumulate the gradient of a backward pass; there is none for a single task. No rotation changes yet."""
         if gradients:
             grad = self._coordinates.gradient(gradients)
             self.parameter.grad = grad if self.parameter.grad is None else self.parameter.grad + grad
             self._graded = True
 
     def turn(self) -> None:
-        """Apply what an optimizer has done, if anything."""
+        """Apply the update of an optimizer, if there was one."""
         param = self.parameter
-        # Some optimizers step on `param.data`, which leaves no trace in its version.
+        # Some optimizers update `param.data`, which does not change the version counter.
         if version(param) != self._version or (self._graded and bool(param.any())):
             self._coordinates.turn()
             self._version = version(param)

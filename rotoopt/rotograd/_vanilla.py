@@ -12,10 +12,10 @@ from rotoopt._engine.losses import Losses, check_backbone_loss, check_losses
 
 
 class VanillaMTL(nn.Module):
-    """A backbone and heads, trained by the sum of the losses: the baseline.
+    """A backbone and heads, trained on the sum of the losses: the baseline.
 
     Args:
-        backbone: Computes the representation; may return a tuple, whose first entry it then is.
+        backbone: Computes the representation. If it returns a tuple, the first entry is the representation.
         heads: One module per task. The sequence is copied, the modules are not.
 
     Attributes:
@@ -35,7 +35,7 @@ class VanillaMTL(nn.Module):
         self.rep = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "rep": None}  # it belongs to a graph, not to a copy
+        return {**self.__dict__, "rep": None}  # the graph of `rep` cannot be copied
 
     def __len__(self) -> int:
         """Return the number of tasks."""
@@ -46,11 +46,11 @@ class VanillaMTL(nn.Module):
         return SingleTask(self, task)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Feed the backbone, and its representation to every head.
+        """Run the backbone, and every head on its representation.
 
         Returns:
-            The list of the K predictions. Where the backbone or a head returns a tuple: this list of their first
-            entries, and a list of all the others, as the official package returns them.
+            The list of the K predictions. If the backbone or a head returns a tuple: the list of the first entries,
+            and a list of all the others, as in the official package.
         """
         rep, extra = _first_and_rest(self.backbone(*args, **kwargs))
         if self.training:
@@ -66,7 +66,7 @@ class VanillaMTL(nn.Module):
         return (predictions, extra) if extra else predictions
 
     def backward(self, losses: Losses, backbone_loss: Tensor | None = None, **kwargs: Any) -> None:
-        """Fill every ``.grad``.
+        """Compute all gradients.
 
         Args:
             losses: One scalar per task, ``None`` for an absent one.
@@ -84,7 +84,7 @@ class VanillaMTL(nn.Module):
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """Names of the tasks, by which losses may be given, as ``heads[0]``."""
+        """Names of the tasks, for losses given by name, such as ``heads[0]``."""
         return tuple(f"heads[{task}]" for task in range(self.num_tasks))
 
     def _check_training(self) -> None:
@@ -92,11 +92,11 @@ class VanillaMTL(nn.Module):
             raise RuntimeError("The model must be in training mode for backward(), got eval mode. Call model.train().")
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Return what the method trains, not the network: see :meth:`model_parameters`."""
+        """Return the parameters of the method, not of the network: see :meth:`model_parameters`."""
         return self.mtl_parameters(recurse)
 
     def mtl_parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Return the parameters of the method: rotations, GradNorm's weights. For an optimizer of their own."""
+        """Return the parameters of the method: rotations and GradNorm's weights, for an optimizer of their own."""
         return super().parameters(recurse=False)
 
     def model_parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -106,7 +106,7 @@ class VanillaMTL(nn.Module):
             yield from head.parameters(recurse)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear all gradients, the network's too."""
+        """Clear all gradients, including those of the network."""
         for param in (*self.mtl_parameters(), *self.model_parameters()):
             if set_to_none:
                 param.grad = None

@@ -1,4 +1,4 @@
-"""Checks of your own model, for your own test suite, and strategies for hypothesis to draw the rest.
+"""Checks of your own model for your own test suite, and hypothesis strategies.
 
 .. code-block:: python
 
@@ -8,8 +8,8 @@
         model, optimizer, batch = ...
         check_invariants(optimizer, lambda: model.losses(batch))
 
-:func:`check_invariants` runs all checks; each has a name of its own, too, and says what is wrong and what to do.
-``rotoopt.testing.strategies`` needs ``hypothesis`` (the extra ``hypothesis``).
+:func:`check_invariants` runs all checks. Each can also be called by name; its error says what is wrong and how to fix
+it. ``rotoopt.testing.strategies`` needs ``hypothesis`` (the extra ``hypothesis``).
 """
 
 from rotoopt.testing._checks import check_invariants, check_losses_repeat, check_resume, check_rotations

@@ -1,4 +1,4 @@
-"""Checks that a model and its optimizer do what the method needs. Each raises ``AssertionError`` with what is wrong."""
+"""Checks that a model and its optimizer are wired correctly. Each raises ``AssertionError`` with what is wrong."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ MAX_ORTHOGONALITY_ERROR = 1e-5
 def check_invariants(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
     """Run all checks of ``rotoopt.testing``.
 
-    The order is from causes to effects, so that the first error says what is wired wrongly. Parameters, gradients,
-    optimizer and rotations are left as they were; forward passes in training mode update the running statistics of the
-    model, as they always do.
+    The checks are ordered from causes to effects, so that the first error is the relevant one. Parameters, gradients,
+    optimizer and rotations are restored; forward passes in training mode update the running statistics of the model,
+    as they always do.
 
     Args:
         optimizer: The optimizer, built for the model.
-        losses: Computes the losses of one batch in training mode, as given to ``optimizer.step``; the same batch at
-            every call. Random numbers, as of dropout, are the same by themselves.
+        losses: Computes the losses of one batch in training mode, as given to ``optimizer.step``. It must use the same
+            batch in every call. Random numbers, as in dropout, are made the same automatically.
 
     Raises:
-        AssertionError: With what must hold, what was found, and what to do. Errors that the model itself raises, or its
-            rotations while it runs, are let through.
+        AssertionError: With what must hold, what was found, and what to do. Errors raised by the model itself, or by
+            the hooks while it runs, are not caught.
 
     Example:
         >>> from torch import nn
@@ -64,38 +64,38 @@ def check_invariants(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
 
 
 def check_losses_repeat(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
-    """Check that ``losses`` computes the same finite losses at every call, each time anew: other checks rely on it."""
+    """Check that ``losses`` recomputes the same finite losses in every call. The other checks rely on it."""
     trial = Trial(optimizer, losses)
     with trial.restored():
-        trial.losses()  # may make the rotations, and draw random numbers for that
+        trial.losses()  # may create the rotations, which may draw random numbers
         first, second = trial.losses(), trial.losses()
     for task, loss in first.items():
         if not loss.isfinite():
             raise AssertionError(
-                f"`losses` must be finite, got {loss.item()} for {trial.names[task]}. Neither is anything trained by "
-                "such a batch, nor can it be checked: give another one."
+                f"`losses` must be finite, got {loss.item()} for {trial.names[task]}. Such a batch can neither be "
+                "trained on nor checked: use another one."
             )
         if task not in second or not torch.equal(loss, second[task]):
             raise AssertionError(
-                f"`losses` must return the same losses at every call, got {loss.item()} and then "
+                f"`losses` must return the same losses in every call, got {loss.item()} and then "
                 f"{second[task].item() if task in second else None} for {trial.names[task]}. Draw the batch outside of "
-                "it, let random numbers come from torch's generators, and put layers that every forward pass changes, "
-                "as those with spectral_norm, in eval mode."
+                "it, use torch's generators for random numbers, and put layers that change in every forward pass, "
+                "such as those with spectral_norm, in eval mode."
             )
     if not _forks(first.values()).isdisjoint(_forks(second.values())):
         raise AssertionError(
-            "`losses` must run the whole model at every call, got the z of an earlier call. Compute z inside of it."
+            "`losses` must run the whole model in every call, got the z of an earlier call. Compute z inside of it."
         )
 
 
 def _forks(losses: Iterable[Tensor]) -> set[Fork]:
-    """Return the points where tensors go to the heads, but for parameters, which are the same at every call."""
+    """Return the points where tensors go to the heads, without parameters, which are the same in every call."""
     taps = filter(is_tap, reached(loss.grad_fn for loss in losses))
     return {tap.fork for tap in taps if not tap.fork.is_leaf}
 
 
 def check_rotations(optimizer: RotoGradOptimizer) -> None:
-    """Check that the rotations are rotations: orthogonal, with determinant +1. Before the first forward: nothing."""
+    """Check that the rotations are orthogonal with determinant +1. Passes before the first forward pass."""
     if optimizer.rotations.size is None:
         return
     matrices = optimizer.rotations.matrices
@@ -104,12 +104,12 @@ def check_rotations(optimizer: RotoGradOptimizer) -> None:
     if not error <= MAX_ORTHOGONALITY_ERROR or min(signs) <= 0:
         raise AssertionError(
             f"Rotations must be orthogonal with determinant +1, got an error of {error:.1e} and signs {signs}. "
-            "Likely cause: they were written to, or loaded from something that is not a checkpoint of rotations."
+            "Likely cause: they were overwritten, or loaded from something that is not a checkpoint of rotations."
         )
 
 
 def check_resume(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
-    """Check that a step from a saved and loaded state is the step that would have been, bit for bit."""
+    """Check that a step after saving and loading the state equals the step without, bit for bit."""
     trial = Trial(optimizer, losses)
     results = []
     for loaded in (False, True):
@@ -125,7 +125,7 @@ def check_resume(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
             )
     if not all(torch.equal(first, second) for first, second in zip(*results, strict=True)):
         raise AssertionError(
-            "A step after loading the saved state must be the step without, got another one. Likely causes: (a) a "
-            "state dict hook of the optimizer changes the state, or (b) the forward pass depends on more than "
-            "parameters, such as on the number of calls."
+            "A step after loading the saved state must equal the step without, got different parameters. Likely "
+            "causes: (a) a state dict hook of the optimizer changes the state, or (b) the forward pass depends on more "
+            "than parameters, such as the number of calls."
         )

@@ -1,4 +1,4 @@
-"""Checks of the gradients: those that train the heads and the backbone are those that the method says."""
+"""Checks that the gradients of heads and backbone are those that the method defines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rotoopt.testing._trial import LossFn, Trial
 
 
 def check_head_gradients(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
-    """Check that heads are trained by the gradients of their own losses, which nothing rescales."""
+    """Check that heads are trained by the unscaled gradients of their own losses."""
     trial = Trial(optimizer, losses)
     heads, _ = _split(trial)
     _check_gradients(trial, heads, weighted=False)
@@ -24,7 +24,7 @@ def check_head_gradients(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
 def check_backbone_gradients(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
     r"""Check that the backbone is trained by :math:`\sum_k w_k \nabla_\theta L_k`, with ``optimizer.task_weights`` w.
 
-    A callable weighting has no weights: then there is nothing to compare with.
+    Passes for a callable weighting, which has no weights to compare with.
     """
     trial = Trial(optimizer, losses)
     _, backbone = _split(trial)
@@ -34,8 +34,8 @@ def check_backbone_gradients(optimizer: RotoGradOptimizer, losses: LossFn) -> No
 def _split(trial: Trial) -> tuple[list[list[Tensor]], list[Tensor]]:
     """Return the trained parameters in front of the taps of each task, those of its head, and all others.
 
-    Not those that a head shares with the backbone, as embeddings that are the weights of an output layer: they get a
-    weighted part and one that is not.
+    Excluded are parameters that a head shares with the backbone, such as embeddings that are also the weights of an
+    output layer: part of their gradient is weighted, part is not.
     """
     with trial.restored():
         present = trial.losses().values()
@@ -71,12 +71,12 @@ def _check_gradients(trial: Trial, groups: Sequence[list[Tensor]], *, weighted: 
 
 
 def _compare(pairs: Sequence[tuple[Tensor, Tensor]], *, weighted: bool) -> None:
-    """Raise unless the gradients of one head, or of the backbone, are those that are expected."""
+    """Raise unless the gradients of one head, or of the backbone, are the expected ones."""
     largest = max((float(total.abs().max()) for _, total in pairs), default=0.0)
     for grad, total in pairs:
         eps = torch.finfo(total.dtype).eps
-        # Sums in another order, over a few layers. The second term is for gradients that are nothing but rounding,
-        # as that of a bias in front of a batch normalization.
+        # Sums in another order, over a few layers. The second term is for gradients that are only rounding errors,
+        # such as that of a bias in front of a batch normalization.
         tolerance = 100 * (eps**0.75 * float(total.abs().max()) + eps * largest)
         error = float((total - grad).abs().max())  # in this order: the gradient may be sparse
         if not error <= tolerance:
@@ -84,7 +84,7 @@ def _compare(pairs: Sequence[tuple[Tensor, Tensor]], *, weighted: bool) -> None:
             raise AssertionError(
                 f"The gradient of a parameter of {'the backbone' if weighted else 'a head'} must be the {rule}, got an "
                 f"error of {error:.1e}, where the largest entry should be {float(total.abs().max()):.1e}, for shape "
-                f"{tuple(grad.shape)}. Likely causes: (a) a hook changes gradients, as one that clips them, (b) the "
-                "forward pass runs under autocast, where rounding is coarse: check without, or (c) a loss reaches the "
-                "backbone around its head."
+                f"{tuple(grad.shape)}. Likely causes: (a) a hook changes gradients, for example to clip them, (b) the "
+                "forward pass runs under autocast, where rounding is coarse: check without it, or (c) a loss reaches "
+                "the backbone around its head."
             )

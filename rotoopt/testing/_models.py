@@ -14,12 +14,12 @@ Batch = tuple[Tensor, Tensor]  # inputs (B, inputs) and targets (K, B, outputs)
 
 
 class Network(nn.Module):
-    """A backbone that makes representations of one shape, and K heads that read all of it.
+    """A backbone that computes representations of one shape, and K heads that read all of it.
 
-    With tanh, because a kink makes float32 and float64 differ by more than rounding.
+    Uses tanh, because float32 and float64 differ by more than rounding errors at the kink of a ReLU.
 
     Args:
-        shape: That of the representation of one sample.
+        shape: Shape of the representation of one sample.
         num_tasks: K.
         inputs: Size of an input.
         outputs: Size of a prediction.
@@ -42,7 +42,7 @@ class Network(nn.Module):
 
 
 def network(seed: int, shape: Sequence[int], num_tasks: int, dtype: torch.dtype) -> Network:
-    """Return the network whose weights come from ``seed``; torch's global generator is left alone."""
+    """Return the network with weights from ``seed``; torch's global generator does not change."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         return Network(shape, num_tasks).to(dtype)

@@ -1,4 +1,4 @@
-"""Random tensors from one seed: what a test draws is a seed, so that a failure can be replayed."""
+"""Random tensors from one seed: tests draw seeds, so that a failure can be replayed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Sampler:
     """Random tensors of one dtype from one seed.
 
     Args:
-        seed: Of a generator of its own; torch's global one is left alone.
-        dtype: Of the tensors. Numbers are drawn in float64, so that those of another dtype are the same, rounded.
+        seed: Seed of its own generator; torch's global one does not change.
+        dtype: Of the tensors. Numbers are drawn in float64 and rounded to it, so that dtypes can be compared.
     """
 
     def __init__(self, seed: int, dtype: torch.dtype = torch.float64) -> None:
@@ -50,7 +50,7 @@ class Sampler:
         return Q.to(self.dtype)
 
     def directions(self, num_tasks: int, *shape: int) -> tuple[Tensor, Tensor]:
-        """Draw unit gradients that agree in part, as those of real tasks do, and return them with their mean."""
+        """Draw unit gradients that agree in part, as those of real tasks do; return them and their mean."""
         grads = self.normal(num_tasks, *shape) + self.normal(*shape)
         units = grads / grads.flatten(1).norm(dim=1).view(num_tasks, *[1] * len(shape))
         return units, units.mean(dim=0)
@@ -60,10 +60,10 @@ class Sampler:
 
         Args:
             num_tasks: K.
-            *shape: That of the representation, of at least K numbers.
+            *shape: Shape of the representation, with at least K entries.
             cosine: Of every pair, from -1/(K - 1) to 1.
-            rank: Of the gradients as matrices ``(shape[0], rest)``, instead of a full one. The cosine then holds in the
-                mean only.
+            rank: Rank of the gradients as matrices ``(shape[0], rest)``. Default: full. With a lower one, the cosine
+                holds in expectation only.
 
         Returns:
             Shape ``(K, *shape)``.

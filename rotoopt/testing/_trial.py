@@ -1,4 +1,4 @@
-"""A trial: run a model forward and backward as often as needed, and leave everything as it was."""
+"""A trial: run a model forward and backward any number of times, and restore everything."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LossFn = Callable[[], Losses]
 
 
 class Trial:
-    """The losses of one batch, computed again and again with the same random numbers.
+    """The losses of one batch, recomputed with the same random numbers.
 
     Args:
         optimizer: The optimizer of the model.
-        losses: Computes the losses of one batch, always the same.
+        losses: Computes the losses of one batch, always the same one.
     """
 
     def __init__(self, optimizer: RotoGradOptimizer, losses: LossFn) -> None:
@@ -37,7 +37,7 @@ class Trial:
         """Return the losses of the present tasks, by task.
 
         Raises:
-            AssertionError: If ``optimizer.step`` would refuse them. What the model itself raises is let through.
+            AssertionError: If ``optimizer.step`` would reject them. Errors of the model itself are not caught.
         """
         self.engine.capture.fed = Fed()
         torch.manual_seed(0)
@@ -48,14 +48,14 @@ class Trial:
             raise AssertionError(str(error)) from None
 
     def fed(self) -> dict[int, bool]:
-        """Return the tasks whose heads were fed in the latest forward pass, and whether z required grad."""
+        """Return the tasks whose heads ran in the latest forward pass, and whether their z required grad."""
         return self.engine.capture.fed.tasks
 
     def check_wiring(self, losses: dict[int, Tensor]) -> None:
-        """Raise if ``optimizer.step`` would refuse how ``losses`` were computed.
+        """Raise if ``optimizer.step`` would reject how ``losses`` were computed.
 
         Raises:
-            AssertionError: With what it would say.
+            AssertionError: With the message of that error.
         """
         engine = self.engine
         try:
@@ -71,34 +71,34 @@ class Trial:
         self.optimizer.backward({self.names[task]: loss for task, loss in losses.items()})
 
     def step(self) -> None:
-        """Make a whole step."""
+        """Run a whole step."""
         self.optimizer.step({self.names[task]: loss for task, loss in self.losses().items()})
 
     def true_gradients(self, params: list[Tensor]) -> dict[int, list[Tensor | None]]:
-        """Return the gradient of every loss, that of the rotated model, at every one of ``params``."""
-        with self.optimizer.paused():  # in the backward pass, too, where activation checkpointing runs heads again
-            # Forward again for every loss: a graph that was compiled can be used once.
+        """Return the gradients of every loss of the rotated model with respect to ``params``."""
+        with self.optimizer.paused():  # also during the backward pass, where activation checkpointing reruns heads
+            # One forward pass per loss: a compiled graph can be used only once.
             return {
                 task: list(torch.autograd.grad(self.losses()[task], params, allow_unused=True))
                 for task in self.losses()
             }
 
     def parameters(self) -> list[Tensor]:
-        """Return what the optimizer trains."""
+        """Return the parameters of the optimizer."""
         return [param for group in self.optimizer.param_groups for param in group["params"]]
 
     def divisors(self) -> list[float]:
-        """Return what the losses of the latest backward pass were divided by."""
+        """Return the divisors of the losses in the latest backward pass."""
         references = self.engine.memory.loss_reference.values.tolist()
         return references if self.engine.normalize_losses else [1.0] * len(references)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Undo whatever happens inside, but for what a forward pass does to buffers of the model."""
+        """Undo everything that happens inside, except changes of the model's buffers in forward passes."""
         params = self.parameters()
         values = [param.detach().clone() for param in params]
         grads = [param.grad for param in params]
-        state = copy.deepcopy(self.core.state_dict())  # without the user's hooks: one may be at fault
+        state = copy.deepcopy(self.core.state_dict())  # without the user's hooks, which may be the fault
         record = self.engine.record
         for param in params:
             param.grad = None

@@ -1,4 +1,4 @@
-"""Checks of the wiring: which head runs on what, which loss comes from which head, and who trains the parameters."""
+"""Checks of the wiring: what each head reads, which head each loss comes from, and who trains the parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rotoopt.testing._trial import LossFn, Trial
 
 
 def check_heads_are_fed(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
-    """Check that every head runs in training, on something that requires grad."""
+    """Check that every head runs in training mode, on an input that requires grad."""
     trial = Trial(optimizer, losses)
     with trial.restored():
         for task in trial.losses():
@@ -23,32 +23,32 @@ def check_heads_are_fed(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
 
 
 def _check_fed(trial: Trial, task: int) -> None:
-    """Raise unless the head of ``task`` was fed with something that requires grad."""
+    """Raise unless the head of ``task`` ran on an input that requires grad."""
     name, heads, fed = trial.names[task], trial.core.heads, trial.fed()
     if fed.get(task) or (task in fed and any(fed.values())):  # a probe may read z.detach()
         return
     if task in fed:
         raise AssertionError(
             f"The head of {name} must run on a z that requires grad, got one that does not, for any task. Likely "
-            "causes: (a) z.detach(), or no_grad() around the backbone, (b) the backbone is frozen, and there is "
-            "nothing for the tasks to share, or (c) `heads` holds the whole model, whose input is rotated then: give "
-            "the modules that consume z."
+            "causes: (a) z.detach(), or no_grad() around the backbone, (b) the backbone is frozen, so that the tasks "
+            "share nothing that is trained, or (c) `heads` holds the whole model, whose input is then rotated: pass "
+            "the modules that read z."
         )
     if not heads:
         raise AssertionError(
             f"The head of {name} must be fed by optimizer.rotate(z), got a forward pass without it. Likely causes: (a) "
-            "z is multiplied by a copy of the rotations, which does not turn with them, or (b) rotate(z) of another "
+            "z is multiplied by a copy of the rotations, which is not updated with them, or (b) rotate(z) of another "
             "optimizer is used."
         )
     if not trial.engine.capture.handles:
         raise AssertionError(
             f"There must be a rotation in front of the head of {name}, got none: fold() or remove() was called. To "
-            "train on, build a new optimizer."
+            "continue training, build a new optimizer."
         )
     if not any(module.training for module in modules_of(heads[task])):
         raise AssertionError(
             f"The head of {name} must run in training mode, got one in eval mode. Call model.train() first; to freeze "
-            "statistics, put the normalization layers in eval mode, and not the head."
+            "statistics, put only the normalization layers in eval mode, not the head."
         )
     raise AssertionError(
         f"The head of {name} must be called on z, got a forward pass in which the module that `heads` holds was not "
@@ -60,14 +60,14 @@ def _check_fed(trial: Trial, task: int) -> None:
 
 
 def check_losses_pass_through_their_heads(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
-    """Check, as a step does, that every loss comes from its own head, and reaches what is shared through heads only."""
+    """Check, as a step does, that every loss passes through its own head, and reaches shared modules only there."""
     trial = Trial(optimizer, losses)
     with trial.restored():
         trial.check_wiring(trial.losses())
 
 
 def check_rotations_reach_their_heads(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
-    """Check that another rotation R_k changes the loss of task k."""
+    """Check that changing the rotation R_k changes the loss of task k."""
     trial = Trial(optimizer, losses)
     with trial.restored():
         before = trial.losses()
@@ -75,7 +75,7 @@ def check_rotations_reach_their_heads(optimizer: RotoGradOptimizer, losses: Loss
         trial.backward(before)
         rotations, record = optimizer.rotations, trial.engine.record
         assert record is not None
-        depends = record.grad_norms > 0  # a head whose last layer is zero, as some are at first, does not look at z
+        depends = record.grad_norms > 0  # a head whose last layer is initialized to zero does not depend on z
         for task in before:
             if task not in rotated or rotations.size == 1 or not depends[task]:
                 continue
@@ -86,13 +86,13 @@ def check_rotations_reach_their_heads(optimizer: RotoGradOptimizer, losses: Loss
             if torch.equal(after, before[task]):
                 raise AssertionError(
                     f"A rotation in front of {trial.names[task]} must change its loss, got the same loss. Likely "
-                    "causes: (a) the head looks at the norm of z only, which no rotation changes, or (b) its value and "
+                    "causes: (a) the head only uses the norm of z, which no rotation changes, or (b) its value and "
                     "its gradient come from different computations, as with a straight-through estimator."
                 )
 
 
 def _another(rotation: Tensor) -> Tensor:
-    """Return a rotation far from this one: its rows in another order, one negated where the determinant asks for it."""
+    """Return a rotation far from this one: its rows permuted, and one negated if the determinant requires it."""
     other = rotation.roll(1, 0)
     if len(other) % 2 == 0:
         other[0] *= -1
@@ -100,7 +100,7 @@ def _another(rotation: Tensor) -> Tensor:
 
 
 def check_parameters_are_optimized(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
-    """Check that there is an optimizer for every parameter that a loss depends on: this one or another one."""
+    """Check that some optimizer has every parameter that a loss depends on: this one or another one."""
     trial = Trial(optimizer, losses)
     with trial.restored():
         present = trial.losses()
@@ -117,8 +117,8 @@ def check_parameters_are_optimized(optimizer: RotoGradOptimizer, losses: LossFn)
     if missing:
         raise AssertionError(
             f"There must be an optimizer for every parameter that the losses depend on, got {len(missing)} without: "
-            f"{_listed(missing)}. Build it with model.parameters(), of the model that runs and when it is complete, or "
-            "freeze them: requires_grad_(False)."
+            f"{_listed(missing)}. Build it with model.parameters() after the model is complete, from the model that "
+            "runs, or freeze them: requires_grad_(False)."
         )
 
 

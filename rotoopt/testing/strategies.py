@@ -1,6 +1,6 @@
-"""Strategies for ``hypothesis``, which is an extra: representations, gradients, rotations and small models.
+"""Strategies for ``hypothesis`` (an extra): representations, gradients, rotations and small models.
 
-They draw sizes, scales and seeds, never the entries of a tensor: shrinking stays quick, and failures can be replayed.
+They draw sizes, scales and seeds, never the entries of a tensor: shrinking is fast, and failures can be replayed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LAYOUTS: list[Layout] = [
     ((3, 6, 2, 3), 1),
     ((3, 4, 2, 3), (1, 2)),
     ((2, 3, 4, 2), (1, 3)),
-    ((3, 12), -1),  # few samples for the features, here and below: turns are of low rank
+    ((3, 12), -1),  # fewer samples than features, here and below: updates of low rank
     ((2, 12, 2, 1), 1),
 ]
 
@@ -70,11 +70,11 @@ def task_gradients(
     r"""Draw gradients of K tasks at a representation of vectors.
 
     Args:
-        draw: Given by hypothesis.
+        draw: Provided by hypothesis.
         num_tasks: Draws K.
-        conflicting: Whether cosines are negative; either, if not given.
-        max_log_scale: Norms are up to :math:`10^{\pm s}`, one for each task.
-        low_rank: Whether the gradients of all samples of a task are multiples of one.
+        conflicting: Whether cosines are negative. Default: either.
+        max_log_scale: Norms are between :math:`10^{-s}` and :math:`10^s`, drawn per task.
+        low_rank: Whether the gradients of all samples of a task are multiples of one vector.
 
     Returns:
         Shape ``(K, B, d)``.
@@ -118,7 +118,7 @@ def multi_task_models(draw: st.DrawFn) -> tuple[Network, list[Batch], int | tupl
 
 @st.composite
 def branching_models(draw: st.DrawFn) -> tuple[Branching, list[Tensor]]:
-    """Draw a small model whose heads need not all read one tensor, and inputs of some batches.
+    """Draw a small model whose heads need not all read one tensor, and the inputs of some batches.
 
     Example:
         >>> from hypothesis import given, settings

@@ -1,9 +1,9 @@
-"""Weightings: how the K task gradients at the representation become the one that the backbone receives.
+"""Weightings: how the K task gradients at the representation are combined into the gradient of the backbone.
 
-:class:`ProgressWeighting` is the default, :class:`RotoGradWeighting` the paper's, :class:`GradNorm` trains its weights,
-and :class:`EqualWeighting` is the plain sum. For one of your own, subclass :class:`Weighting`, which sees
-:class:`Measurements` and returns one weight per task, or pass any callable that maps the ``(K, n)`` gradients to
-``(n,)``, such as a TorchJD aggregator.
+:class:`ProgressWeighting` is the default, :class:`RotoGradWeighting` is the paper's, :class:`GradNorm` trains its
+weights, and :class:`EqualWeighting` is the plain sum. To write your own, subclass :class:`Weighting`, which computes
+one weight per task from :class:`Measurements`, or pass any callable that maps the ``(K, n)`` gradients to ``(n,)``,
+such as a TorchJD aggregator.
 """
 
 from rotoopt.weighting._gradnorm import GradNorm

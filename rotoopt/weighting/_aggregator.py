@@ -1,4 +1,4 @@
-"""Aggregators: functions that make one gradient of K, such as those of TorchJD."""
+"""Aggregators: functions that combine K gradients into one, such as those of TorchJD."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class CallableWeighting(Weighting):
         self.aggregator = aggregator
 
     def __call__(self, measured: Measurements) -> Tensor:
-        """Return NaN: what the aggregator returns need not be a weighted sum."""
+        """Return NaN: the result of an aggregator is not necessarily a weighted sum."""
         return torch.full_like(measured.norms, torch.nan)
 
     def combine(self, gradients: TaskGradients, weights: Tensor) -> Tensor:
-        """Return what the aggregator makes of the gradients."""
+        """Return the result of the aggregator, checked."""
         return gradients.aggregate(self._checked)
 
     def _checked(self, rows: Tensor) -> Tensor:

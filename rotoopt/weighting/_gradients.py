@@ -107,7 +107,7 @@ class TaskGradients:
         return grads if len(self.tasks) == len(grads) else grads[list(self.tasks)]
 
     def aggregate(self, aggregator: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return what ``aggregator`` makes of the ``(|P|, n)`` gradients of the present tasks. Shape ``(n,)``."""
+        """Return the result of ``aggregator`` on the ``(|P|, n)`` gradients of the present tasks. Shape ``(n,)``."""
         return aggregator(self.rows())
 
     def combine(self, weights: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class TaskGradients:
 
 @dataclass(frozen=True)
 class JoinedGradients(TaskGradients):
-    """The gradients of the joined batch: ``scaled`` has the samples of this process, all else is that of all.
+    """The gradients of the joined batch: ``scaled`` holds the samples of this process, the rest describes all samples.
 
     Attributes:
         processes: The processes that share the batch.
@@ -137,10 +137,10 @@ class JoinedGradients(TaskGradients):
     def join(cls, own: TaskGradients, processes: Processes) -> JoinedGradients:
         """Join the gradients of all processes, by exchanging K (K + 2) numbers."""
         K = len(own.scale)
-        told = processes.gather(torch.cat([own.gram.flatten(), own.scale, own.present]))
-        grams, scales, present = torch.split(told, [K * K, K, K], dim=1)
+        gathered = processes.gather(torch.cat([own.gram.flatten(), own.scale, own.present]))
+        grams, scales, present = torch.split(gathered, [K * K, K, K], dim=1)
         grams = grams.view(-1, K, K)
-        # Where a process has no gradient of a task, its scale means nothing.
+        # The scale of a task without a gradient on a process is meaningless.
         zero = grams.diagonal(dim1=1, dim2=2) == 0
         scale = torch.where(zero, 0.0, scales).amax(0)
         scale = torch.where(scale > 0, scale, 1.0)
@@ -149,7 +149,7 @@ class JoinedGradients(TaskGradients):
         return cls(own.scaled.mul_((own.scale / scale)[:, None]), scale, None, present.any(0), gram, processes)
 
     def aggregate(self, aggregator: Callable[[Tensor], Tensor]) -> Tensor:
-        """Let every process see the gradients of all samples, and keep its own part; waits for the device."""
+        """Call the aggregator with the samples of all processes, and return the part of this one; synchronizes."""
         own = self.rows()
         sizes = [int(size) for size in self.processes.gather(torch.tensor([own.shape[1]], device=own.device))]
         padded = torch.nn.functional.pad(own, (0, max(sizes) - own.shape[1]))

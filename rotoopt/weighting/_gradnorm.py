@@ -1,4 +1,4 @@
-"""GradNorm: task weights that are trained, so that tasks train at similar rates."""
+"""GradNorm: trained task weights, so that tasks train at similar rates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def softmax_weights(logits: Tensor) -> Tensor:
 
 
 def gradnorm_gradient(weights: Tensor, norms: Tensor, targets: Tensor, present: Tensor) -> Tensor:
-    r"""Gradient of the GradNorm loss in the logits of the weights.
+    r"""Gradient of the GradNorm loss with respect to the logits of the weights.
 
     The loss is :math:`\sum_{k \in P} | w_k \lVert G_k \rVert - T_k |` with T constant, and
     :math:`w = K\,\mathrm{softmax}(\ell)`, so that weights stay positive and sum to K.
@@ -35,8 +35,8 @@ def gradnorm_gradient(weights: Tensor, norms: Tensor, targets: Tensor, present: 
         present: P. Shape ``(K,)``, bool.
 
     Returns:
-        Gradient in :math:`\ell`, shape ``(K,)``. Zero where a single task is present (its target is its own norm,
-        and the sign would be that of a rounding error) or where something is not finite.
+        Gradient with respect to :math:`\ell`, shape ``(K,)``. Zero if a single task is present (its target is its own
+        norm, so the sign would be that of a rounding error) or if a value is not finite.
     """
     in_weights = torch.where(present, (weights * norms - targets).sign() * norms, 0.0)
     gradient = weights * (in_weights - (weights * in_weights).sum() / len(weights))
@@ -52,14 +52,14 @@ class GradNorm(Weighting):
     The weights minimize :math:`\sum_k | w_k \lVert G_k \rVert - T_k |`; the combination is :math:`\sum_k w_k G_k`.
 
     Args:
-        alpha: :math:`\alpha`, how strongly slow tasks are favored; 0 asks for equal norms.
+        alpha: :math:`\alpha`, how strongly slow tasks are favored; 0 gives equal norms.
         lr: Learning rate of the weights.
-        optimizer: Makes the optimizer of the weights from their logits, instead of Adam with ``lr``.
-        common_norm: ``"norm_of_mean"``, as above, or ``"mean_of_norms"``: :math:`\tfrac{1}{|P|} \sum_i w_i \lVert
-            G_i \rVert` in its place, which is not smaller where tasks conflict.
+        optimizer: Builds the optimizer of the logits, given a list of parameters. Default: Adam with ``lr``.
+        common_norm: ``"norm_of_mean"``, as above, or ``"mean_of_norms"``, which replaces that factor by
+            :math:`\tfrac{1}{|P|} \sum_i w_i \lVert G_i \rVert`; it does not shrink if tasks conflict.
 
-    Source: Chen et al., GradNorm, ICML 2018, eqs. 1-2, which has the mean of the norms, at the last shared layer; here
-    they are taken at the representation. The norm of the mean is that of ``RotoGradNorm`` in the official RotoGrad
+    Source: Chen et al., GradNorm, ICML 2018, eqs. 1-2, which uses the mean of the norms at the last shared layer; here
+    they are measured at the representation. The norm of the mean is that of ``RotoGradNorm`` in the official RotoGrad
     package.
     """
 
@@ -85,7 +85,7 @@ class GradNorm(Weighting):
         self._trained: tuple[nn.Parameter, Optimizer] | None = None
 
     def bind(self, num_tasks: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Make the logits and their optimizer."""
+        """Create the logits and their optimizer."""
         super().bind(num_tasks, device, dtype)
         logits = nn.Parameter(torch.zeros(num_tasks, device=device, dtype=dtype))
         self._trained = logits, self._make_optimizer([logits])
@@ -103,28 +103,28 @@ class GradNorm(Weighting):
     def _state(self) -> tuple[nn.Parameter, Optimizer]:
         if self._trained is None:
             raise RuntimeError(
-                "GradNorm must belong to an optimizer before its weights are read or trained, got one that does not. "
-                "Pass it to RotoGradOptimizer(..., weighting=...) first."
+                "GradNorm must belong to an optimizer before its weights are read or trained, got one without an "
+                "optimizer. Pass it to RotoGradOptimizer(..., weighting=...) first."
             )
         return self._trained
 
     @property
     def weights(self) -> Tensor:
-        """The weights of the next backward pass: positive, sum K. Shape ``(K,)``."""
+        """The weights of the next backward pass: positive, with sum K. Shape ``(K,)``."""
         return softmax_weights(self.logits)
 
     def __call__(self, measured: Measurements) -> Tensor:
-        """Train the weights by one step, and return them."""
+        """Update the weights by one step, and return them."""
         before = self.logits.detach().clone()
         self.logits.grad = self.gradient(self.logits, measured)
         self.optimizer.step()
         self.logits.grad = None
-        with torch.no_grad():  # without any task, what moved the logits is momentum
+        with torch.no_grad():  # without any task, only momentum moves the logits
             self.logits.copy_(torch.where(measured.present.any(), self.logits, before))
         return self.weights
 
     def gradient(self, logits: Tensor, measured: Measurements) -> Tensor:
-        """Return the gradient of the GradNorm loss in ``logits``, shape ``(K,)``, from what a step measured."""
+        """Return the gradient of the GradNorm loss with respect to ``logits``, shape ``(K,)``."""
         ratios, present = measured.loss_ratios, measured.present
         assert ratios is not None  # `needs_losses`
         weights = softmax_weights(logits)
@@ -137,7 +137,7 @@ class GradNorm(Weighting):
         """Return the norm of the sum of gradients with these ``norms``, or the sum of the norms."""
         if cosines is None or self.common_norm == "mean_of_norms":
             return norms.sum()
-        largest = norms.amax()  # the norm is taken at this scale: huge squares overflow
+        largest = norms.amax()  # divide by it first: squares of large norms overflow
         relative = norms / largest
         return largest * (relative @ cosines @ relative).clamp(min=0.0).sqrt()
 

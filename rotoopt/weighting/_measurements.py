@@ -1,4 +1,4 @@
-"""Measurements: what a weighting sees of one backward pass, or of all those of a step, and what it is compared with."""
+"""Measurements: the input of a weighting, from one backward pass or all of one step, and the reference values."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class Measurements:
 
     Attributes:
         norms: :math:`\lVert G_k \rVert`, the norm of the gradient of task k at the representation over the whole batch;
-            for an absent task the last one that was known, zero if none was. Shape ``(K,)``.
-        present: Which tasks took part. Shape ``(K,)``, bool. None where something was not finite, for a weighting that
-            is called once per step.
-        finite: Whether all losses and gradients were finite; if not, nothing should be remembered. Shape ``()``, bool.
-        losses: L_k, NaN for an absent task. Shape ``(K,)``. ``None`` where the user back-propagated them.
-        cosines: Cosines between the gradients, zero for an absent or zero one. Shape ``(K, K)``. ``None`` where they
-            did not meet: see :attr:`Weighting.needs_cosines`.
+            for an absent task the last known norm, or zero if there is none. Shape ``(K,)``.
+        present: Which tasks are present. Shape ``(K,)``, bool. For a weighting that is called once per step, False
+            for all tasks if a value was not finite.
+        finite: Whether all losses and gradients were finite; if not, do not update any state. Shape ``()``, bool.
+        losses: L_k, NaN for an absent task. Shape ``(K,)``. ``None`` if the user called ``backward()`` on them.
+        cosines: Cosines between the gradients, zero for an absent or zero one. Shape ``(K, K)``. ``None`` if the
+            gradients were not collected: see :attr:`Weighting.needs_cosines`.
         norm_references: :math:`\lVert G_k(t_0) \rVert`, NaN where there is none yet. Shape ``(K,)``.
         loss_references: :math:`|L_k(t_0)|`, NaN where there is none yet. Shape ``(K,)``.
-        agreement: How much the samples of the batch agree about what a task asks for: with :math:`A_{kb} = g_{kb}
-            z_b^\top`, the gradient of a matrix in front of head k for sample b, :math:`\lVert \sum_b A_{kb} \rVert^2 /
-            \sum_b \lVert A_{kb} \rVert^2`. One on average for a gradient that is noise alone, the number of samples
-            where all are the same; NaN for an absent task. Estimated from 64 random projections. Shape ``(K,)``.
-            ``None`` where it was not measured: see :attr:`Weighting.needs_agreement`.
+        agreement: How much the gradients of the samples in the batch agree: with :math:`A_{kb} = g_{kb} z_b^\top`, the
+            gradient of sample b with respect to a matrix in front of head k, :math:`\lVert \sum_b A_{kb} \rVert^2 /
+            \sum_b \lVert A_{kb} \rVert^2`. Its expectation is one for a gradient that is pure noise; it is the number
+            of samples if all are equal; NaN for an absent task. Estimated from 64 random projections. Shape
+            ``(K,)``. ``None`` if it was not measured: see :attr:`Weighting.needs_agreement`.
     """
 
     norms: Tensor
@@ -57,9 +57,9 @@ class Measurements:
 
 
 def joined(parts: Sequence[Measurements]) -> Measurements:
-    """Return what several backward passes measured together, as if their batches were one; not finite ones left out.
+    """Return the joint measurements of several backward passes, without those that are not finite.
 
-    Squared norms and losses add up: the losses of a batch are those of its parts, each divided by their number.
+    Squared norms and losses are added: each loss is that of a part of the batch, divided by the number of parts.
     """
     usable = [_if_finite(part) for part in parts]
     if len(usable) == 1:
@@ -77,10 +77,10 @@ def joined(parts: Sequence[Measurements]) -> Measurements:
 
 
 def joined_across(own: Measurements, processes: Processes) -> Measurements:
-    """Return what all processes measured together, where ``own`` is of this one; its losses are those of all."""
+    """Return the joint measurements of all processes; the losses in ``own`` already are those of all."""
     K, cosines = len(own.norms), own.norms.new_zeros(0) if own.cosines is None else own.cosines.flatten()
-    told = processes.gather(torch.cat([own.norms, own.present, own.finite[None], cosines]))
-    norms, present, finite, parts = torch.split(told, [K, K, 1, len(cosines)], dim=1)
+    gathered = processes.gather(torch.cat([own.norms, own.present, own.finite[None], cosines]))
+    norms, present, finite, parts = torch.split(gathered, [K, K, 1, len(cosines)], dim=1)
     total = root_sum_square(norms)
     return replace(
         own,
@@ -92,7 +92,7 @@ def joined_across(own: Measurements, processes: Processes) -> Measurements:
 
 
 def _if_finite(part: Measurements) -> Measurements:
-    """Return ``part`` without what absent tasks had before; all are absent where something was not finite."""
+    """Return ``part`` with norm zero for absent tasks; all tasks are absent if a value was not finite."""
     finite = part.finite
     present = part.present & finite
     return replace(
@@ -111,7 +111,7 @@ def _joint_cosines(cosines: Tensor, norms: Tensor, total: Tensor) -> Tensor:
 
 
 def root_sum_square(norms: Tensor) -> Tensor:
-    """Return the norms of vectors of which parts have ``norms``, ``(T, K)``, at any scale. Shape ``(K,)``."""
+    """Return the norms of vectors whose parts have ``norms``, ``(T, K)``, at any scale. Shape ``(K,)``."""
     largest = norms.amax(0)
     relative = torch.where(largest > 0, norms / largest, 0.0)
     return largest * relative.square().sum(0).sqrt()
@@ -124,18 +124,18 @@ def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Reference:
-    """One reference value per task, taken at step 0 and once more after the burn-in.
+    """One reference value per task, measured at step 0 and again after the burn-in.
 
-    Only a valid value becomes a reference: of a present task, finite and not zero. Where the value at step 0 (or at
-    the end of the burn-in) is not, the next valid one is taken. Before the burn-in ends, a reference that is but
-    rounding next to the present value is taken anew: a distillation loss starts at zero, plus or minus some eps.
+    A reference must be a finite, nonzero value of a present task. If the value at step 0 (or at the end of the
+    burn-in) is not, the next valid one is taken. Until the burn-in ends, a reference at rounding level relative to the
+    current value is replaced: a distillation loss starts at zero, plus or minus rounding errors.
 
     Attributes:
         values: The references, NaN where there is none yet. Shape ``(K,)``.
-        settled: Whether the reference was taken after the burn-in, and so is final. Shape ``(K,)``, bool.
+        settled: Whether the reference was measured after the burn-in, and is final. Shape ``(K,)``, bool.
 
-    Source: RotoGrad, ICLR 2022, eq. 2 has t0 = 0; the second time is the official code's. The official code takes
-    any value, so that one overflow at step 0 zeroes the gradient of the backbone until the burn-in ends.
+    Source: RotoGrad, ICLR 2022, eq. 2 uses t0 = 0; the second measurement is from the official code, which accepts
+    any value: there, one overflow at step 0 zeroes the gradient of the backbone until the burn-in ends.
     """
 
     values: Tensor
@@ -151,13 +151,13 @@ class Reference:
         """Return the references after a step.
 
         Args:
-            current: The values of this step, in absolute value; zero or NaN for a task that has none. Shape ``(K,)``.
-            finite: Whether they are finite, together or each. Shape ``()`` or ``(K,)``, bool.
+            current: Absolute values of this step; zero or NaN for a task without a value. Shape ``(K,)``.
+            finite: Whether they are finite, for all tasks or for each. Shape ``()`` or ``(K,)``, bool.
             burnt_in: Whether the burn-in is over.
         """
         valid = (current > 0) & finite
         if burnt_in:
-            take = valid > self.settled  # and not
+            take = valid > self.settled  # valid and not settled
         else:
             take = valid & ~(self.values >= current * torch.finfo(self.values.dtype).eps ** 0.5)  # NaN, too
         values = torch.where(take, current.to(self.values.dtype), self.values)

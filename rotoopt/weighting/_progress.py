@@ -1,4 +1,4 @@
-"""The default weighting: norms that are equal on average, times how far every task has to go and how clear it is."""
+"""The default weighting: gradient norms that are equal on average, times progress and signal of each task."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 from rotoopt.weighting._measurements import Measurements
 from rotoopt.weighting._weighting import Weighting
 
-BURST = 3.0  # how many times larger than on average a gradient may be before its own norm counts
-VANISHED = 1e-3  # of the largest average norm: below, a weight grows no more
-RATES = 1e-4, 1e4  # between which r is told apart
-NOISE = 0.05  # the least share of signal: an estimate of less is chance
-TURNS = 10  # over which the agreement of samples is averaged
+BURST = 3.0  # a gradient up to this many times its mean norm is weighted by the mean, a larger one by its own norm
+VANISHED = 1e-3  # relative to the largest mean norm of the task: below it, the weight stops growing
+RATES = 1e-4, 1e4  # bounds of r
+NOISE = 0.05  # lower bound of s: smaller estimates are not significant
+TURNS = 10  # length of the running mean of the agreement
 
 
 class ProgressWeighting(Weighting):
-    r"""Give all task gradients the same norm on average, and more of it to slow tasks and to those with a clear signal.
+    r"""Equal gradient norms on average, with larger shares for slow tasks and for tasks with a clear signal.
 
     .. math:: w_k = \frac{\pi_k}{\nu_k} \sum_j \nu_j, \qquad
         \pi_k = \frac{(r_k s_k)^\alpha}{\sum_j (r_j s_j)^\alpha}
@@ -24,33 +24,33 @@ class ProgressWeighting(Weighting):
     .. math:: \nu_k = \overline{\lVert G_k \rVert}, \qquad r_k = \frac{\overline{L_k}}{|L_k(t_0)|}, \qquad
         s_k = 1 - \frac{1}{\overline{F_k}}
 
-    Bars are running means. The weighted norms add up to what the norms add up to in the plain sum, so its learning
-    rates fit, and task k has the share :math:`\pi_k` of it:
+    Bars denote running means. The sum of the weighted norms is the same as in the plain sum, so that its learning rate
+    still fits. Task k has the share :math:`\pi_k` of it:
 
-    - r tells how far it still has to go. Of a loss that is quadratic around zero, :math:`\nu_k` is in proportion to
-      :math:`\sqrt{r_k}`: with :math:`\alpha = 1/2` its weight does not grow while it converges.
-    - s tells what part of its gradient is signal. F is the agreement of the samples of a batch
-      (:attr:`Measurements.agreement`, measured in the steps in which rotations turn): one where they have nothing in
-      common, as for labels that are random. Batches of one sample tell nothing, and all s are equal.
+    - r is the remaining loss, relative to its first value. For a loss that is quadratic around zero, :math:`\nu_k` is
+      proportional to :math:`\sqrt{r_k}`: with :math:`\alpha = 1/2`, its weight does not grow as it converges.
+    - s is the share of the gradient that is signal. F is the agreement of the samples of a batch
+      (:attr:`Measurements.agreement`, measured in the steps that update the rotations): one if they have nothing in
+      common, as for random labels. With one sample per batch it cannot be estimated, and all s are equal.
 
-    The weights are made by the steps before, and so known before a backward pass: each gradient goes on at once. In the
-    first two steps, gradients wait for each other if all heads read one tensor; otherwise these weights are ones. One
-    step is not enough: a loss that starts at its minimum, as in distillation, has a gradient that is only rounding.
+    The weights are computed in earlier steps, so that they are known before the backward pass and each gradient is
+    weighted as soon as it is available. The first two steps use their own gradients if all heads read one tensor, and
+    weights of one otherwise. One such step is not enough: a loss that starts at its minimum, as in distillation,
+    has a gradient that is only rounding errors.
 
-    What is not known is left out: all r are one where no losses were seen (your own ``sum(losses).backward()``),
-    and that of a task whose loss has been negative, of which a ratio tells nothing; s is the geometric mean of the
-    others'. A task without a gradient so far has weight one. Absent tasks count with what is remembered of them, so
-    that a batch per task is weighted as one of all.
+    Unknown values have no influence: all r are one if the losses are unknown (your own ``sum(losses).backward()``),
+    and so is the r of a task whose loss has been negative, since a ratio of losses is then meaningless; an unknown s
+    is the geometric mean of the others. The weight of a task that has had no gradient yet is one. Absent tasks keep
+    their running means, so that a batch per task is weighted like a batch with all of them.
 
-    Weights are bounded: a gradient that is more than three times as large as on average counts with a third of its own
-    norm, one that vanishes with a thousandth of the largest :math:`\nu_k` so far, r between 1e-4 and 1e4, and s from
-    0.05. But a gradient that grows by orders of magnitude from one step to the next is used once with the weight from
-    before.
+    Weights are bounded: a gradient more than three times as large as its mean is weighted by a third of its own
+    norm, a vanishing one by a thousandth of its largest mean so far; r is between 1e-4 and 1e4, and s at least 0.05.
+    A gradient that grows by orders of magnitude within one step is still used once with the previous weight.
 
     Args:
-        alpha: :math:`\alpha`, how strongly tasks are favored that are slow, as in GradNorm, and whose signal is clear;
+        alpha: :math:`\alpha`, how strongly tasks are favored that are slow, as in GradNorm, or have a clear signal;
             0 gives equal norms.
-        decay: How much of a running mean a step keeps, from 0 to 1.
+        decay: Decay of the running means, at least 0 and below 1.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -62,8 +62,8 @@ class ProgressWeighting(Weighting):
         >>> ProgressWeighting()(measured)  # both gradients get the norm 2
         tensor([0.6667, 2.0000])
 
-    Source: r is the target of Chen et al., GradNorm, ICML 2018, eq. 2, reached without trained weights; s is ours; one
-    norm for all tasks is that of RotoGrad, ICLR 2022, eq. 1, which takes the latest gradients instead of running means.
+    Source: r is the target of Chen et al., GradNorm, ICML 2018, eq. 2, without trained weights. s is new. Equal norms
+    are from RotoGrad, ICLR 2022, eq. 1, which uses the current gradients instead of running means.
     """
 
     lagged = True
@@ -80,22 +80,22 @@ class ProgressWeighting(Weighting):
         self.decay = decay
 
     def __call__(self, measured: Measurements) -> Tensor:
-        """Remember what was measured, and return w."""
+        """Update the running means, and return w."""
         latest, means = self._remember(measured)
         norms = self._bounded(latest[0], means[0])
         rates = (means[1] / measured.loss_references).clamp(*RATES).nan_to_num(1.0)
         logits = torch.add(self._log_signal(measured), rates.log(), alpha=self.alpha)
         shares = logits.masked_fill(norms == 0, -torch.inf).softmax(0)
-        # 0 / 0: of a task without a gradient so far. Infinite: where norms are, or nearly.
+        # NaN (0 / 0) for a task that has had no gradient yet; infinite if norms nearly overflow.
         return (shares * (norms.sum() / norms)).nan_to_num(1.0)
 
     def _remember(self, measured: Measurements) -> tuple[Tensor, Tensor]:
-        """Return norms and losses, the latest of every task, and their means, which are plain ones at first. (2, K)."""
+        """Return norms and losses, the latest of every task, and their running means, both of shape ``(2, K)``."""
         norms, losses, seen = measured.norms, measured.losses, measured.present & (measured.norms > 0)
         before = self._remembered("means", norms.expand(2, -1)).to(norms)  # the network may have become wider
         if losses is None:
             latest, learned = torch.stack([norms, before[1]]), torch.stack([seen, torch.zeros_like(seen)])
-        else:  # a negative one makes the mean NaN for good
+        else:  # a negative loss makes the mean NaN permanently
             latest, learned = torch.stack([norms, losses.masked_fill(losses < 0, torch.nan).to(norms)]), seen
         latest = torch.where(seen, latest, before)
         count = self._remembered("count", latest).to(latest) + learned
@@ -104,12 +104,12 @@ class ProgressWeighting(Weighting):
         return latest, means
 
     def _bounded(self, latest: Tensor, means: Tensor) -> Tensor:
-        r"""Return :math:`\nu`, bounded; zero where it is not known. Shape ``(K,)``."""
+        r"""Return :math:`\nu`, bounded; zero where unknown. Shape ``(K,)``."""
         self.state["peaks"] = torch.maximum(self._remembered("peaks", means).to(means), means)
         return torch.maximum(torch.maximum(means, latest / BURST), VANISHED * self.state["peaks"])
 
     def _log_signal(self, measured: Measurements) -> Tensor:
-        r"""Return :math:`\alpha \log s`, the mean over the others for a task of which it is not known. ``(K,)``."""
+        r"""Return :math:`\alpha \log s`; where unknown, the mean over the other tasks. Shape ``(K,)``."""
         latest = measured.agreement
         if latest is not None:
             known = measured.present & (latest < torch.inf)

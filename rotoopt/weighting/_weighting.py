@@ -14,27 +14,28 @@ from rotoopt.weighting._measurements import Measurements
 
 
 class Weighting(ABC):
-    """One weight per task, from what was measured. Subclass it for your own, with :meth:`__call__` alone.
+    """Base class: computes one weight per task from measurements. Subclasses implement :meth:`__call__`.
 
-    By default, the weights of a backward pass are made in it: K gradients wait at the representation until all have
-    arrived, their norms are measured, and their weighted sum goes on to the backbone. Where the heads do not all read
-    one tensor, they cannot wait for each other: then all weightings are lagged, and the first weights are ones.
+    By default, the weights of a backward pass are computed in that pass: the K gradients are collected at the
+    representation, their norms are measured, and their weighted sum is passed on to the backbone. If the heads do not
+    all read one tensor, the gradients cannot be collected: then all weightings are lagged, and the first weights are
+    one.
 
     Attributes:
-        lagged: Whether the weights are used from the next step on instead, and so are known before its backward pass.
-            Then each gradient goes on at once, times its weight, and none is kept. The weights of the first step are
-            ones.
-        num_waiting: In how many steps at first the weights are made of the gradients of the step itself nevertheless;
-            where the heads do not all read one tensor, these are ones.
-        needs_losses: Whether the losses must be seen. Then ``sum(losses).backward()`` is an error that asks for
+        lagged: Whether the weights are used from the next step on, and so are known before its backward pass. Then
+            each gradient is weighted as soon as it is available, and none is stored. The weights of the first step
+            are one.
+        num_waiting: Number of first steps of a lagged weighting that use weights from their own gradients, if all
+            heads read one tensor; otherwise these weights are one.
+        needs_losses: Whether the losses are needed. Then ``sum(losses).backward()`` raises an error that asks for
             ``optimizer.step(losses)`` or ``optimizer.backward(losses)``.
-        needs_cosines: Whether the K gradients must meet in every step, for their cosines.
-        needs_agreement: Whether :attr:`Measurements.agreement` is to be measured, in the steps in which rotations turn.
-        needs_old_norms: Whether :attr:`Measurements.norm_references` are read, or the norms of absent tasks; else both
-            may be unknown.
-        needs_one_tensor: Whether all heads must read one tensor, because :meth:`combine` does more than to add up.
-        state: What the weighting remembers from step to step: tensors by name, saved and loaded with the optimizer, and
-            moved with the representation. Empty at first.
+        needs_cosines: Whether the K gradients must be collected in every step to compute their cosines.
+        needs_agreement: Whether to measure :attr:`Measurements.agreement`, in the steps that update the rotations.
+        needs_old_norms: Whether :attr:`Measurements.norm_references` or the norms of absent tasks are used; otherwise
+            both may be unknown.
+        needs_one_tensor: Whether all heads must read one tensor, because :meth:`combine` is not a weighted sum.
+        state: State of the weighting: tensors by name, saved and loaded with the optimizer and moved to the device of
+            the representation. Initially empty.
     """
 
     lagged: bool = False
@@ -48,10 +49,10 @@ class Weighting(ABC):
 
     @abstractmethod
     def __call__(self, measured: Measurements) -> Tensor:
-        """Return the weights of the tasks, those of absent tasks too, which nobody uses. Shape ``(K,)``.
+        """Return the weights of the tasks; those of absent tasks are ignored. Shape ``(K,)``.
 
         Called without gradients and outside of autocast: once per backward pass or, if ``lagged``, once per step with
-        what all its backward passes measured together, but for those in which something was not finite.
+        the joint measurements of its backward passes, except those with a value that is not finite.
 
         Args:
             measured: The measurements, float32 (float64 for float64 representations), on the device of the
@@ -60,11 +61,11 @@ class Weighting(ABC):
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
-        """What is remembered."""
+        """State of the weighting: tensors by name."""
         return {}
 
     def bind(self, num_tasks: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Make the state for ``num_tasks`` tasks; called once, by the optimizer that uses this weighting.
+        """Create the state for ``num_tasks`` tasks; called once, by the optimizer that uses this weighting.
 
         Raises:
             ValueError: If another optimizer uses it already.
@@ -77,7 +78,7 @@ class Weighting(ABC):
         self._bound = True
 
     def release(self) -> None:
-        """Let another optimizer use this weighting: the one that called :meth:`bind` could not be built."""
+        """Let another optimizer use this weighting, after the one that called :meth:`bind` could not be built."""
         self._bound = False
 
     def combine(self, gradients: TaskGradients, weights: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ class Weighting(ABC):
 
 
 def gradient_shares(norm_ratios: Tensor, present: Tensor) -> Tensor:
-    r"""Share of every task in the common norm: tasks that converge slowly count more.
+    r"""Share of every task in the common norm: tasks that converge slowly have a larger share.
 
     :math:`\alpha_k = \rho_k / \sum_{i \in P} \rho_i` with :math:`\rho_k = \lVert G_k \rVert / \lVert G_k(t_0) \rVert`
     over the present tasks P. A present task without a ratio gets the mean ratio of the others.
@@ -122,7 +123,7 @@ def gradient_shares(norm_ratios: Tensor, present: Tensor) -> Tensor:
     Source: RotoGrad, ICLR 2022, eq. 2.
     """
     known = present & ~norm_ratios.isnan()
-    # Ratios of a task whose gradient exploded since t0 may be huge, even infinite: divide before adding up.
+    # Ratios may be huge, even infinite, if a gradient has exploded since t0: divide before adding.
     ratios = torch.where(known, norm_ratios, 0.0).clamp(max=torch.finfo(norm_ratios.dtype).max)
     ratios = ratios / ratios.amax()
     ratios = torch.where(present & ~known, ratios.sum() / known.sum(), ratios)
@@ -137,7 +138,7 @@ class RotoGradWeighting(Weighting):
 
     with the shares :math:`\alpha_k` of :func:`~rotoopt.weighting.gradient_shares`. The combination is the sum
     :math:`\sum_k w_k G_k` over the present tasks, without a factor 1/K. Absent tasks count in C with their last known
-    norms, so that a batch per task is scaled as one of all. A zero gradient stays zero.
+    norms, so that a batch per task is scaled like a batch with all of them. A zero gradient stays zero.
 
     Source: RotoGrad, ICLR 2022, eqs. 1-2.
     """
@@ -147,13 +148,13 @@ class RotoGradWeighting(Weighting):
         norms = measured.norms
         known = measured.present | (norms > 0)
         common_norm = (gradient_shares(measured.norm_ratios, known) * norms).sum()
-        # Saturates where norms lie more than 38 decades apart; the task then gets less than C, and no infinity.
+        # Clamped if norms differ by more than 38 orders of magnitude; the task then gets less than C, but no infinity.
         weights = (common_norm / norms).clamp(max=torch.finfo(norms.dtype).max)
         return torch.where(norms == 0, torch.where(known, 0.0, 1.0), weights)
 
 
 class EqualWeighting(Weighting):
-    """Add the gradients up, as ``sum(losses).backward()`` does: rotations only."""
+    """Sum of the gradients, as in ``sum(losses).backward()``: only the rotations have an effect."""
 
     lagged = True
 

@@ -73,5 +73,5 @@ def test_a_function_of_a_notebook_is_refused(script: str | None, monkeypatch: py
     else:
         monkeypatch.setattr(main, "__file__", script, raising=False)
     for function in (of_a_session, functools.partial(of_a_session, value=1)):
-        with pytest.raises(ValueError, match="made in a notebook or an interactive session"):
+        with pytest.raises(ValueError, match="defined in a notebook or an interactive session"):
             compared(function, processes=2)

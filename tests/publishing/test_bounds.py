@@ -45,7 +45,9 @@ def test_both_ends_of_torch_are_tried(pythons: list[str], expected: list[tuple[s
 
 def test_core_exists() -> None:
     for path in (*bounds.CORE, *bounds.NOT_CORE):
-        assert (ROOT / path.partition("::")[0]).exists(), path
+        file, _, test = path.partition("::")
+        assert (ROOT / file).exists(), path
+        assert not test or f"def {test.partition('[')[0]}(" in (ROOT / file).read_text(encoding="utf-8"), path
 
 
 def test_missing_python_is_skipped() -> None:

@@ -126,7 +126,7 @@ FAULTS = {
         r"got 3 without: \(6, 3\) of the backbone; \(1, 6\) of the head of left; .*that runs",
     ),
     "batch drawn inside losses": Fault(
-        miswired.drawn_inside, REPEAT, "must return the same losses at every call, got .* Draw the batch outside"
+        miswired.drawn_inside, REPEAT, "must return the same losses in every call, got .* Draw the batch outside"
     ),
     "infinite loss": Fault(forward(miswired.overflowing), REPEAT, "`losses` must be finite, got inf for right"),
     "rotations overwritten by stretched ones": Fault(
@@ -149,7 +149,7 @@ FAULTS = {
         miswired.hooked("backbone.0.weight"), "check_backbone_gradients", "of the backbone must be the sum of .* a hook"
     ),
     "hook that loses state on loading": Fault(
-        miswired.forgetful, "check_resume", "A step after loading the saved state must be the step without"
+        miswired.forgetful, "check_resume", "A step after loading the saved state must equal the step without"
     ),
 }
 

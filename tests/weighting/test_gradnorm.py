@@ -164,8 +164,8 @@ def test_gradnorm_asks_for_a_norm_that_it_knows_and_for_an_optimizer() -> None:
     with pytest.raises(ValueError, match=message):
         GradNorm(common_norm=unknown)
     message = (
-        r"^GradNorm must belong to an optimizer before its weights are read or trained, got one that does not\. "
-        r"Pass it to RotoGradOptimizer\(\.\.\., weighting=\.\.\.\) first\.$"
+        r"^GradNorm must belong to an optimizer before its weights are read or trained, got one without an "
+        r"optimizer\. Pass it to RotoGradOptimizer\(\.\.\., weighting=\.\.\.\) first\.$"
     )
     with pytest.raises(RuntimeError, match=message):
         _ = GradNorm().weights

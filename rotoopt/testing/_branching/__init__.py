@@ -1,4 +1,4 @@
-"""Models that branch in many ways, as real ones do. No rule of the library is made for one of them."""
+"""Models that branch in different ways, as real models do. The library has no special case for any of them."""
 
 from rotoopt.testing._branching import batches, head_inputs, per_head
 

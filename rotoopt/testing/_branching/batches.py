@@ -1,4 +1,4 @@
-"""Whatever a batch holds: samples of its own for every task, or the same for all."""
+"""Models whose tasks have separate samples, or share them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rotoopt.testing._branching.model import Branching, Sizes, square
 
 
 def batch_per_domain(s: Sizes) -> Branching:
-    """Every task has samples of its own, and all are in one backward pass."""
+    """Every task has its own samples, and all tasks are in one backward pass."""
     backbone, heads = s.vectors(), {"art": s.head(), "photo": s.head(), "sketch": s.head()}
 
     def losses(x: Tensor) -> dict[str, Tensor]:
@@ -18,7 +18,7 @@ def batch_per_domain(s: Sizes) -> Branching:
 
 
 def rows_per_task(s: Sizes) -> Branching:
-    """One batch, of which every task has some rows."""
+    """One batch; each task uses some of its rows."""
     backbone, heads = s.vectors(), {"even": s.head(), "odd": s.head()}
 
     def losses(x: Tensor) -> dict[str, Tensor]:
@@ -29,7 +29,7 @@ def rows_per_task(s: Sizes) -> Branching:
 
 
 def one_tensor(s: Sizes) -> Branching:
-    """One tensor for all heads: what is weighted exactly, and rotated."""
+    """One tensor for all heads: weighted exactly, and rotated."""
     backbone, heads = s.vectors(), {"left": s.head(), "right": s.head(), "third": s.head(outputs=1)}
 
     def losses(x: Tensor) -> dict[str, Tensor]:

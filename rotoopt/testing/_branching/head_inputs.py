@@ -1,4 +1,4 @@
-"""Whatever enters a head: skips, queries, lists of levels, nested containers, conditions."""
+"""Heads with different kinds of inputs: skips, queries, lists of levels, nested containers, conditions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rotoopt.testing._branching.model import Branching, Call, Sizes, conv, squar
 
 
 def unet_skips(s: Sizes) -> Branching:
-    """Two decoders that get the bottleneck and a list of skips."""
+    """Two decoders that take the bottleneck and a list of skips."""
     stem, down, bottom = s.maps(4), conv(4, 6, stride=2), conv(6, s.features, stride=2)
 
     def decode(layers: nn.ModuleDict, z: Tensor, skips: list[Tensor]) -> Tensor:
@@ -36,7 +36,7 @@ def unet_skips(s: Sizes) -> Branching:
 
 
 def detr_decoder(s: Sizes) -> Branching:
-    """Decoders with queries of their own, and one memory for all."""
+    """Decoders with their own queries and a shared memory."""
     encoder = s.sequences()
 
     def decode(layers: nn.ModuleDict, query: Tensor, memory: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def self_attention_heads(s: Sizes) -> Branching:
 
 
 def keyword_attention_heads(s: Sizes) -> Branching:
-    """``mha(query=q, key=z, value=z)``: all by keyword, the first not z."""
+    """``mha(query=q, key=z, value=z)``: keyword arguments, of which the first is not z."""
     encoder, query = s.sequences(), nn.Linear(5, s.features)
     heads = {name: nn.MultiheadAttention(s.features, 2, batch_first=True) for name in ("one", "two")}
 
@@ -84,7 +84,7 @@ def keyword_attention_heads(s: Sizes) -> Branching:
 
 
 def list_of_levels(s: Sizes) -> Branching:
-    """Heads that get all levels of a pyramid as a list."""
+    """Heads that take all levels of a pyramid as a list."""
     stem, down = s.maps(), conv(s.features, s.features, stride=2)
 
     def read(layers: nn.ModuleDict, levels: list[Tensor]) -> Tensor:
@@ -135,7 +135,7 @@ def condition_first(s: Sizes) -> Branching:
 
 
 def lstm_state(s: Sizes) -> Branching:
-    """Heads that get hidden and cell state as a tuple."""
+    """Heads that take hidden and cell state as a tuple."""
     lstm = nn.LSTM(5, s.features, batch_first=True)
 
     def read(layers: nn.ModuleDict, state: tuple[Tensor, Tensor]) -> Tensor:

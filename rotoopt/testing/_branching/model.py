@@ -1,4 +1,4 @@
-"""A model that branches: its sizes, its layers, its heads, and how its losses come about."""
+"""A model that branches: its sizes, layers, heads and losses."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Branching:
 
     Attributes:
         shared: The modules that several tasks use.
-        heads: What ``RotoGradOptimizer`` is given.
-        losses: The losses by task, of inputs ``(B, 5)``.
-        options: What else ``RotoGradOptimizer`` is given.
+        heads: The `heads` argument of ``RotoGradOptimizer``.
+        losses: Computes the losses by task, given inputs ``(B, 5)``.
+        options: Other arguments of ``RotoGradOptimizer``.
     """
 
     shared: Sequence[nn.Module]
@@ -76,7 +76,7 @@ class Sizes:
 
 
 class Call(nn.Module):
-    """Layers by name, and a function that is called with them and the inputs."""
+    """Named layers, and a function that is called with the layers and the inputs."""
 
     def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
         super().__init__()
@@ -84,12 +84,12 @@ class Call(nn.Module):
         self._forward = forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the function makes of layers and inputs."""
+        """Return the result of the function."""
         return self._forward(self.layers, *args, **kwargs)
 
 
 def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
-    """Return a convolution that keeps the size of a map, but for its stride."""
+    """Return a convolution that keeps the size of a map if ``stride`` is one."""
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
 
 
@@ -99,7 +99,7 @@ def square(output: Tensor) -> Tensor:
 
 
 def built(make: Callable[[Sizes], Branching], sizes: Sizes, seed: int, dtype: torch.dtype) -> Branching:
-    """Return the model whose weights come from ``seed``; torch's global state is left alone."""
+    """Return the model with weights from ``seed``; torch's global state does not change."""
     default = torch.get_default_dtype()
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Whatever each head gets: other tensors, sizes and depths, several tensors, several modules for one task."""
+"""Heads that read different tensors: other sizes and depths, several tensors, several modules for one task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rotoopt.testing._branching.model import Branching, Call, Head, Sizes, conv,
 
 
 def pooled_and_dense(s: Sizes) -> Branching:
-    """A head of the pooled map, and one of the map."""
+    """A head on the pooled map, and one on the map."""
     backbone, heads = s.maps(), {"cls": s.head(), "seg": conv(s.features, 2)}
 
     def losses(x: Tensor) -> dict[str, Tensor]:
@@ -20,7 +20,7 @@ def pooled_and_dense(s: Sizes) -> Branching:
 
 
 def dropout_per_head(s: Sizes) -> Branching:
-    """Dropout in front of every head, as in a language model."""
+    """Dropout in front of each head, as in a language model."""
     backbone, dropout, heads = s.sequences(), nn.Dropout(0.3), {"tokens": s.head(), "pairs": s.head(outputs=3)}
 
     def losses(x: Tensor) -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def dropout_per_head(s: Sizes) -> Branching:
 
 
 def cast_per_head(s: Sizes) -> Branching:
-    """One head works in double precision."""
+    """One head uses double precision."""
     backbone, heads = s.vectors(), {"single": s.head(), "double": s.head().double()}
 
     def losses(x: Tensor) -> dict[str, Tensor]:
@@ -42,7 +42,7 @@ def cast_per_head(s: Sizes) -> Branching:
 
 
 def auxiliary_head(s: Sizes) -> Branching:
-    """An auxiliary head in the middle of the backbone, of another size."""
+    """An auxiliary head of another size, in the middle of the backbone."""
     early, late = s.maps(6), conv(6, s.features, stride=2)
     heads = {"main": conv(s.features, 3), "aux": conv(6, 3)}
 
@@ -54,7 +54,7 @@ def auxiliary_head(s: Sizes) -> Branching:
 
 
 def sequence_and_last_state(s: Sizes) -> Branching:
-    """Heads of all outputs of a recurrent network, and of its last state."""
+    """A head on all outputs of a recurrent network, and one on its last state."""
     gru, heads = nn.GRU(5, s.features, batch_first=True), {"steps": s.head(), "end": s.head()}
 
     def losses(x: Tensor) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ def sequence_and_last_state(s: Sizes) -> Branching:
 
 
 def encoder_and_decoder(s: Sizes) -> Branching:
-    """A head on the encoder, and a decoder that reads the encoder, too."""
+    """A head on the encoder, and a decoder that also reads the encoder."""
     encoder, targets = s.sequences(), nn.Embedding(s.length, s.features)
 
     def decode(layers: nn.ModuleDict, target: Tensor, memory: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def encoder_and_decoder(s: Sizes) -> Branching:
 
 
 def experts_and_gates(s: Sizes) -> Branching:
-    """MMoE: every head gets a mixture of its own."""
+    """MMoE: each head reads its own mixture of experts."""
     experts = nn.ModuleList(s.vectors() for _ in range(3))
     gates, heads = nn.ModuleDict({"a": nn.Linear(5, 3), "b": nn.Linear(5, 3)}), {"a": s.head(), "b": s.head()}
 
@@ -121,7 +121,7 @@ def attention_per_task(s: Sizes) -> Branching:
 
 
 def distillation(s: Sizes) -> Branching:
-    """PAD-Net without deep supervision: final decoders get features that were made for the other task, too."""
+    """PAD-Net without deep supervision: final decoders also read features that were made for the other task."""
     backbone, first = (
         s.maps(),
         nn.ModuleDict({"seg": conv(s.features, s.features), "depth": conv(s.features, s.features)}),
@@ -158,7 +158,7 @@ def pyramid_with_shared_heads(s: Sizes) -> Branching:
 
 
 def actor_and_critic(s: Sizes) -> Branching:
-    """Heads that are called in every time step of a recurrent core."""
+    """Heads that are called at every time step of a recurrent core."""
     core, heads = nn.GRUCell(5, s.features), {"actor": s.head(outputs=3), "critic": s.head(outputs=1)}
 
     def losses(x: Tensor) -> dict[str, Tensor]:
@@ -172,7 +172,7 @@ def actor_and_critic(s: Sizes) -> Branching:
 
 
 def variational(s: Sizes) -> Branching:
-    """A task of two modules, mean and log-variance, and two decoders of a sample."""
+    """A task with two modules, mean and log-variance, and two decoders of a sample."""
     encoder = s.vectors()
     mean, log_variance, first, second = (
         nn.Linear(s.features, 4),
@@ -193,7 +193,7 @@ def variational(s: Sizes) -> Branching:
 
 
 def nodes_and_graph(s: Sizes) -> Branching:
-    """A graph network: one head of every node, one of the whole graph."""
+    """A graph network: one head on every node, one on the whole graph."""
     embed, message, heads = (
         nn.Linear(5, s.features),
         nn.Linear(s.features, s.features),
@@ -209,7 +209,7 @@ def nodes_and_graph(s: Sizes) -> Branching:
 
 
 def other_sizes(s: Sizes) -> Branching:
-    """Heads of representations of two sizes."""
+    """Heads on representations of two sizes."""
     trunk, small, heads = s.vectors(), nn.Linear(s.features, 3), {"large": s.head(), "small": s.head(3)}
 
     def losses(x: Tensor) -> dict[str, Tensor]:
@@ -220,7 +220,7 @@ def other_sizes(s: Sizes) -> Branching:
 
 
 def detached_and_not(s: Sizes) -> Branching:
-    """One head gets z, and the other's features without gradient."""
+    """One head reads z, the other one detached features."""
     backbone = s.vectors()
 
     def read(layers: nn.ModuleDict, z: Tensor, other: Tensor) -> Tensor:
