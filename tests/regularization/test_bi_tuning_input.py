@@ -72,7 +72,7 @@ BAD_ENCODERS: dict[str, tuple[Callable[[], tuple[Any, Any]], type[Exception], st
     "another projection": (
         lambda: (encoder(), Classifier(Backbone(), C, 9)),
         ValueError,
-        r"got projector.weight: \(4, 6\) and \(9, 6\), projector.bias: \(4,\) and \(9,\). Give the same backbone",
+        r"got projector.weight: \(4, 6\) and \(9, 6\), projector.bias: \(4,\) and \(9,\). Use the same backbone",
     ),
     "another backbone": (
         lambda: (encoder(), Classifier(nn.Linear(INPUTS, FEATURES), C, P)),
@@ -83,7 +83,7 @@ BAD_ENCODERS: dict[str, tuple[Callable[[], tuple[Any, Any]], type[Exception], st
     "no classifier": (
         lambda: (encoder(), nn.Linear(3, 3)),
         TypeError,
-        "`encoder_k` must be a bi_tuning.Classifier with its own head, got a Linear. It gives Bi-Tuning what it",
+        "`encoder_k` must be a bi_tuning.Classifier with its own head, got a Linear. Bi-Tuning needs the outputs of",
     ),
     "another head": (with_another_head, TypeError, "`encoder_q` must be a bi_tuning.Classifier with its own head"),
     "rotations": (
@@ -130,7 +130,7 @@ def test_batch_that_does_not_fit_is_an_error_that_changes_nothing(name: str) -> 
 def test_eval_mode_is_an_error_that_says_what_to_call(which: str) -> None:
     bi_tuning = make()
     (bi_tuning if which == "whole" else bi_tuning.encoder_q).eval()
-    message = "^BiTuning must be called in training mode, got eval mode. .* to predict, call its encoder_q"
+    message = "^BiTuning must be called in training mode, got eval mode. .* for predictions, call its encoder_q"
     with pytest.raises(RuntimeError, match=message):
         bi_tuning(*batch(0))
 

@@ -84,7 +84,7 @@ def test_process_group_is_respected(ranks: Ranks) -> None:
 def enqueue_batches_of_two_sizes(rank: int) -> str:
     bi_tuning = make()
     before = state(bi_tuning)
-    with pytest.raises(ValueError, match="must be of one size") as error:
+    with pytest.raises(ValueError, match="must have the same size") as error:
         bi_tuning(*batch(0, 4 + rank))
     assert_same(state(bi_tuning), before)
     return str(error.value)
@@ -92,7 +92,7 @@ def enqueue_batches_of_two_sizes(rank: int) -> str:
 
 def test_batches_of_two_sizes_are_an_error_on_all(ranks: Ranks) -> None:
     for message in ranks.run(enqueue_batches_of_two_sizes):
-        assert "must be of one size, got [4, 5]" in message
+        assert "must have the same size, got [4, 5]" in message
 
 
 def copy_it(rank: int) -> dict[str, Tensor]:

@@ -255,7 +255,7 @@ def test_number_of_singular_values_is_positive(k: Any) -> None:
 @pytest.mark.parametrize("shape", [(2, 5), (5, 2), (0, 5)])
 def test_number_of_singular_values_is_at_most_what_there_are(shape: tuple[int, int]) -> None:
     found = f"got {min(shape)} for shape {shape}"
-    with pytest.raises(ValueError, match=re.escape(f"`feature` must have k=3 singular values at least, {found}")):
+    with pytest.raises(ValueError, match=re.escape(f"`feature` must have at least k=3 singular values, {found}")):
         BatchSpectralShrinkage(3)(torch.randn(shape))
 
 

@@ -362,7 +362,7 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     ),
     "no batch": (
         ValueError,
-        "^`batches` must hold at least one batch, got none. Was the iterator used up",
+        "^`batches` must contain at least one batch, got none. Was the iterator exhausted",
         lambda: channel_attention(network(), LAYERS, F.cross_entropy, iter(())),
     ),
     "channel_dim": (

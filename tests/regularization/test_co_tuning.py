@@ -108,7 +108,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype, autocast: boo
 
 @pytest.mark.parametrize("shapes", [((4, 5), (4, 1)), ((4, 5), (5,)), ((4, 5), (1, 5)), ((4, 5), (5, 4)), ((5,), (5,))])
 def test_other_shapes_are_an_error(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-    with pytest.raises(ValueError, match=r"`input` and `target` must have one shape \(b, N\), got"):
+    with pytest.raises(ValueError, match=r"`input` and `target` must have the same shape \(b, N\), got"):
         CoTuningLoss()(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
 
 
@@ -237,7 +237,7 @@ def test_classifier_answers_with_its_source_head(make: Callable[..., lwf.Classif
     expected = Relationship([data()], parts, "cpu").relationship
     assert expected.shape == (NUM_TARGET, NUM_SOURCE)
     assert_same(Relationship([data()], classifier, "cpu").relationship, expected)
-    with pytest.raises(ValueError, match=r"must map x to source logits .* Give the Classifier itself"):
+    with pytest.raises(ValueError, match=r"must map x to source logits .* Pass the Classifier itself"):
         Relationship([data()], nn.Sequential(classifier), "cpu")
 
 

@@ -143,7 +143,7 @@ def test_half_precision_is_computed_in_float32(form: Any, dtype: torch.dtype, au
 
 @pytest.mark.parametrize("shapes", [((4, 5), (4, 1)), ((4, 5), (5,)), ((4, 5), (1, 5)), ((5,), (5,)), ((2, 3, 5),) * 2])
 def test_other_shapes_are_an_error(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-    with pytest.raises(ValueError, match=r"`student` and `teacher` must have one shape \(b, N\), got"):
+    with pytest.raises(ValueError, match=r"`student` and `teacher` must have the same shape \(b, N\), got"):
         distillation_loss(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
 
 

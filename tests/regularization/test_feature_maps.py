@@ -233,8 +233,8 @@ def test_attention_is_a_copy_in_the_state_dict_and_moves() -> None:
 
 A, B = torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 4, 4)
 WEIGHTS = torch.full((3,), 1 / 3)
-SAME = "must be those of the same layers, of one at least, got those of"
-SHAPE = r"must have the same shape, with one dimension at least, got \(2, 3, 4, 4\) for the source and"
+SAME = "must be those of the same layers, at least one, got those of"
+SHAPE = r"must have the same shape, with at least one dimension, got \(2, 3, 4, 4\) for the source and"
 CHANNELS = r"and along channel_dim={} as many channels as there are weights, {}, got \(2, 3, 4, 4\) for conv"
 BAD: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "nothing": (ValueError, rf"{SAME} \[\] for the source and", lambda: BehavioralRegularization()({}, {})),
@@ -257,7 +257,7 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     ),
     "scalars": (
         ValueError,
-        "one dimension at least",
+        "at least one dimension",
         lambda: BehavioralRegularization()({"a": A.sum()}, {"a": A.sum()}),
     ),
     "with the output": (
@@ -320,7 +320,7 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     ),
     "attention as numbers": (
         TypeError,
-        "`channel_attention` must hold floating-point tensors, got a list for 0",
+        "`channel_attention` must contain floating-point tensors, got a list for 0",
         lambda: AttentionBehavioralRegularization([[0.5, 0.5]]),  # type: ignore[list-item]
     ),
     "attention in integers": (

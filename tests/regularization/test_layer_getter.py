@@ -106,7 +106,7 @@ def skips(getter: IntermediateLayerGetter) -> None:
 
 
 def repeats(getter: IntermediateLayerGetter) -> None:
-    message = r"must run once in the forward pass, got twice, which ran 2 times. .* one module, such as nn.Identity\(\)"
+    message = r"must run once .*, got twice, which ran 2 times. .* a separate module, such as nn.Identity\(\)"
     with pytest.raises(RuntimeError, match=message):
         getter(torch.randn(5, 3))
 

@@ -74,7 +74,7 @@ def test_default_pooling_refuses_what_is_neither_map_nor_vector(shape: tuple[int
     backbone.out_features = FEATURES  # type: ignore[assignment]
     head = nn.Linear(FEATURES, NUM_SOURCE)
     message = (
-        r"must return vectors \(b, c\) or maps \(b, c, h, w\), got .*\. Give a `pool_layer` .*, or nn.Identity\(\)"
+        r"must return vectors \(b, c\) or maps \(b, c, h, w\), got .*\. Pass a `pool_layer` .*, or nn.Identity\(\)"
     )
     with pytest.raises(ValueError, match=message):
         lwf.Classifier(backbone, NUM_TARGET, head)(torch.randn(shape))
@@ -91,7 +91,7 @@ def test_default_pooling_refuses_what_is_neither_map_nor_vector(shape: tuple[int
         (
             {"backbone": nn.Tanh()},
             ValueError,
-            "`backbone` must say how many features it has .* out_features=None. Set it, as in backbone.out_features =",
+            "`backbone` must have the number of features after pooling .* out_features=None. Set it, as in",
         ),
     ],
 )

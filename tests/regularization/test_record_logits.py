@@ -108,7 +108,7 @@ def test_plain_source_model_is_recorded() -> None:
 )
 def test_what_does_not_return_source_logits_is_an_error(model: nn.Module, found: str) -> None:
     message = (
-        rf"`classifier` must map x to source logits \(b, N\), got {found}. Give .* or nn.Sequential\(classifier.back"
+        rf"`classifier` must map x to source logits \(b, N\), got {found}. Pass .* or nn.Sequential\(classifier.back"
     )
     with pytest.raises(ValueError, match=message):
         record_logits([inputs(size=8)[0]], model, "cpu")

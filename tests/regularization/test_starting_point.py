@@ -330,6 +330,6 @@ def test_parameters_that_change_later_are_refused(change: Callable[[Network], Ne
     change(target)
     with pytest.raises(
         RuntimeError,
-        match=r"must keep its parameters, got one where fc.weight, fc.bias is gone or has another shape. Parametrize",
+        match=r"must keep its parameters, got one in which fc.weight, fc.bias is missing or has another shape",
     ):
         penalty()
