@@ -107,7 +107,7 @@ class RotoGradOptimizer(OptimizerWrapper):
 
     Source: Javaloy and Valera, RotoGrad: Gradient Homogenization in Multitask Learning, ICLR 2022, algorithm 1.
     Differs from the official code (rotograd 0.1.6): wraps the optimizer instead of the model; the default weighting
-    uses running means and progress instead of equal norms in every step; the initial rotations are R_k = I; the
+    uses running means, progress and signal instead of equal norms in every step; the initial rotations are R_k = I; the
     objective of the rotations uses unit gradients; rotations are updated every 16 steps, mainly in directions in which
     the representation has little variance, with a step size that decays and follows the schedule of the network;
     references are never taken from absent, zero or non-finite gradients; an absent task contributes nothing instead

@@ -30,7 +30,7 @@ class ProgressWeighting(Weighting):
     - r is the remaining loss, relative to its first value. For a loss that is quadratic around zero, :math:`\nu_k` is
       proportional to :math:`\sqrt{r_k}`: with :math:`\alpha = 1/2`, its weight does not grow as it converges.
     - s is the share of the gradient that is signal. F is the agreement of the samples of a batch
-      (:attr:`Measurements.agreement`, measured in the steps that update the rotations): one if they have nothing in
+      (:attr:`Measurements.agreement`, measured when rotations are updated, or soon after): one if they have nothing in
       common, as for random labels. With one sample per batch it cannot be estimated, and all s are equal.
 
     The weights are computed in earlier steps, so that they are known before the backward pass and each gradient is
