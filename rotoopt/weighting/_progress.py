@@ -119,7 +119,7 @@ class ProgressWeighting(Weighting):
                 before, torch.where(known, latest.to(before), before), count.clamp(1.0, TURNS).reciprocal()
             )
             unknown = count == 0
-            logs = (1 - mean.reciprocal()).clamp(NOISE, 1.0).log().masked_fill(unknown, 0.0)
+            logs = (1 - mean.reciprocal()).clamp(min=NOISE).log().masked_fill(unknown, 0.0)
             logs = torch.where(unknown, logs.sum() / (~unknown).sum().clamp(min=1), logs)
             self.state["agreement"], self.state["num_agreements"] = mean, count
             self.state["log_signal"] = self.alpha * logs

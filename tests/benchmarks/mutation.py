@@ -48,6 +48,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         *(f"contract/test_{name}.py" for name in ("accumulation", "amp", "calls", "copies")),
     ),
     "_deploy": (),
+    "comparison": (),
     "rotograd": (),
     "regularization": (),
 }

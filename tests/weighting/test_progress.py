@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -139,6 +140,30 @@ def test_a_task_whose_signal_is_unknown_has_the_mean_of_the_others(K: int, seed:
     assert_close(weights / weights.sum(), expected / expected.sum())
 
 
+@given(K=st.integers(2, 6), seed=SEEDS, late=st.integers(1, 3))
+def test_a_signal_that_becomes_known_counts_from_then_on(K: int, seed: int, late: int) -> None:
+    sampler, (one, other) = Sampler(seed), (ProgressWeighting(1.0) for _ in range(2))
+    norms, first = torch.ones(K).double(), torch.arange(K) == 0
+    for _ in range(late):
+        one(measured(norms, agreement=torch.full_like(norms, 2.0).masked_fill(first, torch.nan)))
+        other(measured(norms, agreement=torch.full_like(norms, 2.0)))
+    agreement = 2 + sampler.uniform(K)
+    weights, expected = (each(measured(norms, agreement=agreement)) for each in (one, other))
+    assert_close(weights[1:] / weights[1], expected[1:] / expected[1])
+    assert_close(weights[0] / weights[1], (1 - 1 / agreement[0]) / (1 - (late + 1) / (2 * late + agreement[1])))
+
+
+@given(K=NUM_TASKS, seed=SEEDS, alpha=ALPHAS)
+def test_a_zero_gradient_is_remembered_as_an_absent_one(K: int, seed: int, alpha: float) -> None:
+    sampler, (zero, absent) = Sampler(seed), (ProgressWeighting(alpha) for _ in range(2))
+    for step in range(STEPS):
+        found = measured(sampler.uniform(K), sampler.uniform(K), torch.ones(K).double())
+        if step % 2:
+            found.norms[0] = 0.0
+        weights = zero(found), absent(replace(found, present=found.norms > 0))
+        assert torch.equal(*weights)
+
+
 def test_weight_of_a_quadratic_loss_does_not_grow_while_it_converges() -> None:
     """Where a weight is made of norms alone, it grows without end, and so does the curvature of the weighted loss."""
     weights = {}
@@ -230,6 +255,17 @@ def test_what_is_not_finite_is_not_remembered(K: int, seed: int, bad: float) -> 
         other.step(list(grads), values)
         if step > 1:  # the first two steps have weights of their own
             assert_close(other.record.weights, one.record.weights, rtol=1e-12, atol=0)
+
+
+@given(seed=SEEDS, dtype=DTYPES)
+def test_a_loss_of_zero_is_progress(seed: int, dtype: torch.dtype) -> None:
+    """As where a margin is kept by the whole batch; a negative loss tells nothing."""
+    weighting, norms = ProgressWeighting(1.0), torch.ones(2, dtype=dtype)
+    losses = [torch.tensor([1.0, 0.0]).to(norms), Sampler(seed, dtype).uniform(2)]
+    for each in losses:
+        weights = weighting(measured(norms, each, torch.ones(2).to(norms)))
+    first, second = ((losses[0] + losses[1]) / 2).tolist()
+    assert float(weights[1] / weights[0]) == pytest.approx(max(second, 1e-4) / first, rel=1e-5)
 
 
 @pytest.mark.parametrize("seen", ["negative", "none"])
