@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from rotoopt._capture.bypasses import check_shared
-from rotoopt._capture.dependence import Dependence
 from rotoopt._capture.faults import check_losses, check_sum
 from rotoopt._capture.fed import Fed
 from rotoopt._capture.graph import Node, behind, leaves, made_by, operation, reached, taps_of
@@ -36,7 +34,6 @@ class Wiring:
         self._one_tensor: dict[frozenset[int], bool] = {}
         self._made_by: dict[frozenset[int], list[str]] = {}  # the latest operations of the losses
         self._num_known: Counter[frozenset[int]] = Counter()
-        self._num_frozen = 0
 
     def check(self, losses: Mapping[int, Tensor], fed: Fed, backbone_loss: Tensor | None) -> bool:
         """Return whether ``losses`` reach one tensor through their heads, and no other; raise if wired wrongly."""
@@ -50,13 +47,6 @@ class Wiring:
         backbone = None if backbone_loss is None else made_by(backbone_loss)
         check_losses(made, fed, self._names, self._own_parameters(), backbone)
         return self._remember(tasks, taps_of(node for node, _ in made.values()))
-
-    def check_frozen(self, losses: Mapping[int, Tensor]) -> None:
-        """Raise if ``losses`` share parameters, although nothing that entered their heads requires grad."""
-        if self._num_frozen % LOOK_EVERY == 0:
-            made = {task: made_by(loss) for task, loss in losses.items()}
-            check_shared(Dependence(made.values()), made, self._names, self._own_parameters())
-        self._num_frozen += 1
 
     def check_running(self, fed: Fed) -> bool:
         """The same for a backward pass that the user calls, as far as a sum of losses tells."""

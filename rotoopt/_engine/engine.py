@@ -101,7 +101,6 @@ class Engine:
         check_backbone_loss(backbone_loss)
         frozen = self.capture.fed.is_frozen(present)
         if frozen:
-            self._wiring.check_frozen(present)
             self.frozen_representation.observe()
         one_tensor = frozen or self._wiring.check(present, self.capture.fed, backbone_loss)
         check_rep(rep, self.capture.fed, self.names)

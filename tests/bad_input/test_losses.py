@@ -89,6 +89,11 @@ LOSSES = {
         r"`rep` must be what entered the heads, got a tensor of shape \(5, 3\) that did not. What did: left: \(5, 6\)",
         lambda m, o: lambda: o.step(m.losses(5)[0], m.inputs(5)),
     ),
+    "rep is made of the representation": Case(
+        ValueError,
+        r"`rep` must be what entered the heads, got a tensor of shape \(5, 6\) that did not. What did: left: \(5, 6\)",
+        lambda m, o: lambda: o.step((made := m.losses(5))[0], 2 * made[1]),
+    ),
     "backbone_loss is a number": Case(
         TypeError,
         "`backbone_loss` must be a tensor or None, got a float",

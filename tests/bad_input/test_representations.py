@@ -68,6 +68,7 @@ REPRESENTATIONS = {
         f"{FLOAT} SimpleNamespace. Objects of other classes are not looked into: for such inputs give num_tasks=K",
         lambda m, o: lambda: left(m)(SimpleNamespace(z=representation(m))),
     ),
+    "no input": Case(TypeError, f"{FLOAT} no input. Objects of", lambda m, o: lambda: left(m)()),
     "list to rotate": Case(
         TypeError,
         "`rotate` must be given the representation, a floating-point tensor, got a list",

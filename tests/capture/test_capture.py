@@ -212,6 +212,19 @@ def test_other_inputs_of_a_head_arrive_as_they_are(training: bool) -> None:
         assert (nothing, keyword) == ((), {"mask": others[0]})
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_tensor_that_enters_several_times_is_one(training: bool) -> None:
+    """As the query, key and value of self-attention, which is faster for one tensor than for three."""
+    head = Echo()
+    bare = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    RotoGradOptimizer(bare, [head, Echo()], init="haar", rotation_size=6)
+    z, other = (torch.randn(4, 6, requires_grad=True) for _ in range(2))
+    with torch.set_grad_enabled(training):
+        (query, key, different), named = head(z, z, other, value=z)
+    assert query is key is named["value"]
+    assert different is not query
+
+
 def test_wiring_is_followed_through_the_graph_in_the_first_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
     followed: list[Any] = []
     monkeypatch.setattr(wiring, "check_losses", lambda *args: followed.append(args))

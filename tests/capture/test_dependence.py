@@ -94,6 +94,16 @@ def test_labels_are_those_of_gradients(seed: int, names: list[str], dim: int) ->
     assert ((labels == expected) | (labels == MIXED)).all()
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_labels_of_each_operation(name: str, dim: int) -> None:
+    fed, parts = outputs(0)
+    for x in (torch.stack(parts, dim), torch.cat(parts, min(dim, 1))):
+        edge = made_by(y := OPERATIONS[name](x))
+        labels, expected = Dependence([edge])._label(edge).expand(y.shape), labels_by_gradients(y, fed)
+        assert torch.equal(labels, expected) or (name in UNTOLD and ((labels == expected) | (labels == MIXED)).all())
+
+
 APART: dict[str, Callable[[list[Tensor], Tensor], Tensor]] = {
     "mean of a matrix of errors": lambda outs, y: (torch.cat(outs, 1) - y).square().mean(),
     "mse_loss of all outputs": lambda outs, y: F.mse_loss(torch.cat(outs, 1), y),
@@ -101,6 +111,9 @@ APART: dict[str, Callable[[list[Tensor], Tensor], Tensor]] = {
     "errors of samples, added": lambda outs, y: sum(out.square() for out in outs).mean(),  # type: ignore[union-attr]
     "errors of columns": lambda outs, y: (torch.cat(outs, 1) - y).abs().sum(1).mean(),
     "masked errors": lambda outs, y: ((torch.cat(outs, 1) - y).square() * (y > 0)).sum() / (y > 0).sum(),
+    "errors of samples by the number of labels": lambda outs, y: (
+        (torch.cat(outs, 1) - y).abs().sum(1) / (1 + (y > 0).sum(1))
+    ).mean(),
     "errors where there are labels": lambda outs, y: (torch.cat(outs, 1) - y).square()[y > 0].mean(),
     "classes": lambda outs, y: F.cross_entropy(
         torch.stack([torch.cat([out, -out], 1) for out in outs], 2), (y > 0).long()
@@ -118,6 +131,7 @@ MIXTURES: dict[str, Callable[[list[Tensor], Tensor], Tensor]] = {
     "distance of columns": lambda outs, y: (torch.cat(outs, 1)[:, 0] - torch.cat(outs, 1)[:, 1]).square().mean(),
     "distance of means over features": lambda outs, y: (outs[0].mean(1) - outs[1].mean(1)).square().sum(),
     "product of outputs": lambda outs, y: (outs[0] * outs[1]).sum(),
+    "quotient of a constant": lambda outs, y: (y[:, :1] / (1 + outs[0].square() + outs[1].square())).sum(),
     "norm of a sum": lambda outs, y: (outs[0] + outs[1]).norm(),
     "one softmax over tasks": lambda outs, y: F.cross_entropy(torch.cat(outs, 1), (y[:, 0] > 0).long()),
     "norm over tasks": lambda outs, y: torch.cat(outs, 1).norm(dim=1).sum(),

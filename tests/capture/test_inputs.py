@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import pytest
@@ -54,6 +55,17 @@ class Pair(NamedTuple):
     other: Tensor
 
 
+@dataclass
+class Features:
+    """A class that says to torch what is inside."""
+
+    z: Tensor
+    scale: float = 2.0
+
+
+torch.export.register_dataclass(Features, serialized_type_name="tests.Features")
+
+
 class OwnPair(Pair):
     """A named tuple that is made in another way."""
 
@@ -80,6 +92,7 @@ CONTAINERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] =
     "default dict": (lambda z: defaultdict(list, z=z), lambda x: x["z"] + sum(x["none"])),
     "model output": (lambda z: Output(last=z), lambda x: x.last),
     "easy dict": (lambda z: EasyDict(z=z), lambda x: x.z),
+    "dataclass": (Features, lambda x: x.z * x.scale),
     "deque": (lambda z: deque([z], maxlen=2), lambda x: x[0]),
     "nested": (lambda z: [{"a": (Output(last=z), 1)}], lambda x: x[0]["a"][0].last),
 }
@@ -136,6 +149,8 @@ def test_a_dict_that_cannot_be_copied_is_refused_if_it_would_change() -> None:
     ) as raised:
         heads[0](Frozen(z=z))
     assert_reads_well(str(raised.value))
-    heads[0]({"z": z, "masks": (masks := Frozen(mask=torch.ones(4, 1)))})
+    masks, names = Frozen(mask=torch.ones(4, 1)), [deque(["first"])]
+    heads[0]({"z": z, "masks": masks, "names": names})
     assert heads[0].got["masks"] is masks
+    assert heads[0].got["names"] is names
     assert optimizer.rotations.size == D

@@ -167,6 +167,26 @@ def test_arguments_are_the_same_by_position_and_by_keyword() -> None:
         nn.ModuleList(heads).train()
 
 
+class OneOrTwo(nn.Module):
+    """Reads a list of two tensors, or one, so many times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(D, 2)
+
+    def forward(self, z: Tensor | list[Tensor], times: int = 1) -> Tensor:
+        out: Tensor = self.out(times * z if isinstance(z, Tensor) else z[0] + z[1])
+        return out
+
+
+def test_a_call_in_another_way_is_refused_if_several_inputs_are_rotated() -> None:
+    backbone, heads, optimizer = wrapped(OneOrTwo)
+    z = backbone(torch.randn(4, 5))
+    step(optimizer, [head([z, backbone(torch.randn(4, 5))]) for head in heads])
+    with torch.no_grad(), pytest.raises(ValueError, match=r"in evaluation as in training.* which is rotated"):
+        heads[0].eval()(z, 2)
+
+
 @pytest.mark.parametrize("init", ["identity", "haar"])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_an_input_that_gets_a_gradient_later_does_not_change_predictions(init: str, resumed: bool) -> None:

@@ -1,6 +1,7 @@
 """Copies, averages and targets have the rotations that their weights need, or a warning says that they do not."""
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -98,6 +99,66 @@ def test_a_target_network_is_reported_once_for_every_update(
         target(x.bfloat16())
 
 
+def warned(model: nn.Module, x: Tensor) -> int:
+    """Return the number of warnings of stale rotations."""
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        model(x)
+    assert all(str(each.message).startswith(STALE) for each in record)
+    return len(record)
+
+
+def test_weights_that_are_written_between_turns_are_reported_in_training_mode() -> None:
+    model, optimizer = wrap(**OPTIONS)
+    train(model, optimizer, 0)
+    target = copy.deepcopy(model)
+    train(model, optimizer, 1)
+    assert warned(target, model.inputs(9)) == 0
+    for theirs, own in zip(target.parameters(), model.parameters(), strict=True):
+        by_copy(theirs, own)
+    assert warned(target, model.inputs(9)) == 2  # heads
+
+
+def test_weights_that_are_written_after_others_were_loaded_are_reported() -> None:
+    model, optimizer = wrap(**OPTIONS)
+    train(model, optimizer, 0)
+    target = copy.deepcopy(model)
+    target.load_state_dict(model.state_dict())
+    train(model, optimizer, 1)
+    for theirs, own in zip(target.parameters(), model.parameters(), strict=True):
+        by_copy(theirs, own)
+    assert warned(target.eval(), model.inputs(9)) == 2  # heads
+
+
+def test_a_copy_outlives_its_model() -> None:
+    model, optimizer = wrap(**OPTIONS)
+    train(model, optimizer, 0)
+    x, target = model.inputs(9), copy.deepcopy(model)
+    train(model, optimizer, 1)
+    expected, state = predict(model, x), model.state_dict()
+    del model, optimizer
+    gc.collect()
+    target.load_state_dict(state)
+    assert_same(predict(target, x), expected)
+
+
+def test_a_copy_of_a_copy_that_is_trained_itself_is_not_reported() -> None:
+    model, optimizer = wrap(**OPTIONS)
+    train(model, optimizer, 0)
+    student = copy.deepcopy(model)
+    for _ in range(2):
+        student(model.inputs(9))
+    awaited = [weight._post_accumulate_grad_hooks for weight in student.heads.parameters()]
+    assert [len(each) for each in awaited] == [1, 1]
+    second = copy.deepcopy(student)
+    bare = sgd(second.parameters())
+    train(model, optimizer, 1)
+    optimizer.refresh(student)
+    torch.autograd.backward(second.losses(0)[0])
+    bare.step()
+    assert warned(second.eval(), model.inputs(9)) == 0
+
+
 @pytest.mark.parametrize("clears", [False, True])
 def test_a_copy_that_is_trained_itself_is_not_reported(clears: bool) -> None:
     model, optimizer = wrap(**OPTIONS)
@@ -119,6 +180,9 @@ def test_copies_that_are_right_are_not_reported() -> None:
     train(model, optimizer, 0)
     best, target, student = (copy.deepcopy(model) for _ in range(3))
     expected = predict(model, x)
+    average = copy.deepcopy(model)
+    by_lerp(next(average.heads.parameters()), torch.zeros(1))
+    predict(average, x)  # no rotation has turned since
     bare = sgd(student.parameters())
     train(model, optimizer, 1)
     assert_same(predict(best, x), expected)
