@@ -227,8 +227,6 @@ def _shape(edge: Edge) -> tuple[int, ...] | None:
     node, output = edge
     if node is None:
         return None
-    if is_leaf(node):
-        return tuple(node.variable.shape)
     shapes = output_shapes(node)
     return shapes[output] if shapes else None
 

@@ -151,7 +151,7 @@ def _joined(
     known = [shape for shape in shapes if shape is not None]
     if operation == "Stack":
         sizes = [1] * len(parts)
-        parts = [part.reshape(known[0][:0] + (1,) * (len(out_shape) - 1 - part.ndim) + part.shape) for part in parts]
+        parts = [part.reshape((1,) * (len(out_shape) - 1 - part.ndim) + part.shape) for part in parts]
         parts = [part.unsqueeze(dim) for part in parts]
     else:
         rest = out_shape[dim] - sum(shape[dim] for shape in known)

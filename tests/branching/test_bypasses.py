@@ -103,7 +103,7 @@ def test_weights_of_losses_are_nobodys_business(kind: str, way: str) -> None:
         assert optimizer.last_step.present.all()
 
 
-@pytest.mark.parametrize("kind", ["of samples", "of columns", "of columns, as losses"])
+@pytest.mark.parametrize("kind", ["of samples", "unbound", "of columns", "of columns, as losses"])
 @pytest.mark.parametrize("own", [False, True])
 def test_tasks_may_read_numbers_of_their_own_from_one_parameter(kind: str, own: bool) -> None:
     """A log-variance or a scale for each task, in one vector: what each number gets is its own."""
@@ -115,6 +115,9 @@ def test_tasks_may_read_numbers_of_their_own_from_one_parameter(kind: str, own: 
         outputs = [head(z).mean(1, keepdim=True) for head in model.heads.values()]
         if kind == "of samples":
             return [(torch.exp(-s)[k] * out.square() + s[k]).mean() for k, out in enumerate(outputs)]
+        if kind == "unbound":
+            scales = s.exp().unbind()
+            return [(scale * out.square()).mean() for scale, out in zip(scales, outputs, strict=True)]
         errors = (torch.cat(outputs, 1) * s.exp()).square()
         return [errors[:, k].mean() for k in range(2)] if kind == "of columns" else list(errors.mean(0))
 
@@ -122,6 +125,15 @@ def test_tasks_may_read_numbers_of_their_own_from_one_parameter(kind: str, own: 
         (expected,) = torch.autograd.grad(torch.stack(losses()).sum(), s)
     back_propagate(losses()) if own else optimizer.backward(losses())
     assert_close(s.grad, expected)
+
+
+def test_one_number_for_the_outputs_of_all_tasks_is_named() -> None:
+    model, s = TwoTasks(), nn.Parameter(torch.ones(1))
+    optimizer = RotoGradOptimizer(SGD([*model.parameters(), s], lr=0.1), model.heads)
+    outputs = [each.mean(1, keepdim=True) for each in model(model.inputs(0))]
+    with pytest.raises(RuntimeError, match=PAST):
+        back_propagate([(torch.cat(outputs, 1) * s - 1).square().mean()])
+    assert optimizer.last_step is None
 
 
 def test_time_steps_of_one_task_may_share_a_parameter_that_is_not_listed() -> None:

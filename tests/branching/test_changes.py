@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -112,6 +113,30 @@ def test_a_backbone_that_was_frozen_behind_prompts_is_weighed_again_at_once(froz
             weights = optimizer.last_step.weights  # type: ignore[union-attr]
             assert_close(backbone.weight.grad, weights[0] * true[0] + weights[1] * true[1])
         optimizer.step()
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.filterwarnings("ignore:The representation should require grad")
+def test_a_shared_parameter_that_enters_after_prompts_is_weighed_at_once(own: bool) -> None:
+    torch.manual_seed(0)
+    shared, heads = nn.Parameter(torch.randn(8, 6)), nn.ModuleList(nn.Linear(6, 2) for _ in range(2))
+    prompts = nn.ParameterList(torch.randn(8, 6) for _ in range(2))
+    parts = [(head, prompt) for head, prompt in zip(heads, prompts, strict=True)]
+    optimizer = RotoGradOptimizer(SGD([shared, *heads.parameters(), *prompts], lr=1e-3), parts, rotate=False)
+
+    def losses(entering: Iterable[Tensor]) -> list[Tensor]:
+        outputs = [head(z) for head, z in zip(heads, entering, strict=True)]
+        return [30**k * (output - 1).square().mean() for k, output in enumerate(outputs)]
+
+    for entering in (prompts, prompts, [shared, shared]):
+        optimizer.zero_grad()
+        with optimizer.paused():
+            true = [torch.autograd.grad(loss, shared, allow_unused=True)[0] for loss in losses(entering)]
+        back_propagate(losses(entering)) if own else optimizer.backward(losses(entering))
+        optimizer.step()
+    weights = optimizer.last_step.weights  # type: ignore[union-attr]
+    assert weights[0] > weights[1]  # of a loss that is 30 times smaller
+    assert_close(shared.grad, weights[0] * true[0] + weights[1] * true[1])
 
 
 def test_heads_may_write_to_containers_that_they_get() -> None:

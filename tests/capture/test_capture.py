@@ -16,8 +16,9 @@ from rotoopt._capture import wiring
 from rotoopt._torch.modules import is_trained
 from rotoopt._torch.private import tree_leaves
 from tests.asserts import eps
+from tests.contract.models import back_propagate, wrap
 from tests.oracle import layout, rotate
-from tests.samplers import DTYPES, LAYOUTS, SEEDS, Bench, Layout, Network, Sampler, batches, network
+from tests.samplers import DTYPES, LAYOUTS, SEEDS, Layout, Network, Sampler, batches, network
 
 LAYOUT = st.sampled_from(LAYOUTS)
 RESTS = st.integers(0, 3)  # features that are not rotated
@@ -217,20 +218,31 @@ def test_a_tensor_that_enters_several_times_is_one(training: bool) -> None:
     """As the query, key and value of self-attention, which is faster for one tensor than for three."""
     head = Echo()
     bare = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    RotoGradOptimizer(bare, [head, Echo()], init="haar", rotation_size=6)
+    optimizer = RotoGradOptimizer(bare, [head, Echo()], init="haar", rotation_size=6)
     z, other = (torch.randn(4, 6, requires_grad=True) for _ in range(2))
     with torch.set_grad_enabled(training):
         (query, key, different), named = head(z, z, other, value=z)
     assert query is key is named["value"]
     assert different is not query
+    assert_close(query, z @ optimizer.rotations[0].mT if training else z)  # where they rotate is noted in training
 
 
-def test_wiring_is_followed_through_the_graph_in_the_first_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_the_graph_of_the_losses_is_followed_in_the_first_step_only(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     followed: list[Any] = []
-    monkeypatch.setattr(wiring, "check_losses", lambda *args: followed.append(args))
-    bench = Bench((4, 6), 3, torch.float32)
-    for grads in torch.randn(3, 3, 4, 6):
-        bench.step(list(grads))
+    check = "check_sum" if own else "check_losses"
+    original = getattr(wiring, check)
+
+    def follow(*args: Any) -> Any:
+        followed.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(wiring, check, follow)
+    model, optimizer = wrap()
+    for batch in range(3):
+        losses, _ = model.losses(batch)
+        back_propagate(losses) if own else optimizer.backward(losses)
+        optimizer.step()
     assert len(followed) == 1
 
 

@@ -158,6 +158,19 @@ def test_weights_of_a_part_of_a_head_are_reported(turned: bool) -> None:
     assert not any(layer._load_state_dict_pre_hooks for layer in model.modules())
 
 
+def test_weights_whose_counters_have_changed_have_their_rotations() -> None:
+    """As those of normalization layers do, whose statistics are taken anew."""
+    model = TwoTasks()
+    model.heads["left"] = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 1))
+    optimizer = RotoGradOptimizer(sgd(model.parameters()), model.heads, **OPTIONS)
+    train(model, optimizer, 0)
+    expected, saved = predict(model.eval(), model.inputs(9)), copy.deepcopy(model.state_dict())
+    saved["heads.left.0.num_batches_tracked"] += 1
+    train(model.train(), optimizer, 1)
+    model.load_state_dict(saved)
+    assert_same(predict(model.eval(), model.inputs(9)), expected)
+
+
 def test_the_state_dict_itself_is_not_reported() -> None:
     """It follows the weights, so that to load it changes nothing."""
     model, optimizer = wrap(**OPTIONS)
