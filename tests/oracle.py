@@ -82,8 +82,8 @@ class Progress:
                 self.norms[k] += gain * (norm - self.norms[k])
                 self.losses[k] += gain * (loss - self.losses[k])
                 self.signed[k] = self.signed[k] or loss < 0
-                if agreement is not None:
-                    self.agreements[k].append(agreement[k].item())
+            if agreement is not None and agreement[k] < math.inf:
+                self.agreements[k].append(agreement[k].item())
             self.peaks[k] = max(self.peaks[k].item(), self.norms[k].item())
             common[k] = max(self.norms[k].item(), norm / 3 if norm > 0 else 0.0, self.peaks[k].item() / 1000)
             if not self.signed[k] and not references[k].isnan():
@@ -202,6 +202,7 @@ class Oracle:
         self.highest_lr = 0.0
         self.logit_optimizer = Adam([self.logits], lr=self.weight_lr)
         self.progress = Progress(K, self.alpha)
+        self.agreement: Tensor | None = None  # that of the step before, if it was measured
         self.told: set[int] = set()  # tasks whose agreement was measured since the rotations turned
 
     def step(self, x: Tensor, loss_fns: Sequence[LossFn | None], backbone_loss: LossFn | None = None) -> Tensor:
@@ -246,9 +247,8 @@ class Oracle:
             self.known_norms = torch.where(self.norms > 0, self.norms, self.known_norms)
             if self.weighting == "gradnorm":
                 self._step_logits(J, present)
-            self.progress.update(
-                self.norms, self.losses, self.loss_references.values, self._agreement(J, present, index, z.detach())
-            )
+            agreement_before, self.agreement = self.agreement, self._agreement(J, present, index, z.detach())
+            self.progress.update(self.norms, self.losses, self.loss_references.values, agreement_before)
             if len(present) > 1:
                 self._step_rotations(J, present, index, z.detach().flatten()[index])
         self.t += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,10 +24,12 @@ class SampleSums:
     Attributes:
         sums: Random projections of :math:`\sum_b A_{kb}`. Shape ``(K, 64)``.
         lengths: :math:`(\sum_b \lVert A_{kb} \rVert^2)^{1/2}`, of the projections. Shape ``(K,)``.
+        scale: What both are to be multiplied by, if they are put beside others. Shape ``(K,)`` or ``()``.
     """
 
     sums: Tensor
     lengths: Tensor
+    scale: Tensor | float = 1.0
 
     @classmethod
     def none(cls, num_tasks: int, like: Tensor) -> SampleSums:
@@ -36,22 +38,40 @@ class SampleSums:
 
     def scaled(self, factor: Tensor | float) -> SampleSums:
         """Return the sums for gradients times ``factor``, a number or of shape ``(K,)``."""
-        column = factor[:, None] if isinstance(factor, Tensor) and factor.ndim else factor
-        return SampleSums(self.sums * column, self.lengths * factor)
+        return replace(self, scale=factor if isinstance(self.scale, float) else self.scale * factor)
+
+    def multiplied(self) -> SampleSums:
+        """Return the sums times their scale."""
+        column = self.scale[:, None] if isinstance(self.scale, Tensor) and self.scale.ndim else self.scale
+        return SampleSums(self.sums * column, self.lengths * self.scale)
 
     def where(self, usable: Tensor) -> SampleSums:
         """Return these sums, or those over no samples unless ``usable``. Shape ``()``, bool."""
-        return SampleSums(self.sums.masked_fill(~usable, 0.0), self.lengths.masked_fill(~usable, 0.0))
+        known = self.multiplied()
+        return SampleSums(known.sums.masked_fill(~usable, 0.0), known.lengths.masked_fill(~usable, 0.0))
 
     def of_task(self, task: int, num_tasks: int) -> SampleSums:
         """Return these sums, of one task, as those of ``task`` among ``num_tasks``."""
-        whole = SampleSums.none(num_tasks, self.sums)
-        whole.sums[task], whole.lengths[task] = self.sums[0], self.lengths[0]
+        whole, own = SampleSums.none(num_tasks, self.sums), self.multiplied()
+        whole.sums[task], whole.lengths[task] = own.sums[0], own.lengths[0]
         return whole
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return copies of the tensors, multiplied."""
+        known = self.multiplied()
+        return {"sums": known.sums.clone(), "lengths": known.lengths.clone()}
+
+    def to(self, like: Tensor) -> SampleSums:
+        """Return these sums on the device of ``like``."""
+        scale = self.scale.to(like.device) if isinstance(self.scale, Tensor) else self.scale
+        return SampleSums(self.sums.to(like.device), self.lengths.to(like.device), scale)
 
     @classmethod
     def joined(cls, parts: Sequence[SampleSums], processes: Processes) -> SampleSums:
         """Return the sums over the joined batch of ``parts`` and of all processes."""
+        if len(parts) == processes.count == 1:
+            return parts[0]
+        parts = [part.multiplied() for part in parts]
         sums, lengths = parts[0].sums, parts[0].lengths
         if len(parts) > 1:
             sums = torch.stack([part.sums for part in parts]).sum(0)

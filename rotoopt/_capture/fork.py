@@ -87,26 +87,42 @@ class Fork:
         """Whether gradients wait for each other: those of several tasks, or for one norm those of one task."""
         return not this.lagged or (this.meets and len(self.taps) > 1) or max(self.taps.values()) > 1
 
-    def arrive(self, task: int, grad: Tensor) -> Tensor | None:
+    def arrive(self, task: int, grad: Tensor, *, is_there: bool = False) -> Tensor | None:
         """Return what of the gradient of ``task`` goes on to z now; None where nothing does.
 
         Autograd calls the hook on z only if something arrives there: the first gradient that waits is followed by one
         zero, which takes no memory.
+
+        Args:
+            task: k.
+            grad: The gradient.
+            is_there: Whether it was written to its :meth:`room`.
         """
         this = self._running()
         if not self._waits(this):
             return this.pass_on(task, grad, self.sketch)
-        if self._of is not this:  # a pass before has failed, and left something here
-            self._waiting, self._arrived, self._of = None, set(), this
-        first = self._waiting is None
-        if self._waiting is None:
-            self._waiting = grad.new_empty((self._num_tasks, *self.shape))
+        waiting = self._rows(this, grad)
+        first = not self._arrived
         if task in self._arrived:  # a head that was called twice
-            self._waiting[task] += grad
-        else:
-            self._waiting[task] = grad
+            waiting[task] += grad
+        elif not is_there:
+            waiting[task] = grad
         self._arrived.add(task)
         return grad.new_zeros(()).expand(grad.shape) if first else None
+
+    def room(self, task: int, like: Tensor) -> Tensor | None:
+        """Return where the gradient of ``task``, which is like ``like``, may be written before it arrives."""
+        this = self._running()
+        if not self._waits(this):
+            return None
+        waiting = self._rows(this, like)
+        return None if task in self._arrived or waiting.dtype != like.dtype else waiting[task]
+
+    def _rows(self, this: BackwardPass, like: Tensor) -> Tensor:
+        """Return the memory for the gradients of a backward pass. Shape ``(K, *z.shape)``."""
+        if self._waiting is None or self._of is not this:  # or a pass before has failed, and left something here
+            self._waiting, self._arrived, self._of = like.new_empty((self._num_tasks, *self.shape)), set(), this
+        return self._waiting
 
     def _join(self, grad: Tensor) -> Tensor:
         """Add the combination of the task gradients to ``grad``, what all other uses of z contribute."""
@@ -144,7 +160,9 @@ class Rotate(torch.autograd.Function):
             raise RuntimeError(SECOND_ORDER)
         (matrix,) = ctx.saved_tensors
         at_rep = plain(grad if grad.dtype == torch.float64 else grad.float())
+        room = None
         if matrix is not None:
-            at_rep = rotated(at_rep, matrix.mT, ctx.dims)
-        goes_on = ctx.fork.arrive(ctx.task, at_rep)
+            room = ctx.fork.room(ctx.task, at_rep) if ctx.dims.lie_side_by_side(at_rep.shape) else None
+            at_rep = rotated(at_rep, matrix.mT, ctx.dims, room)
+        goes_on = ctx.fork.arrive(ctx.task, at_rep, is_there=room is not None)
         return None if goes_on is None else goes_on.to(grad.dtype), None, None, None, None

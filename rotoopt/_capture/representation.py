@@ -78,6 +78,10 @@ class RotatedDims:
         view = _group(reps, tuple(i + 1 for i in self.resolve(reps.shape[1:])))
         return view.reshape(len(reps), -1, *view.shape[1:])
 
+    def lie_side_by_side(self, shape: torch.Size) -> bool:
+        """Whether nothing lies between the rotated dimensions, so that :meth:`view` copies nothing."""
+        return _adjacent(self.resolve(shape))
+
     def restore(self, view: Tensor, rep: Tensor) -> Tensor:
         """Undo :meth:`view`: return ``view`` in the shape of ``rep``."""
         dims = self.resolve(rep.shape)
@@ -100,10 +104,18 @@ def _group(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
     return tensor.reshape(math.prod(shape[:first]), math.prod(shape[first:stop]), math.prod(shape[stop:]))
 
 
-def rotated(rep: Tensor, matrix: Tensor, dims: RotatedDims) -> Tensor:
-    """Return the rotation of ``rep`` by ``matrix``, in the shape and dtype of ``rep``; autocast does not reach it."""
+def rotated(rep: Tensor, matrix: Tensor, dims: RotatedDims, out: Tensor | None = None) -> Tensor:
+    """Return the rotation of ``rep`` by ``matrix``, in the shape and dtype of ``rep``; autocast does not reach it.
+
+    Args:
+        rep: z.
+        matrix: R. Shape ``(m, m)``.
+        dims: The rotated dimensions.
+        out: Where to write it. Contiguous, otherwise like ``rep``; the rotated dimensions must lie side by side.
+    """
     with torch.autocast(rep.device.type, enabled=False):
-        return dims.restore(_apply(matrix.to(rep.dtype), dims.view(rep)), rep)
+        into = None if out is None else dims.view(out)
+        return dims.restore(_apply(matrix.to(rep.dtype), dims.view(rep), into), rep)
 
 
 @torch.no_grad()
@@ -115,18 +127,21 @@ def second_moment(rep: Tensor, like: Tensor, dims: RotatedDims) -> Tensor:
         return samples.mT @ samples
 
 
-def _apply(matrix: Tensor, features: Tensor) -> Tensor:
+def _apply(matrix: Tensor, features: Tensor, out: Tensor | None) -> Tensor:
     """Rotate the first ``m`` of the ``d`` features and pass the rest through.
 
     Args:
         matrix: R. Shape ``(m, m)`` with ``m <= d``, in the dtype of ``features``.
         features: Shape ``(L, d, P)``.
+        out: Where to write the result.
 
     Returns:
         ``[R x_{1:m}, x_{m+1:d}]``, shape ``(L, d, P)``.
     """
     m, d = matrix.shape[-1], features.shape[1]
-    first = features[:, :m]
-    one_product = features.shape[2] == 1  # vectors and tokens: one large product instead of L small ones
-    first = (first.squeeze(2) @ matrix.mT).unsqueeze(2) if one_product else matrix @ first
-    return first if m == d else torch.cat([first, features[:, m:]], dim=1)
+    first, whole = features[:, :m], out if m == d else None
+    if features.shape[2] == 1:  # vectors and tokens: one large product instead of L small ones
+        first = torch.mm(first.squeeze(2), matrix.mT, out=None if whole is None else whole.squeeze(2)).unsqueeze(2)
+    else:
+        first = torch.matmul(matrix, first, out=whole)
+    return first if m == d else torch.cat([first, features[:, m:]], dim=1, out=out)

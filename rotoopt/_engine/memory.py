@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotoopt._capture.agreement import SampleSums
 from rotoopt._rotation.rotations import Rotations
 from rotoopt.weighting import Weighting
 from rotoopt.weighting._gradients import task_mask
@@ -23,6 +24,7 @@ class Memory:
 
     Attributes:
         num_steps: Number of steps so far.
+        sample_sums: Those of the latest step, if agreement was measured in it: the next one learns from them.
         told_tasks: Whose agreement was measured since the rotations turned.
         weights: The weights of the next backward pass, if its gradients cannot wait for each other. Shape ``(K,)``.
         known_norms: The latest ||G_k|| that is not zero; zero where there was none yet. Shape ``(K,)``.
@@ -36,6 +38,7 @@ class Memory:
         K, device, dtype = len(rotations), rotations.device, rotations.dtype
         weighting.bind(K, device, dtype)
         self.num_steps = 0
+        self.sample_sums: SampleSums | None = None
         self.told_tasks: set[int] = set()
         self.weights = torch.ones(K, device=device, dtype=dtype)
         self.known_norms = torch.zeros(K, device=device, dtype=dtype)
@@ -53,6 +56,7 @@ class Memory:
         self.total_angles, self.rest = self.total_angles.to(device), self.rest.to(device)
         self._all_tasks = self._all_tasks.to(device)
         self.norm_reference, self.loss_reference = self.norm_reference.to(device), self.loss_reference.to(device)
+        self.sample_sums = None if self.sample_sums is None else self.sample_sums.to(self.weights)
         self._weighting.to(device)
 
     def mask(self, tasks: set[int]) -> Tensor:
@@ -65,6 +69,7 @@ class Memory:
         return {
             "num_tasks": len(rotations),
             "num_steps": self.num_steps,
+            "sample_sums": None if self.sample_sums is None else self.sample_sums.state_dict(),
             "told_tasks": sorted(self.told_tasks),
             "matrices": None if rotations.size is None else rotations.matrices.clone(),
             # By its name. A copy: torch hands out the tensors of an optimizer themselves, which the next step changes.
@@ -84,6 +89,8 @@ class Memory:
         elif self._rotations.covers_all:
             self._rotations.manifold = None  # saved before the first forward pass, which will make them
         self.num_steps = state_dict["num_steps"]
+        sums = state_dict["sample_sums"]
+        self.sample_sums = None if sums is None else SampleSums(**sums).to(self.weights)
         self.told_tasks = set(state_dict["told_tasks"])
         self.weights = state_dict["weights"].to(self.weights)
         self.known_norms = state_dict["known_norms"].to(self.known_norms)

@@ -43,30 +43,39 @@ def _num_usable(passes: Sequence[BackwardPass]) -> Tensor | None:
 
 def _of_batch(met: Met, this: BackwardPass, measured: Measurements, dims: RotatedDims) -> RotationGradient:
     norms = measured.norms if this.magnified is None else measured.norms * this.magnified
-    directions = _usable(met.gradients.divided(norms), this)
-    return _factors(directions, directions.sum(0) / measured.present.sum(), met, this, dims)
+    unusable = _unusable(this)
+    directions = met.gradients.divided(norms).masked_fill_(unusable, 0.0)
+    if len(met.gradients.tasks or ()) == len(norms):
+        target = directions.mean(0)
+    else:
+        target = directions.sum(0) / measured.present.sum()
+    return _factors(directions, target, unusable, met, this, dims)
 
 
 def _of_pass(met: Met, this: BackwardPass, num_usable: Tensor | None, dims: RotatedDims) -> RotationGradient:
-    directions = _usable(met.gradients.directions(), this)
+    unusable = _unusable(this)
+    directions = met.gradients.directions().masked_fill_(unusable, 0.0)
     target = directions.sum(0) / met.gradients.num_present
-    return _factors(directions, target if num_usable is None else target / num_usable, met, this, dims)
+    target = target if num_usable is None else target / num_usable
+    return _factors(directions, target, unusable, met, this, dims)
 
 
-def _factors(directions: Tensor, target: Tensor, met: Met, this: BackwardPass, dims: RotatedDims) -> RotationGradient:
+def _factors(
+    directions: Tensor, target: Tensor, unusable: Tensor, met: Met, this: BackwardPass, dims: RotatedDims
+) -> RotationGradient:
     assert this.measured is not None  # it is closed
     return RotationGradient(
         dims.view_stacked(directions.view(-1, *met.shape)),
         dims.view(target.view(met.shape)),
         this.measured.finite,
-        None if met.second_moment is None else _usable(met.second_moment, this),
+        None if met.second_moment is None else met.second_moment.masked_fill(unusable, 0.0),
     )
 
 
-def _usable(tensor: Tensor, this: BackwardPass) -> Tensor:
-    """Return ``tensor``, or zeros where something in the pass was not finite."""
+def _unusable(this: BackwardPass) -> Tensor:
+    """Return whether something in the pass was not finite, and zeros take the place of what it measured."""
     assert this.measured is not None
-    return tensor.masked_fill(~this.measured.finite, 0.0)
+    return ~this.measured.finite
 
 
 def cosines_of(this: BackwardPass, norms: Tensor) -> Tensor:

@@ -205,7 +205,15 @@ class Weighing:
         return replace(measured, norms=norms, present=present, norm_references=reference.values)
 
     def _agreement(self, passes: Sequence[BackwardPass]) -> Tensor | None:
-        """Return how much the samples of all ``passes`` agree; None if that is not measured in this step."""
+        """Return how much the samples of the step before agreed, if it was measured, and keep the sums of this one.
+
+        One step later, so that no step makes both the turns and the signal of it.
+        """
+        before, self._memory.sample_sums = self._memory.sample_sums, self._joined_sums(passes)
+        return None if before is None else before.agreement()
+
+    def _joined_sums(self, passes: Sequence[BackwardPass]) -> SampleSums | None:
+        """Return the sums over the samples of all ``passes``; None if agreement is not measured in this step."""
         if not self.agreement_is_due:
             return None
         told = {task for this in passes for task in this.tasks}
@@ -220,4 +228,4 @@ class Weighing:
                 parts.append(known)
         if not parts:  # other processes may have some
             parts = [SampleSums.none(len(self._memory.weights), self._memory.weights)]
-        return SampleSums.joined(parts, self._processes).agreement()
+        return SampleSums.joined(parts, self._processes)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 MAX_TURN = 1000.0  # Frobenius norm of S, in radians
-# (I - T)^-1 = (I + T)(I + T^2)(I + T^4)...: p factors leave an error of |T|^(2^p), for |T| <= 1/2 below rounding.
-SERIES_FACTORS = {torch.float32: 5, torch.float64: 6}
+# Newton's iteration for (I - T)^-1, |T| <= 1/2, begins with I + T, an error of T^2, and squares it: to below rounding.
+NEWTON_STEPS = {torch.float32: 4, torch.float64: 5}
+CLEAR = 8.0  # times eps: the share of |N|^2 that |S|^2 must exceed to be more than rounding
 
 
 class Skew(Protocol):
@@ -18,9 +20,6 @@ class Skew(Protocol):
 
     def half_squared_norm(self) -> Tensor:
         r"""Return :math:`\tfrac12 \lVert S_k \rVert_F^2`. Shape ``(K,)``."""
-
-    def has_direction(self) -> Tensor:
-        """Return where S_k is more than rounding; where N_k is symmetric, as that of an aligned task, it is not."""
 
     def in_metric(self, factor: Tensor) -> Ascent:
         """Return the way up in the metric G, of which ``factor`` is the lower Cholesky factor, shape ``(m, m)``."""
@@ -42,18 +41,23 @@ class Ascent:
         skew: D.
         rise: :math:`\langle S_k, D_k \rangle`. Shape ``(K,)``.
         change: :math:`\operatorname{tr}(D_k G D_k^\top)`. Shape ``(K,)``.
+        clarity: Positive where S_k is more than rounding; where N_k is symmetric, as that of an aligned task, it is
+            not. Shape ``(K,)``.
     """
 
     skew: Skew
     rise: Tensor
     change: Tensor
+    clarity: Tensor
 
 
 class SampleSkew:
     r"""S_k as a sum over n samples, :math:`S_k = W_k V^\top - V W_k^\top`: a matrix of rank 2n, never formed.
 
-    By Sherman, Morrison and Woodbury, with :math:`X = \eta\,[W, -V]` and :math:`Y = [V, W]`,
-    :math:`\mathrm{cay}(X Y^\top) - I = X (I - Y^\top X / 2)^{-1} Y^\top`: a turn costs :math:`O(n m^2)`.
+    With :math:`X = [V, W_k]` and :math:`XJ = [W_k, -V]`, :math:`S_k = XJX^\top`, and its inner products are those of
+    :math:`M = X^\top XJ`: :math:`\lVert S_k \rVert_F^2 = -\langle M, M^\top \rangle`. By Sherman, Morrison and
+    Woodbury, :math:`\mathrm{cay}(\eta S_k) - I = \eta XJ (I - \eta M / 2)^{-1} X^\top`: a turn costs
+    :math:`O(n m^2)`.
 
     Args:
         tasks: W. Shape ``(K, m, n)``.
@@ -61,44 +65,50 @@ class SampleSkew:
     """
 
     def __init__(self, tasks: Tensor, target: Tensor) -> None:
-        self._W, self._V = tasks, target
-        self._VV, self._WW, self._VW = target.mT @ target, tasks.mT @ tasks, target.mT @ tasks
+        self._W, self._V = tasks.mT, target.mT  # one row per sample
+
+    @cached_property
+    def _X(self) -> Tensor:
+        """X^T. Shape ``(K, 2n, m)``."""
+        return torch.cat([self._V.expand(self._W.shape), self._W], dim=1)
+
+    @cached_property
+    def _XJ(self) -> Tensor:
+        """(XJ)^T. Shape ``(K, 2n, m)``."""
+        return torch.cat([self._W, -self._V.expand(self._W.shape)], dim=1)
+
+    @cached_property
+    def _M(self) -> Tensor:
+        return self._X @ self._XJ.mT
 
     def half_squared_norm(self) -> Tensor:
         """From inner products of samples."""
-        return (_inner(self._VV, self._WW) - _inner(self._VW, self._VW.mT)).clamp(min=0.0)
-
-    def has_direction(self) -> Tensor:
-        """From inner products of samples."""
-        return _exceeds_rounding(self.half_squared_norm(), _inner(self._VV, self._WW))
+        return (0.5 * _inner(self._M, self._M.mT)).abs()  # rounding may change the sign of what is zero
 
     def in_metric(self, factor: Tensor) -> Ascent:
         """In O(n m^2): of rank 2n, too."""
-        W, V, n = self._W, self._V, self._V.shape[-1]
-        solved = torch.cholesky_solve(torch.cat([V, W.movedim(0, 1).flatten(1)], dim=1), factor)
-        inverse_V, inverse_W = solved[:, :n], solved[:, n:].reshape(len(V), len(W), n).movedim(1, 0)
+        samples = torch.cat([self._V[None], self._W])
+        target, tasks, n = samples[0], samples[1:], samples.shape[1]
         # W - c V makes the same S. Where gradients are almost aligned, S is a small difference of large terms without.
-        along = (_inner(inverse_W, inverse_V) / _inner(inverse_V, inverse_V)).nan_to_num(0.0)[:, None, None]
-        W, inverse_W = W - along * V, inverse_W - along * inverse_V
-        VV, WW, VW = V.mT @ inverse_V, W.mT @ inverse_W, V.mT @ inverse_W  # in the metric
-        skew = SampleSkew(inverse_W, inverse_V)
-        return Ascent(
-            skew,
-            rise=2 * (_inner(VV, WW) - _inner(VW, VW.mT)),
-            change=_inner(VV, skew._WW) + _inner(WW, skew._VV) - 2 * _inner(VW, skew._VW.mT),
-        )
+        inner = torch.mv(samples.flatten(1), target.flatten())
+        along = (inner[1:] / inner[0]).nan_to_num_(0.0)
+        tasks.addcmul_(along[:, None, None], target, value=-1.0)
+        solved = torch.cholesky_solve(samples.flatten(0, 1).mT, factor).mT.view(samples.shape)
+        skew, own = SampleSkew(solved[1:].mT, solved[0].mT), SampleSkew(tasks.mT, target.mT)
+        mixed = own._X @ skew._XJ.mT  # the inner products in the metric
+        flipped = -mixed.mT
+        products = mixed * flipped
+        rise = products.sum((1, 2))
+        # |N|^2 in the metric, of which W - c V is one part, and c V the other.
+        aligned = along * torch.linalg.vector_norm(mixed[0, :n, n:])
+        size = torch.addcmul(products[:, :n, n:].sum((1, 2)), aligned, aligned)
+        return Ascent(skew, rise, change=_inner(skew._M, flipped), clarity=_beyond_rounding(rise, size))
 
     def turn_(self, matrices: Tensor, step: Tensor) -> None:
         """In O(n m^2)."""
-        W, V, n = self._W, self._V, self._V.shape[-1]
         step = step[:, None, None]
-        small = W.new_empty(len(W), 2 * n, 2 * n)  # Y^T X / 2
-        small[:, :n, :n], small[:, :n, n:] = self._VW, -self._VV
-        small[:, n:, :n], small[:, n:, n:] = self._WW, -self._VW.mT
-        inverse = _inverse_near_identity(small.mul_(step / 2))
-        right = inverse @ torch.cat([V.mT.expand(len(W), n, -1), W.mT], dim=1)  # (K, 2n, m)
-        left = torch.cat([matrices @ W, -(matrices @ V)], dim=2).mul_(step)  # (K, m, 2n)
-        matrices.baddbmm_(left, right)
+        left = (matrices @ self._XJ.mT).mul_(step)  # (K, m, 2n)
+        matrices.baddbmm_(left, _inverse_near_identity(self._M, step) @ self._X)
 
 
 class DenseSkew:
@@ -115,16 +125,13 @@ class DenseSkew:
         """From the entries."""
         return 0.5 * _inner(self._S, self._S)
 
-    def has_direction(self) -> Tensor:
-        """From the entries."""
-        return _exceeds_rounding(self.half_squared_norm(), _inner(self._N, self._N))
-
     def in_metric(self, factor: Tensor) -> Ascent:
         """In O(m^3)."""
         inverse = torch.cholesky_inverse(factor)  # products take a quarter of the time of solutions with K m columns
         half = inverse @ self._S
         skew = DenseSkew(0.5 * (half @ inverse))  # D / 2 is skew, but for rounding
-        return Ascent(skew, rise=_inner(self._S, skew._S), change=_inner(skew._S, half))
+        clarity = _beyond_rounding(_inner(self._S, self._S), _inner(self._N, self._N))
+        return Ascent(skew, rise=_inner(self._S, skew._S), change=_inner(skew._S, half), clarity=clarity)
 
     def turn_(self, matrices: Tensor, step: Tensor) -> None:
         """In O(m^3)."""
@@ -135,8 +142,9 @@ def _inner(one: Tensor, other: Tensor) -> Tensor:
     return (one * other).sum((-2, -1))
 
 
-def _exceeds_rounding(half_squared_norm: Tensor, squared_norm_of_N: Tensor) -> Tensor:
-    return half_squared_norm > 4 * torch.finfo(squared_norm_of_N.dtype).eps * squared_norm_of_N
+def _beyond_rounding(squared_norm_of_S: Tensor, squared_norm_of_N: Tensor) -> Tensor:
+    rounding = CLEAR * torch.finfo(squared_norm_of_N.dtype).eps
+    return torch.sub(squared_norm_of_S, squared_norm_of_N, alpha=rounding)
 
 
 def cayley_delta(skew: Tensor) -> Tensor:
@@ -165,14 +173,18 @@ def cayley_delta(skew: Tensor) -> Tensor:
     return torch.cholesky_solve(right, factor)
 
 
-def _inverse_near_identity(small: Tensor) -> Tensor:
-    """Return (I - T)^-1 by products alone, for a spectral radius of at most 1/2 (batched LU: see above)."""
-    inverse, power = small.clone(), small
-    inverse.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    negligible = torch.finfo(small.dtype).eps ** 2  # next to I; products of subnormal numbers take thirty times as long
-    for _ in range(SERIES_FACTORS[small.dtype] - 1):
-        power = torch.nn.functional.hardshrink(power @ power, negligible)
-        inverse = torch.baddbmm(inverse, inverse, power)
+def _inverse_near_identity(gram: Tensor, step: Tensor) -> Tensor:
+    r"""Return :math:`(I - \eta M / 2)^{-1}`, by products alone (batched LU: see above).
+
+    Args:
+        gram: M. Shape ``(K, n, n)``.
+        step: :math:`\eta`, with a spectral radius of :math:`\eta M` of at most one. Shape ``(K, 1, 1)``.
+    """
+    identity = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
+    matrix = torch.addcmul(identity, gram, step, value=-0.5)
+    inverse = torch.addcmul(identity, gram, step, value=0.5)
+    for _ in range(NEWTON_STEPS[gram.dtype]):
+        inverse = inverse @ torch.baddbmm(identity, matrix, inverse, beta=2.0, alpha=-1.0)
     return inverse
 
 
@@ -213,7 +225,8 @@ def repair_columns_(matrices: Tensor, first: int, count: int, where: Tensor) -> 
     error[:, J].diagonal(dim1=-2, dim2=-1).sub_(1.0)
     error.mul_(where[:, None, None])
     if count < matrices.shape[-1]:  # else both terms that end in P are one
-        matrices[:, :, J] -= 0.5 * (matrices @ error - columns @ error[:, J])
+        change = torch.baddbmm(columns @ error[:, J], matrices, error, beta=-1.0)
+        matrices[:, :, J].sub_(change, alpha=0.5)
     matrices.baddbmm_(columns, error.mT, alpha=-0.5)
 
 

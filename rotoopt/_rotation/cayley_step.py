@@ -52,9 +52,12 @@ class NormalizedStep(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    total = self.state[param].setdefault("sum", torch.zeros_like(param))
-                    total.add_(param.grad.square())
-                    param.copy_(total.rsqrt().nan_to_num_(posinf=0.0).mul_(group["lr"]))  # 0 before the first gradient
+                    state = self.state[param]
+                    if not state:
+                        state["sum"] = torch.zeros_like(param)
+                    total = state["sum"].addcmul_(param.grad, param.grad)
+                    inverse = total.rsqrt().nan_to_num_(posinf=0.0)  # 0 before the first gradient
+                    torch.mul(inverse, group["lr"], out=param)
         return loss
 
 
@@ -106,19 +109,20 @@ class CayleyStep:
         gradient = self._skew(gradients, m)
         ascent = gradient.in_metric(self._metric.factor(gradients, matrices))
         norm = ascent.skew.half_squared_norm()
-        positive = torch.minimum(ascent.rise, ascent.change) > 0  # but for rounding, both are
-        clear = gradient.has_direction() & ascent.skew.has_direction()
-        rests = ~(clear & positive & self.rotations.rotates)
+        least = torch.minimum(torch.minimum(ascent.rise, ascent.change), ascent.clarity)
+        rests = (least > 0) <= self.rotations.rests  # not greater than: unless it can turn, and is not to rest
         self._sizes.grad = (ascent.change / m).sqrt().masked_fill(rests, 0.0)
         self.optimizer.step()
         self._sizes.grad = None
-        longest = torch.minimum(ascent.rise / norm, norm.rsqrt())
+        inverse = norm.rsqrt()
+        longest = torch.minimum(ascent.rise / norm, inverse)
         step = torch.minimum(self._sizes * self._schedule.share(), longest).masked_fill(rests, 0.0)
         ascent.skew.turn_(matrices, step)
         count = -(-m // REPAIRED_SHARE)
         repair_columns_(matrices, self._num_turns * count % m, count, step > 0)
         self._num_turns += 1
-        return step * (norm * (2.0 / m)).sqrt()
+        angles: Tensor = step / inverse * (2.0 / m) ** 0.5
+        return angles
 
     def _skew(self, gradients: Sequence[RotationGradient], m: int) -> Skew:
         """Return the sum of the gradients, in the dtype of the rotations and the form that is cheaper to turn by."""
@@ -126,8 +130,8 @@ class CayleyStep:
         distributed = self._processes.count > 1  # their joined samples are many, and their number is not known here
         if distributed or sum(each.num_samples for each in gradients) >= DENSE_FROM * m:
             return DenseSkew(sum_of_correlations(gradients, m, self._processes).to(dtype))
-        tasks = torch.cat([_columns(each.directions, m) for each in gradients], dim=-1)
-        target = torch.cat([_columns(each.target, m) for each in gradients], dim=-1)
+        tasks = _joined([_columns(each.directions, m) for each in gradients])
+        target = _joined([_columns(each.target, m) for each in gradients])
         return SampleSkew(tasks.to(dtype), target.to(dtype))
 
     def _follow(self, device: torch.device) -> None:
@@ -155,3 +159,7 @@ class CayleyStep:
 def _columns(samples: Tensor, m: int) -> Tensor:
     """Return ``(..., L, d, P)`` as ``(..., m, L P)``: one column per sample."""
     return samples[..., :m, :].movedim(-2, -3).flatten(-2)
+
+
+def _joined(samples: Sequence[Tensor]) -> Tensor:
+    return samples[0] if len(samples) == 1 else torch.cat(list(samples), dim=-1)

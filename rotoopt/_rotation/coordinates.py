@@ -48,7 +48,7 @@ class Coordinates:
         self.fit()
         correlation = sum_of_correlations(gradients, self.parameter.shape[-1], self.processes)
         grad = (correlation.mT - correlation).tril(-1)
-        return torch.where(self.rotations.rotates[:, None, None], grad, 0.0).to(self.parameter.dtype)
+        return grad.masked_fill(self.rotations.rests[:, None, None], 0.0).to(self.parameter.dtype)
 
     @torch.no_grad()
     def turn(self, where: Tensor | bool = True) -> Tensor:
@@ -61,7 +61,7 @@ class Coordinates:
             Its angles, for small ones; see :class:`~rotoopt._rotation.step.RotationStep`. Shape ``(K,)``.
         """
         # Some optimizers move a parameter whose gradient is zero.
-        lower = torch.where(where & self.rotations.rotates[:, None, None], self.parameter.tril(-1), 0.0)
+        lower = torch.where(where > self.rotations.rests[:, None, None], self.parameter.tril(-1), 0.0)
         skew = lower - lower.mT
         turn_(self.rotations.matrices, skew)
         self.parameter.zero_()

@@ -40,13 +40,14 @@ class Metric:
             like: The rotations. Shape ``(K, m, m)``.
         """
         m, identity = like.shape[-1], torch.eye(like.shape[-1], device=like.device, dtype=like.dtype)
+        distributed = self._processes.count > 1
         moments = [each.second_moment for each in gradients if each.second_moment is not None]
-        total = sum(moments[1:], moments[0]).to(like, copy=True) if moments else torch.zeros_like(identity)
-        if self._processes.count > 1:
+        total = sum(moments[1:], moments[0]).to(like, copy=distributed) if moments else torch.zeros_like(identity)
+        if distributed:
             self._processes.sum_(total)
         trace = total.trace()
-        measured = (trace > 0) & (trace < torch.inf)
-        latest = total.mul_(m / trace)
+        measured = trace == trace.clamp(torch.finfo(trace.dtype).tiny, torch.finfo(trace.dtype).max)  # positive, finite
+        latest = total / (trace / m)
         if self._mean is None or self._memory is None:
             self._mean, self._memory = identity, torch.zeros_like(trace)
         self._mean = torch.where(measured, torch.lerp(latest, self._mean, self._memory), self._mean)

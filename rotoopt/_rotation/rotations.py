@@ -34,7 +34,7 @@ class Rotations(nn.Module):
         dtype: ``torch.float32`` or ``torch.float64``.
     """
 
-    rotates: Tensor
+    rests: Tensor
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Rotations(nn.Module):
         self.covers_all = size is None  # else the rest of the features pass through
         self.rotate = tuple(rotate)
         # The flags where the step needs them, so that no step copies anything to the device.
-        self.register_buffer("rotates", torch.tensor(self.rotate, device=device), persistent=False)
+        self.register_buffer("rests", ~torch.tensor(self.rotate, device=device), persistent=False)
         self.init: Init = init
         self.seed = seed
         self.dtype = dtype
@@ -79,7 +79,7 @@ class Rotations(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the rotations live: on the device of the latest representation."""
-        return self.rotates.device
+        return self.rests.device
 
     @property
     def size(self) -> int | None:

@@ -58,9 +58,9 @@ class TaskGradients:
     @classmethod
     def of(cls, grads: Tensor, tasks: tuple[int, ...], present: Tensor) -> TaskGradients:
         """Measure ``grads``, shape ``(K, n)``, which is scaled in place."""
-        peak = grads.abs().amax(dim=1) if grads.shape[1] else grads.sum(dim=1)  # a batch may be empty
-        exponent = torch.frexp(peak).exponent.clamp(MIN_EXPONENT, MAX_EXPONENT)
-        scale = torch.ldexp(torch.ones_like(peak), exponent)
+        # A batch may be empty.
+        peak = torch.linalg.vector_norm(grads, torch.inf, dim=1) if grads.shape[1] else grads.sum(dim=1)
+        scale = torch.pow(2.0, torch.frexp(peak).exponent.clamp_(MIN_EXPONENT, MAX_EXPONENT)).to(grads.dtype)
         scaled = grads.div_(scale[:, None])
         return TaskGradients(scaled, scale, tasks, present, scaled @ scaled.mT)
 
@@ -91,13 +91,13 @@ class TaskGradients:
     @cached_property
     def cosines(self) -> Tensor:
         """Cosines between the gradients, zero where one of them is zero. Shape ``(K, K)``."""
-        inverse = self.inverse_scaled_norms
-        return inverse[:, None] * self.gram * inverse
+        norms = self.scaled_norms
+        return (self.gram / norms.outer(norms)).nan_to_num_(0.0)
 
     @cached_property
     def inverse_scaled_norms(self) -> Tensor:
         r""":math:`1 / \lVert \hat G_k \rVert`, zero for a zero gradient. Shape ``(K,)``."""
-        return torch.where(self.scaled_norms == 0, 0.0, 1.0 / self.scaled_norms)
+        return self.scaled_norms.reciprocal().nan_to_num_(nan=torch.nan, posinf=0.0)
 
     def rows(self) -> Tensor:
         """Return the gradients of the present tasks, unscaled. Shape ``(|P|, n)``."""
@@ -112,11 +112,11 @@ class TaskGradients:
 
     def combine(self, weights: Tensor) -> Tensor:
         r"""Return :math:`\sum_k w_k G_k` with ``weights`` w, shape ``(K,)``, finite. Shape ``(n,)``."""
-        return (weights * self.scale) @ self.scaled
+        return torch.mv(self.scaled.mT, weights * self.scale)
 
     def divided(self, norms: Tensor) -> Tensor:
         r"""Return :math:`G_k / n_k` with ``norms`` n, shape ``(K,)``; zero where that is zero. Shape ``(K, n)``."""
-        return self.scaled * torch.where(norms > 0, self.scale / norms, 0.0)[:, None]
+        return self.scaled * (self.scale / norms).nan_to_num_(0.0, posinf=0.0)[:, None]
 
     def directions(self) -> Tensor:
         r"""Return the unit gradients :math:`U_k = G_k / \lVert G_k \rVert`, zero for a zero gradient. ``(K, n)``."""

@@ -27,11 +27,12 @@ class Measurements:
             gradients were not collected: see :attr:`Weighting.needs_cosines`.
         norm_references: :math:`\lVert G_k(t_0) \rVert`, NaN where there is none yet. Shape ``(K,)``.
         loss_references: :math:`|L_k(t_0)|`, NaN where there is none yet. Shape ``(K,)``.
-        agreement: How much the gradients of the samples in the batch agree: with :math:`A_{kb} = g_{kb} z_b^\top`, the
-            gradient of sample b with respect to a matrix in front of head k, :math:`\lVert \sum_b A_{kb} \rVert^2 /
-            \sum_b \lVert A_{kb} \rVert^2`. Its expectation is one for a gradient that is pure noise; it is the number
-            of samples if all are equal; NaN for an absent task. Estimated from 64 random projections. Shape
-            ``(K,)``. ``None`` if it was not measured: see :attr:`Weighting.needs_agreement`.
+        agreement: How much the gradients of the samples in the batch before agreed: with
+            :math:`A_{kb} = g_{kb} z_b^\top`, the gradient of sample b with respect to a matrix in front of head k,
+            :math:`\lVert \sum_b A_{kb} \rVert^2 / \sum_b \lVert A_{kb} \rVert^2`. Its expectation is one for a gradient
+            that is pure noise; it is the number of samples if all are equal; NaN for a task absent there. Estimated
+            from 64 random projections. Shape ``(K,)``. ``None`` if it was not measured: see
+            :attr:`Weighting.needs_agreement`.
     """
 
     norms: Tensor
@@ -159,7 +160,7 @@ class Reference:
         if burnt_in:
             take = valid > self.settled  # valid and not settled
         else:
-            take = valid & ~(self.values >= current * torch.finfo(self.values.dtype).eps ** 0.5)  # NaN, too
+            take = valid > (self.values >= current * torch.finfo(self.values.dtype).eps ** 0.5)  # NaN, too
         values = torch.where(take, current.to(self.values.dtype), self.values)
         return Reference(values, self.settled | valid if burnt_in else self.settled)
 

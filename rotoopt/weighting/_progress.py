@@ -30,8 +30,9 @@ class ProgressWeighting(Weighting):
     - r is the remaining loss, relative to its first value. For a loss that is quadratic around zero, :math:`\nu_k` is
       proportional to :math:`\sqrt{r_k}`: with :math:`\alpha = 1/2`, its weight does not grow as it converges.
     - s is the share of the gradient that is signal. F is the agreement of the samples of a batch
-      (:attr:`Measurements.agreement`, measured when rotations are updated, or soon after): one if they have nothing in
-      common, as for random labels. With one sample per batch it cannot be estimated, and all s are equal.
+      (:attr:`Measurements.agreement`, measured when rotations are updated, or soon after, and used from the next step
+      on): one if they have nothing in common, as for random labels. With one sample per batch it cannot be estimated,
+      and all s are equal.
 
     The weights are computed in earlier steps, so that they are known before the backward pass and each gradient is
     weighted as soon as it is available. The first two steps use their own gradients if all heads read one tensor, and
@@ -112,7 +113,7 @@ class ProgressWeighting(Weighting):
         r"""Return :math:`\alpha \log s`; where unknown, the mean over the other tasks. Shape ``(K,)``."""
         latest = measured.agreement
         if latest is not None:
-            known = measured.present & (latest < torch.inf)
+            known = latest < torch.inf  # NaN is not
             before = self._remembered("agreement", measured.norms).to(measured.norms)
             count = self._remembered("num_agreements", before).to(before) + known
             mean = torch.lerp(

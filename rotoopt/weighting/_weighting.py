@@ -31,7 +31,7 @@ class Weighting(ABC):
             ``optimizer.step(losses)`` or ``optimizer.backward(losses)``.
         needs_cosines: Whether the K gradients must be collected in every step to compute their cosines.
         needs_agreement: Whether to measure :attr:`Measurements.agreement`: in the steps that update the rotations, and
-            for a task that is absent there in one of the next K - 1.
+            for a task that is absent there in one of the next K - 1. It is available one step later.
         needs_old_norms: Whether :attr:`Measurements.norm_references` or the norms of absent tasks are used; otherwise
             both may be unknown.
         needs_one_tensor: Whether all heads must read one tensor, because :meth:`combine` is not a weighted sum.

@@ -180,6 +180,19 @@ def test_aligned_gradients_do_not_turn(K: int, n: int, m: int, seed: int, dtype:
     assert_close(result, R, rtol=0, atol=20 * eps(dtype))
 
 
+@given(K=NUM_TASKS, n=NUM_SAMPLES, m=SIZES, seed=SEEDS, dtype=DTYPES, dense=st.sampled_from([0.0, math.inf]))
+def test_gradients_along_one_direction_do_not_turn(
+    K: int, n: int, m: int, seed: int, dtype: torch.dtype, dense: float
+) -> None:
+    """As those of linear heads with the same weights: N is symmetric, although the samples ask for different things."""
+    sampler = Sampler(seed, dtype)
+    R, z = sampler.rotations(K, m), sampler.normal(n, m) * sampler.log_scales(m, -1, 1)
+    units = sampler.normal(K, n, 1) * sampler.normal(m)
+    units /= units.norm(dim=(1, 2), keepdim=True)
+    result = turned(R, rotation_gradient(units, units.mean(dim=0), z), lr=10.0, dense_from=dense)
+    assert_close(result, R, rtol=0, atol=20 * eps(dtype))
+
+
 @given(K=NUM_TASKS, seed=SEEDS, haar=st.booleans())
 def test_one_feature_cannot_turn(K: int, seed: int, haar: bool) -> None:
     bench = Bench((4, 1), K, torch.float32, init="haar" if haar else "identity", rotation_lr=1.0)
