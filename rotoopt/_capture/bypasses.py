@@ -140,7 +140,7 @@ def _around_the_heads(read: _Read, names: Sequence[str]) -> str:
         f"{who} {'reach' if several else 'reaches'} without passing a head: nothing weighs its gradient there. "
         "Likely causes: (a) a skip connection goes around a head: put it into the head, or hand what it "
         "carries to the head as an input, (b) a head is called as head.forward(z), (c) a head reads something "
-        "that was stored and not handed to it, or is in an object of a class of its own, (d) a penalty on "
+        "that was stored and not handed to it, is complex, or is in an object of a class of its own, (d) a penalty on "
         "the backbone is part of a loss: pass it as backbone_loss, or (e) a layer is applied to the outputs of "
         "several heads: give every task a copy of its own, in `heads`. A loss that was computed from gradients, as in "
         "MAML, cannot be weighted: run its forward and backward under optimizer.paused(), and then optimizer.step() "

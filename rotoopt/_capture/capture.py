@@ -169,8 +169,20 @@ class Capture:
             training: Whether the head trains.
             own: Whether the head may change what it gets in place, and must get a copy then.
         """
+        if rep.layout != torch.strided or rep.is_nested:
+            return self._not_dense(rep, task, place)
         captures = training and torch.is_grad_enabled()
         return (self._capture if captures else self._rotate)(rep, task, place, alone, own)
+
+    def _not_dense(self, rep: Tensor, task: int, place: Place) -> Tensor:
+        """Let ``rep`` pass, as the adjacency matrix of a graph; raise if it is what should be rotated or measured."""
+        if rep.requires_grad or self.places.noted[task].get(place):
+            kind = "a nested tensor" if rep.is_nested else f"one of layout {rep.layout}"
+            raise TypeError(
+                f"The representation must be a dense tensor, got {kind}. Give the heads its values or a padded one: "
+                "z.values() of a nested or sparse tensor, torch.nested.to_padded_tensor(z, 0.0), z.to_dense()."
+            )
+        return rep
 
     def _rotate(self, rep: Tensor, task: int, place: Place, alone: bool, own: bool) -> Tensor:
         matrix = self.places.matrix_for(rep, task, place, alone=alone, trains=False)

@@ -22,11 +22,12 @@ from rotoopt._capture.labels import (
     reduced,
     whole,
 )
+from rotoopt._capture.moves import PICKS, WRITES
 from rotoopt._torch.private import num_outputs, output_shapes, saved
 
 # Linear in all inputs, or in the only one that depends on a task.
 LINEAR = {"Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Stack", "Cat", "Clone", "ToCopy", "Expand", "Where"}
-LINEAR |= {"Alias", "MaskedFill", "Index", "IndexSelect", "Gather", "MaskedSelect"} | REARRANGING
+LINEAR |= {"Alias", "MaskedFill", "IndexPut", "IndexAdd", "Scatter", "ScatterAdd", "Nansum"} | PICKS | REARRANGING
 PRODUCTS = {"Mul", "Div", "Dot", "Mv", "Mm", "Bmm"}
 
 
@@ -164,7 +165,7 @@ class Dependence:
         name, shapes = operation(node), output_shapes(node)
         if is_tap(node) or not shapes or any(len(shape) > 1 for shape in shapes):
             return False
-        if name in ELEMENTWISE | REARRANGING | ALONG | {"Stack", "Cat"}:
+        if name in ELEMENTWISE | REARRANGING | ALONG | WRITES | {"Stack", "Cat"}:
             return all(part in self._numbers for part, _ in edges(node) if self._masks.get(part, 0))
         if shapes[0]:  # errors that were averaged over the samples, one for each task
             return name in REDUCING and self._is_joint(node) and not self.is_mixed((node, 0))

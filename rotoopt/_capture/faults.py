@@ -105,6 +105,9 @@ def _mixed(tasks: Sequence[int], names: Sequence[str]) -> str:
     first, second = names[tasks[0]], names[tasks[1]]
     return (
         f"The loss of {first} must be computed from the output of its own head, got one that passes through that "
-        f"of {second}, too: its gradient would be given two weights. Give each head a loss of its own that the "
-        f"others are added to, or detach() the output of {second} in the loss of {first}."
+        f"of {second}, too: its gradient would be given two weights. Either (a) give each head a loss of its own that "
+        f"the others are added to, or detach() the output of {second} in the loss of {first}, (b) in your own "
+        "sum(losses).backward(), where an index or a mask picked one task for each sample, call backward(losses) with "
+        "the loss of each task instead, which knows what was picked, or (c) where the loss trains something else, as "
+        "an actor through its critics, run its forward pass under optimizer.paused()."
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotoopt._capture.moves import CHOICES, PICKS, WRITES, chosen, picked, written
 from rotoopt._torch.private import output_shapes, saved
 
 NONE = -1  # depends on no task
@@ -30,6 +31,7 @@ ELEMENTWISE |= {"Expand"}
 RESHAPING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"}
 REARRANGING = RESHAPING | {"Select", "Slice", "Split", "SplitWithSizes", "Unbind", "Permute", "Transpose", "T"}
 REDUCING = {"Sum", "Mean", "LinalgVectorNorm", "Norm", "Amax", "Amin", "Max", "Min", "Logsumexp", "Var", "Std", "Prod"}
+REDUCING |= {"Nansum"}
 ALONG = {"Softmax", "LogSoftmax", "Cumsum"}  # of all numbers along a dimension, which stays
 # Losses of single numbers, and of a number for each class, which are added up unless `reduction` is none.
 LOSSES = {"MseLoss", "SmoothL1Loss", "HuberLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits"}
@@ -106,6 +108,9 @@ def _labels(
     node: Any, operation: str, parts: Sequence[Tensor], shapes: Sequence[Shape | None], out_shapes: Sequence[Shape]
 ) -> list[Tensor]:
     """Return the labels of all outputs, an empty list where no rule tells."""
+    moved = _moved(node, operation, parts, shapes, out_shapes[0]) if operation in CHOICES | PICKS | WRITES else None
+    if moved is not None:
+        return [moved]
     if operation in ELEMENTWISE:
         labels = together(parts)
         return [labels.reshape((1,) * (len(out_shapes[0]) - labels.ndim) + labels.shape)]
@@ -142,6 +147,18 @@ def _labels(
         ends = torch.tensor([each[dim] for each in out_shapes], device="cpu").cumsum(0).tolist()
         return [narrowed(labels, dim, end - each[dim], end) for end, each in zip(ends, out_shapes, strict=True)]
     return []
+
+
+def _moved(
+    node: Any, operation: str, parts: Sequence[Tensor], shapes: Sequence[Shape | None], out_shape: Shape
+) -> Tensor | None:
+    """Return the labels of numbers that were moved as they are; None where the graph does not tell."""
+    if operation in CHOICES:
+        return chosen(node, operation, parts, whole(NONE, ()))
+    if operation in WRITES:
+        new = parts[1] if len(parts) > 1 else whole(NONE, ())  # of x[part] = 0
+        return written(node, operation, parts[0].expand(out_shape), new)
+    return None if shapes[0] is None else picked(node, operation, parts[0].expand(shapes[0]))
 
 
 def _joined(

@@ -100,6 +100,8 @@ class Places:
         if self._fresh == version(self._rotations.matrices):
             self._rotations.create(most)
             self._fresh = version(self._rotations.matrices)
+            for each in noted:  # what had the other size, and no gradient, as an input of a gate
+                each.clear()
             for (reader, read), size in self._sizes.items():
                 noted[reader][read] = size == most
         elif not self._warned and readers.get(m):

@@ -76,7 +76,7 @@ class RotatedDims:
     def view_stacked(self, reps: Tensor) -> Tensor:
         """Return K representations, stacked along a new first dimension, as ``(K, L, d, P)``."""
         view = _group(reps, tuple(i + 1 for i in self.resolve(reps.shape[1:])))
-        return view.reshape(len(reps), -1, *view.shape[1:])
+        return view.reshape(len(reps), len(view) // len(reps), *view.shape[1:])  # no -1: a batch may be empty
 
     def lie_side_by_side(self, shape: torch.Size) -> bool:
         """Whether nothing lies between the rotated dimensions, so that :meth:`view` copies nothing."""

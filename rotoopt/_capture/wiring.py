@@ -13,7 +13,7 @@ from rotoopt._capture.graph import Node, behind, leaves, made_by, operation, rea
 from rotoopt._capture.places import Places
 from rotoopt._torch.private import running_roots
 
-LOOK_EVERY = 16
+LOOK_EVERY = 17  # a prime, which meets every step of a cycle, as of labelled and unlabelled batches
 
 
 class Wiring:
@@ -38,14 +38,16 @@ class Wiring:
     def check(self, losses: Mapping[int, Tensor], fed: Fed, backbone_loss: Tensor | None) -> bool:
         """Return whether ``losses`` reach one tensor through their heads, and no other; raise if wired wrongly."""
         tasks = frozenset(losses) & fed.trained()  # others have a loss of their head alone
-        made_by_now = [operation(loss.grad_fn) for loss in losses.values() if loss.grad_fn is not None]
+        given = losses.values() if backbone_loss is None else [*losses.values(), backbone_loss]
+        made_by_now = [operation(loss.grad_fn) for loss in given if loss.grad_fn is not None]
         known = self._known(tasks, fed)
         if known is not None and self._made_by.get(tasks) == made_by_now:
             return known
-        self._made_by[tasks] = made_by_now
+        self._one_tensor.pop(tasks, None)  # what is refused is looked at again
         made = {task: made_by(loss) for task, loss in losses.items()}
         backbone = None if backbone_loss is None else made_by(backbone_loss)
         check_losses(made, fed, self._names, self._own_parameters(), backbone)
+        self._made_by[tasks] = made_by_now
         return self._remember(tasks, taps_of(node for node, _ in made.values()))
 
     def check_running(self, fed: Fed) -> bool:
@@ -54,6 +56,7 @@ class Wiring:
         known = self._known(tasks, fed)
         if known is not None:
             return known
+        self._one_tensor.pop(tasks, None)
         taps = check_sum([made_by(root) for root in running_roots()], self._names, self._own_parameters())
         if not taps:  # where torch does not tell what the pass began from
             return fed.only_fork() is not None

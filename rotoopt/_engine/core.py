@@ -57,7 +57,8 @@ class RotoGradCore(Core):
             self.untrained_heads.observe()
             self.idle_steps.end()
         elif engine.capture.fed.tasks:
-            engine.frozen_representation.observe()
+            if not engine.capture.fed.trained():  # else their losses were not back-propagated
+                engine.frozen_representation.observe()
         # torch.distributed.checkpoint makes the optimizer's state by a step with a learning rate of zero.
         elif any(group.get("lr", 1.0) for group in self.optimizer.param_groups):
             self.idle_steps.observe(trained_before=bool(engine.capture.shapes))

@@ -41,7 +41,10 @@ def check_losses(losses: Losses, names: Sequence[str]) -> dict[int, Tensor]:
     present = {task: loss for task, loss in enumerate(by_task) if loss is not None and not is_constant(loss)}
     for task, loss in present.items():
         if not isinstance(loss, Tensor):
-            raise TypeError(f"`losses` must be tensors or None, got {kind(loss)} for {names[task]}.")
+            raise TypeError(
+                f"`losses` must be tensors or None, got {kind(loss)} for {names[task]}. Put None where a task is "
+                "absent from this batch."
+            )
         _check_loss(loss, names[task])
     if not present:
         raise ValueError("`losses` must have at least one loss, got only None, or constants.")
@@ -71,7 +74,8 @@ def _check_loss(loss: Tensor, name: str) -> None:
     if not loss.requires_grad:
         raise ValueError(
             f"Every loss must have a graph, got one without for {name}. Either (a) it was detached or read with "
-            ".item(), (b) the forward pass ran under no_grad(), or (c) nothing in it is trainable."
+            ".item(), (b) the forward pass ran under no_grad(), (c) nothing in it is trainable, or (d) it stands for a "
+            "task that is absent from this batch: put None there."
         )
 
 

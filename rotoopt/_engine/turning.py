@@ -65,7 +65,7 @@ def _factors(
 ) -> RotationGradient:
     assert this.measured is not None  # it is closed
     return RotationGradient(
-        dims.view_stacked(directions.view(-1, *met.shape)),
+        dims.view_stacked(directions.view(len(directions), *met.shape)),
         dims.view(target.view(met.shape)),
         this.measured.finite,
         None if met.second_moment is None else met.second_moment.masked_fill(unusable, 0.0),

@@ -85,8 +85,8 @@ class Weighing:
                 vector = self._weigh(this, gradients)
                 vector = vector if this.magnified is None else vector * this.magnified
             if fork.sketch is not None:
-                sums = fork.sketch.sums(gradients.scaled.view(-1, *fork.shape)).scaled(gradients.scale)
-                this.sample_sums.append(sums)
+                scaled = gradients.scaled.view(len(grads), *fork.shape)
+                this.sample_sums.append(fork.sketch.sums(scaled).scaled(gradients.scale))
             # Alone, a task is its own target. What other processes have, the host does not know.
             alone = len(tasks) == 1 and self._processes.count == 1
             turns = self.turns_are_due and fork.rotated

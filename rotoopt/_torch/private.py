@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 ENGINE_FILE = torch.autograd.graph.__file__
+ASSIGNMENT = "torch::autograd::CopySlices"  # the operation of x[part] = y in a graph, and of x[part].add_(y)
 Function = TypeVar("Function", bound=Callable[..., Any])
 Step = Callable[..., float | None]
 
@@ -160,18 +161,46 @@ def num_outputs(node: Any) -> int:
 
 
 def saved(node: Any, name: str) -> Any:
-    """Return an argument of an operation in a graph, as the dimension of a sum; None if it has none of that name.
+    """Return an argument of an operation in a graph, as the dimension of a sum.
 
     Nothing public tells it.
+
+    Returns:
+        None if it has none of that name, or a backward pass has freed it.
     """
-    value = getattr(node, f"_saved_{name}", None)
-    if isinstance(value, tuple):
-        return tuple(map(_signed, value))
-    return _signed(value) if isinstance(value, int) else value
+    try:
+        value = getattr(node, f"_saved_{name}", None)
+    except RuntimeError:
+        return None
+    return tuple(map(_signed, value)) if isinstance(value, tuple) else _signed(value)
 
 
-def _signed(value: int) -> int:
-    return value if value < 2**63 else value - 2**64
+def _signed(value: Any) -> Any:
+    return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
+
+
+@torch.no_grad()
+def kept_by_assignment(node: Any) -> Tensor | None:
+    """Return which numbers of x remain after ``x[part] = y``, by its operation in a graph. Bool, shape of x.
+
+    Nothing public tells it, and nothing private but the gradients of the operation.
+
+    Returns:
+        None if that cannot be told: numbers were not replaced but changed, x has no gradient, or a backward pass was
+        there.
+    """
+    of_x = node._input_metadata[0]
+    try:
+        grads = node(torch.ones(of_x.shape, dtype=of_x.dtype, device=of_x.device))
+    except RuntimeError:
+        return None
+    kept, *written = (grads,) if isinstance(grads, Tensor) else grads
+    if kept is None:
+        return None
+    remains, replaced = kept == 1, kept == 0
+    written = [each.double().sum() for each in written if each is not None]  # none for x[part] = 0
+    is_told = bool((remains | replaced).all()) and (not written or sum(written) == replaced.sum())
+    return remains if is_told else None
 
 
 def is_transformed() -> bool:

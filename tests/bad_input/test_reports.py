@@ -124,6 +124,19 @@ def test_heads_that_run_no_more() -> None:
     step(2)
 
 
+def test_step_after_a_refused_one_does_not_take_the_backbone_for_frozen() -> None:
+    """A loop that goes on after an error; warnings are errors here."""
+    model, optimizer = wrap()
+    for batch in range(4):
+        optimizer.zero_grad()
+        losses = model.losses(batch)[0]
+        with pytest.raises(RuntimeError, match="must pass through its rotated head"):
+            optimizer.step(losses[::-1])
+        optimizer.step()
+        back_propagate(losses)
+        optimizer.step()
+
+
 def test_backbone_that_is_frozen_from_the_start_in_backward_passes_of_ones_own() -> None:
     model, optimizer = wrap()
     model.backbone.requires_grad_(False)

@@ -63,6 +63,16 @@ REPRESENTATIONS = {
     ),
     "integers": Case(TypeError, f"{FLOAT} torch.int64", lambda m, o: lambda: left(m)(torch.ones(5, 6).long())),
     "complex": Case(TypeError, f"{FLOAT} torch.complex64", lambda m, o: lambda: left(m)(torch.ones(5, 6) + 1j)),
+    "nested": Case(
+        TypeError,
+        "The representation must be a dense tensor, got a nested tensor. Give the heads its values or a padded one",
+        lambda m, o: lambda: left(m)(torch.nested.as_nested_tensor(representation(m)[None], layout=torch.jagged)),
+    ),
+    "sparse": Case(
+        TypeError,
+        "The representation must be a dense tensor, got one of layout torch.sparse_coo. Give the heads its values",
+        lambda m, o: lambda: left(m)(representation(m).to_sparse()),
+    ),
     "object": Case(
         TypeError,
         f"{FLOAT} SimpleNamespace. Objects of other classes are not looked into: for such inputs give num_tasks=K",

@@ -1,17 +1,20 @@
 """Losses that did not come, once and together, from the one representation through their rotated heads."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rotoopt import RotoGradOptimizer, RotoGradWeighting
 from rotoopt._capture.hooks import attach
+from rotoopt._capture.wiring import LOOK_EVERY
 from tests.bad_input.cases import Case, check, left, losses_of, parametrize, representation, right
-from tests.contract.models import TwoTasks, back_propagate
+from tests.contract.models import TwoTasks, back_propagate, wrap
 
 BYPASSED = "The loss of right must pass through its rotated head, got one that passes through: none"
 MIXED = "The loss of left must be computed from the output of its own head, got one that passes through that of right"
@@ -160,7 +163,6 @@ CASES = {
         RuntimeError,
         "`backbone_loss` must not pass through a head, got one that passes through right. Add it to the loss of that",
         regularized_head,
-        later=False,
     ),
     "re-entrant checkpointing": Case(
         RuntimeError,
@@ -208,3 +210,37 @@ CASES = {
 @parametrize(CASES)
 def test_wiring(case: Case, steps: int) -> None:
     check(case, steps)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("num_right", [0, LOOK_EVERY - 1])
+def test_what_was_refused_is_refused_again(own: bool, num_right: int) -> None:
+    """In a loop that catches errors and goes on, and that may have begun well. Not every step is looked at."""
+    model, optimizer = wrap()
+    for number in range(num_right + 3):
+        optimizer.zero_grad()
+        losses = model.losses(5)[0] if number < num_right else skip_connection(model)
+        with nullcontext() if number < num_right else pytest.raises(RuntimeError, match=AROUND):
+            back_propagate(losses) if own else optimizer.backward(losses)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("period", [2, 3, 4, 8])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_fault_that_comes_and_goes_is_found(own: bool, period: int) -> None:
+    """As in a loop that takes labelled and unlabelled batches in turn."""
+    model, optimizer = wrap()
+    with pytest.raises(RuntimeError, match=AROUND):  # noqa: PT012
+        for number in range(period * LOOK_EVERY + 1):
+            optimizer.zero_grad()
+            losses = skip_connection(model) if number % period == 1 else model.losses(5)[0]
+            back_propagate(losses) if own else optimizer.backward(losses)
+            optimizer.step()
+
+
+def test_losses_of_another_kind_are_refused_again() -> None:
+    model, optimizer = wrap()
+    optimizer.step(model.losses(5)[0])
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=AROUND):
+            optimizer.backward([loss.exp() for loss in skip_connection(model)])

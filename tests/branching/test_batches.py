@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.testing import assert_close
 
-from rotoopt import RotoGradOptimizer, RotoGradWeighting
+from rotoopt import ProgressWeighting, RotoGradOptimizer, RotoGradWeighting
 from rotoopt.testing._branching import BRANCHING
+from rotoopt.weighting import Weighting
+from tests.asserts import assert_rotations
 from tests.branching.twins import NAMES, WAYS, Make, Twins
 from tests.contract.models import assert_same
 from tests.samplers import SEEDS
@@ -65,6 +67,34 @@ def test_loaders_of_two_lengths(way: str, zipped: bool, seed: int, log_scale: fl
         if not zipped or number % 2:
             optimizer.step()
             optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("make", [ProgressWeighting, RotoGradWeighting], ids=lambda make: make.__name__)
+@given(seed=SEEDS, empty=st.sets(st.integers(0, 17)), length=st.sampled_from([None, 0, 3]))
+def test_empty_batches(way: str, make: Callable[[], Weighting], seed: int, empty: set[int], length: int | None) -> None:
+    """Also in steps in which the rotations turn: what there is is weighted, and nothing else changes."""
+    torch.manual_seed(seed)
+    backbone, heads = two_tasks()
+    params = [param for module in (backbone, *heads.values()) for param in module.parameters()]
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.01), heads, weighting=make())
+    for number in range(18):
+        batch = 0 if number in empty and length != 0 else 4
+        shape = (batch, 5) if length is None else (batch, 0 if number in empty else 3, 5)
+        x = torch.randn(shape).double()
+
+        def losses(x: Tensor) -> dict[str, Tensor]:
+            z = backbone(x)
+            return {name: (k + 1) * (head(z) - 1).square().sum() for k, (name, head) in enumerate(heads.items())}
+
+        with optimizer.paused():
+            true = [torch.autograd.grad(losses(x)[name], backbone[0].weight)[0] for name in heads]  # type: ignore[index]
+        optimizer.zero_grad()
+        WAYS[way](optimizer, losses(x))
+        weighted = sum(weight * grad for weight, grad in zip(optimizer.task_weights, true, strict=True))
+        assert_close(backbone[0].weight.grad, weighted)  # type: ignore[index]
+        optimizer.step()
+    assert_rotations(optimizer.rotations.matrices)
 
 
 def of_z(change: Callable[[Tensor], Tensor]) -> nn.Module:

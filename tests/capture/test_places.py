@@ -269,6 +269,27 @@ def test_the_size_that_most_tasks_read_is_that_of_the_rotations(
         assert_close(head(z_new), head.forward(expected))
 
 
+@pytest.mark.parametrize("init", ["identity", "haar"])
+def test_gates_that_read_the_inputs_do_not_give_rotations_their_size(init: str) -> None:
+    """Nothing there has a gradient, and they run first."""
+    experts, gates, towers = (
+        nn.Linear(5, 3 * D),
+        [nn.Linear(5, 3) for _ in range(2)],
+        [nn.Linear(D, 2) for _ in range(2)],
+    )
+    params = nn.ModuleList([experts, *gates, *towers]).parameters()
+    heads = list(zip(towers, gates, strict=True))
+    options: dict[str, Any] = {"init": init, "rotation_lr": 0.3, "turn_every": 1}
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), heads, **options)
+    for _ in range(3):
+        x = torch.randn(4, 5)
+        z = [torch.einsum("bed,be->bd", experts(x).view(4, 3, D), gate(x).softmax(1)) for gate in gates]
+        step(optimizer, [tower(each) for tower, each in zip(towers, z, strict=True)])
+    x = torch.randn(4, 5)
+    assert_same(gates[0](x), gates[0].forward(x))
+    assert optimizer.rotations.size == D
+
+
 def test_too_late_for_the_size_that_most_tasks_read_is_a_warning() -> None:
     names = tuple(SIZES)
     for flags in ([True, True, True], [False, True, True]):

@@ -1,0 +1,70 @@
+"""Moves: labels of what picks numbers, chooses between them or writes them somewhere: indices, masks, assignments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotoopt._torch.private import ASSIGNMENT, kept_by_assignment, saved
+
+PICKS = {"Index", "IndexSelect", "Gather", "MaskedSelect"}
+CHOICES = {"Where", "MaskedFill"}
+WRITES = {"IndexPut", ASSIGNMENT}
+
+
+def picked(node: Any, operation: str, labels: Tensor) -> Tensor | None:
+    """Return the labels of numbers that were picked out of some with ``labels``, of full size.
+
+    Returns:
+        None where the graph does not tell which: a backward pass was there.
+    """
+    if operation == "Index":
+        indices = _indices(node)
+        return None if indices is None else labels[indices]
+    if operation == "MaskedSelect":
+        mask = saved(node, "mask")
+        return None if mask is None else labels.masked_select(mask.cpu())
+    dim, index = saved(node, "dim"), saved(node, "index")
+    if index is None:
+        return None
+    return labels.gather(dim, index.cpu()) if operation == "Gather" else labels.index_select(dim, index.cpu())
+
+
+def chosen(node: Any, operation: str, parts: Sequence[Tensor], nothing: Tensor) -> Tensor | None:
+    """Return the labels of numbers that a mask chose out of some with labels ``parts``, or filled in.
+
+    Args:
+        node: The operation in a graph.
+        operation: Its name.
+        parts: The labels of its inputs.
+        nothing: That of a number without a task.
+
+    Returns:
+        None where the graph does not tell which: a backward pass was there.
+    """
+    if operation == "Where":
+        mask, (there, elsewhere) = saved(node, "condition"), parts
+    else:
+        mask, elsewhere, there = saved(node, "mask"), parts[0], parts[1] if len(parts) > 1 else nothing
+    return None if mask is None else torch.where(mask.cpu(), there, elsewhere)
+
+
+def written(node: Any, operation: str, labels: Tensor, new: Tensor) -> Tensor | None:
+    """Return ``labels``, of full size, after numbers with labels ``new`` were written over some.
+
+    Returns:
+        None where the graph does not tell over which: a backward pass was there, or they were added.
+    """
+    if operation == "IndexPut":
+        indices = None if saved(node, "accumulate") else _indices(node)
+        return None if indices is None else labels.clone().index_put_(indices, new)
+    kept = kept_by_assignment(node) if new.numel() == 1 else None
+    return None if kept is None else torch.where(kept.cpu(), labels, new.squeeze())
+
+
+def _indices(node: Any) -> tuple[Any, ...] | None:
+    indices = saved(node, "indices")
+    return None if indices is None else tuple(slice(None) if each is None else each.cpu() for each in indices)
