@@ -167,6 +167,14 @@ def test_arguments_are_the_same_by_position_and_by_keyword() -> None:
         nn.ModuleList(heads).train()
 
 
+def test_the_first_step_makes_the_rotations_if_no_head_gets_the_representation_alone() -> None:
+    backbone, heads, optimizer = wrapped(Decoder, init="identity", rotation_size=None)
+    for made in (None, D):
+        assert optimizer.rotations.size == made
+        z = backbone(torch.randn(4, 5))
+        step(optimizer, [head(z, z + 1) for head in heads])
+
+
 class OneOrTwo(nn.Module):
     """Reads a list of two tensors, or one, so many times."""
 
