@@ -1,1 +1,1 @@
-"""Deployment: rotations that become part of the heads, and copies of a model that keep up."""
+"""Deployment: folding rotations into the heads, and updating copies of a model."""

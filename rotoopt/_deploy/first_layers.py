@@ -1,4 +1,4 @@
-"""The layers of a head that consume the representation: found by running the head, and checked to be all it takes."""
+"""The layers of a head that read the representation: found by running the head, and checked by rotating them."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ CONVOLUTIONS = (
 
 
 class UnfoldableError(Exception):
-    """Why a rotation cannot become part of a head."""
+    """Why a rotation cannot be folded into a head."""
 
 
 @dataclass(frozen=True)
 class FirstLayer:
-    """A layer that consumes the representation.
+    """A layer that reads the representation.
 
     Attributes:
         weight: Its weight. Shape ``(out, in, ...)``.
         transposed: Whether the shape is ``(in, out, ...)`` instead.
-        sample: The shape in which each row of the weight meets the representation.
-        dims: Which dimensions of ``(out, *sample)`` meet the rotated ones.
+        sample: The shape of a row of the weight that corresponds to the shape of the representation.
+        dims: The dimensions of ``(out, *sample)`` that correspond to the rotated ones.
     """
 
     weight: Tensor
@@ -46,37 +46,37 @@ class FirstLayer:
     dims: RotatedDims
 
     def folded(self, weight: Tensor, matrix: Tensor) -> Tensor:
-        r"""Return the weight that does to z what ``weight`` does to R z: :math:`w^\top R z = (R^\top w)^\top z`."""
+        r"""Return the weight that gives for z what ``weight`` gives for R z: :math:`w^\top R z = (R^\top w)^\top z`."""
         rows = weight.transpose(0, 1) if self.transposed else weight
         folded = rotated(rows.reshape(-1, *self.sample), matrix.mT, self.dims).reshape(rows.shape)
         return folded.transpose(0, 1) if self.transposed else folded
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """Return a copy in float64, where the device has it: no TF32 there, and no rounding that could hide anything."""
+    """Return a copy in float64, if the device supports it: without TF32, and with negligible rounding errors."""
     dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
     return tensor.to(dtype, copy=True)
 
 
 @torch.no_grad()
 def find_first_layers(head: nn.Module, shape: torch.Size, dims: RotatedDims, like: Tensor) -> list[FirstLayer]:
-    """Return the layers of ``head`` that consume the representation, if to rotate their weights is all it takes.
+    """Return the layers of ``head`` that read the representation, if rotating their weights equals rotating z.
 
-    That is tried out, with a random matrix instead of R: one close to I would hide what else the head does with z. What
-    did not run then, such as other experts, may take z another time.
+    This is checked with a random matrix instead of R: with one close to I, other uses of z could remain unnoticed.
+    Layers that did not run in the check, such as other experts, may use z for other inputs.
 
     Args:
-        head: The head. It is left as it was, and so are all random generators.
+        head: The head. It is restored afterwards, as are all random generators.
         shape: Shape of the representation.
         dims: Its rotated dimensions.
         like: A rotation, for its size and device. Shape ``(m, m)``.
 
     Raises:
-        UnfoldableError: If it takes more, or the head does not run on z alone.
+        UnfoldableError: If it is not equivalent, or the head does not run on z alone.
     """
     if any(type(param) is not nn.Parameter for param in head.parameters()) or _is_sharded(head):
         raise UnfoldableError("its parameters are sharded or quantized")
-    generator = torch.Generator().manual_seed(0)  # all processes of a group come to the same result
+    generator = torch.Generator().manual_seed(0)  # the same result in all processes of a group
     z = wide(torch.randn(shape, generator=generator).to(like.device))
     matrix = wide(torch.randn(like.shape, generator=generator).to(like.device)) / len(like) ** 0.5
     tensors = {
@@ -90,21 +90,21 @@ def find_first_layers(head: nn.Module, shape: torch.Size, dims: RotatedDims, lik
             expected, consumers = _trace(head, tensors, rotated_z)
         layers = [_first_layer(layer, fed, z, dims) for layer, fed in consumers.items()]
         if not layers:
-            raise UnfoldableError("no layer takes z as it is")
+            raise UnfoldableError("no layer reads z directly")
         folded = {names[id(layer.weight)]: layer.folded(wide(layer.weight), matrix) for layer in layers}
         if not _agree(_run(head, {**tensors, **folded}, z), expected):
-            raise UnfoldableError("its first layers are not all that z goes through")
+            raise UnfoldableError("it uses z not only in its first layers")
     idle = [name for name, tensor in tensors.items() if id(tensor) not in used.ids and name in names.values()]
     idle = [name for name in idle if any(size % dims.size(z.shape) == 0 for size in tensors[name].shape)]
     if idle:
         raise UnfoldableError(
-            f"{idle[0]}, which may meet z, was not used when it was tried out: its input may decide which layers run"
+            f"{idle[0]}, which may read z, was not used in a test run: the input may decide which layers run"
         )
     return layers
 
 
 class _Used(TorchFunctionMode):
-    """Notes the tensors that functions are called with.
+    """Records the tensors that functions are called with.
 
     Attributes:
         ids: Their ids.
@@ -117,13 +117,13 @@ class _Used(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.__name__ != "__get__":  # to ask for a shape or a dtype is no use
+        if func.__name__ != "__get__":  # reading a shape or a dtype does not count
             self.ids |= {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         return func(*args, **(kwargs or {}))
 
 
 def _is_sharded(head: nn.Module) -> bool:
-    """Whether FSDP has part of ``head``. After a forward pass, its parameters may look like any others."""
+    """Whether ``head`` is sharded by FSDP. After a forward pass, its parameters may look like ordinary ones."""
     if not (dist.is_available() and dist.is_initialized()):
         return False
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import
@@ -135,19 +135,19 @@ def _is_sharded(head: nn.Module) -> bool:
 
 @contextmanager
 def _unrotated(head: nn.Module) -> Iterator[None]:
-    """Have ``head`` in eval mode and without its rotation."""
-    # A head that was compiled would not notice the hooks that are put on and taken off here.
+    """Put ``head`` in eval mode, without its rotation, temporarily."""
+    # Compiled code would ignore hooks that are added and removed here.
     with without_forward_pre_hooks(head, HeadHook), in_eval_mode(head), torch.compiler.set_stance("force_eager"):
         yield
 
 
 def _trace(head: nn.Module, tensors: dict[str, Tensor], rep: Tensor) -> tuple[list[Any], dict[nn.Module, Tensor]]:
-    """Return the outputs, and the layers with parameters that ``rep`` reaches, with what they were fed.
+    """Return the outputs, and the layers with parameters that ``rep`` reaches, with their inputs.
 
-    Layers without parameters are passed: views such as ``nn.Flatten``, but pooling too, which commutes with a rotation
-    of the channels. What does not commute shows in the outputs.
+    Layers without parameters are passed through: views such as ``nn.Flatten``, but also pooling, which commutes with a
+    rotation of the channels. If something does not commute, the outputs differ.
     """
-    followed = {_storage(rep): rep}  # holds what it follows, lest other tensors come to lie in the same place
+    followed = {_storage(rep): rep}  # keeps the tensors alive, so that no other tensor gets their storage
     consumers: dict[nn.Module, Tensor] = {}
 
     def follow(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
@@ -174,7 +174,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _first_layer(layer: nn.Module, fed: Tensor, z: Tensor, dims: RotatedDims) -> FirstLayer:
-    """Return how ``layer`` consumes ``fed``, which is z or was made from it."""
+    """Return how ``layer`` reads ``fed``, which is z or was computed from it."""
     d, flat = dims.size(z.shape), fed.ndim == z.ndim and 0 not in dims.resolve(z.shape)
     sample: tuple[int, ...] = (d,)
     if isinstance(layer, CONVOLUTIONS) and layer.groups == 1 and layer.in_channels == d:
@@ -187,18 +187,18 @@ def _first_layer(layer: nn.Module, fed: Tensor, z: Tensor, dims: RotatedDims) ->
         raise UnfoldableError(f"it begins with {layer}")
     if _num_owners(layer.weight) != 1:
         raise UnfoldableError(
-            f"other modules have the weight of its {layer}, too, or it is computed, or gc.freeze() hides the modules"
+            f"its {layer} shares its weight with other modules, or the weight is computed, or gc.freeze() hides modules"
         )
     return FirstLayer(layer.weight, getattr(layer, "transposed", False), sample, dims)
 
 
 def _num_owners(weight: Tensor) -> int:
-    """Return how many modules have ``weight``: tied ones, such as the embedding of a language model, are anywhere."""
+    """Return the number of modules with ``weight``: several for tied weights, as in language models."""
     return sum(any(param is weight for param in own_parameters(module)) for module in living_modules())
 
 
 def _run(head: nn.Module, tensors: dict[str, Tensor], rep: Tensor) -> list[Any]:
-    """Return the outputs of ``head`` with other parameters and buffers; sampling heads sample the same every time."""
+    """Return the outputs of ``head`` with other parameters and buffers, and the same random numbers every time."""
     device = rep.device
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -208,7 +208,7 @@ def _run(head: nn.Module, tensors: dict[str, Tensor], rep: Tensor) -> list[Any]:
 
 
 def _agree(outputs: list[Any], expected: list[Any]) -> bool:
-    """Whether there are tensors among the outputs, and all are the same up to rounding."""
+    """Whether the outputs contain tensors, and all are equal up to rounding errors."""
     return (
         len(outputs) == len(expected)
         and any(isinstance(output, Tensor) for output in expected)
@@ -218,7 +218,7 @@ def _agree(outputs: list[Any], expected: list[Any]) -> bool:
 
 def _close(output: Any, expected: Any) -> bool:
     if not isinstance(output, Tensor) or not isinstance(expected, Tensor):
-        # `==` of a tensor and a number is a tensor, which need not be one bool.
+        # `==` of a tensor and a number is a tensor, not a bool.
         return not isinstance(output, Tensor) and not isinstance(expected, Tensor) and bool(output == expected)
     if output.shape != expected.shape:
         return False

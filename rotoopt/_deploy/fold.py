@@ -1,4 +1,4 @@
-"""Folding: a model that computes by itself what it computed with its rotations."""
+"""Folding: a model without hooks that computes the same as with its rotations."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from rotoopt._torch.warn import warn_user
 class RotationHook:
     """Forward pre-hook of a head that keeps its rotation: applies the buffer ``rotation`` of the head.
 
-    A buffer is moved, copied, saved and exported with the head. So is a submodule, but an ``nn.Sequential`` would run
-    it once more, as its last layer.
+    A buffer is moved, copied, saved and exported with the head. A submodule would be, too, but ``nn.Sequential`` would
+    run it as its last layer.
 
     Args:
         dims: The rotated dimensions.
-        arguments: What the head calls its arguments.
-        noted: Where among them tensors are, and whether these are rotated.
-        covers_all: Whether the rotation is that of all features.
+        arguments: Names of the arguments of the head.
+        noted: Positions of tensors among them, and whether these are rotated.
+        covers_all: Whether all features are rotated.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class RotationHook:
         self.covers_all = covers_all
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-        """Rotate what enters the head."""
+        """Rotate the inputs of the head."""
         matrix = head.get_buffer("rotation")
         pairs = paths_and_leaves((args, kwargs), self.arguments)
 
@@ -59,13 +59,13 @@ class RotationHook:
 
 @dataclass(frozen=True)
 class Rotated:
-    """A module with a rotation in front that differs from I.
+    """A module with a rotation other than I in front of it.
 
     Attributes:
-        name: How to call it.
-        module: The module itself, without what torch puts around one.
-        matrix: A copy of R_k, where the module is. Shape ``(m, m)``.
-        noted: Where among the inputs tensors are, and whether these are rotated.
+        name: Its name in messages.
+        module: The module itself, without wrappers of torch.
+        matrix: A copy of R_k, on the device of the module. Shape ``(m, m)``.
+        noted: Positions of tensors among the inputs, and whether these are rotated.
         shape: The shape of z, if it is the only input; None otherwise.
     """
 
@@ -79,12 +79,12 @@ class Rotated:
 @torch.inference_mode(False)
 @torch.no_grad()
 def fold(capture: Capture, heads: Sequence[Sequence[nn.Module]], names: Sequence[str]) -> None:
-    """Make every rotation part of its head, and remove the hooks.
+    """Fold every rotation into its head, and remove the hooks.
 
     Args:
-        capture: Rotates in front of the heads.
-        heads: The modules of the K heads; none if they are functions.
-        names: How to call the tasks.
+        capture: The hooks in front of the heads.
+        heads: The modules of the K heads; empty if they are functions.
+        names: Names of the tasks.
     """
     _check_foldable(capture, heads)
     everything = [each for task, head in enumerate(heads) for each in _rotated(capture, task, head, names[task])]
@@ -96,7 +96,7 @@ def fold(capture: Capture, heads: Sequence[Sequence[nn.Module]], names: Sequence
                 f"fold() must be free to add a buffer `rotation` to {each.name}, got a head with such an attribute: "
                 f"rename it. The rotation cannot be folded into the weights of this head: {plan}."
             )
-    # All that can fail comes before anything that changes what the model computes.
+    # Everything that can fail runs before anything that changes the predictions.
     folded = [
         (layer.weight, layer.folded(wide(layer.weight), each.matrix))
         for each, plan in plans
@@ -131,7 +131,7 @@ def _add_buffer(head: Rotated, reason: UnfoldableError) -> None:
     """Add the rotation to a head that keeps it."""
     try:
         head.module.register_buffer("rotation", head.matrix)
-    except Exception as error:  # a traced module raises AttributeError, others what they like
+    except Exception as error:  # AttributeError of a traced module; others may raise anything
         raise RuntimeError(
             f"fold() must be free to add a buffer `rotation` to {head.name}, got a {type(head.module).__name__} that "
             f"takes none ({error}). Train the module as it was before torch.jit.trace, and trace what was folded. The "
@@ -140,27 +140,27 @@ def _add_buffer(head: Rotated, reason: UnfoldableError) -> None:
 
 
 def _check_foldable(capture: Capture, heads: Sequence[Sequence[nn.Module]]) -> None:
-    """Raise unless there is something to fold, and something to fold it into."""
+    """Raise unless there are rotations to fold, and modules to fold them into."""
     if not heads:
         raise RuntimeError(
-            "fold() must be used with `heads`, got an optimizer with num_tasks=K. It knows no layers to fold into: "
+            "fold() must be used with `heads`, got an optimizer with num_tasks=K. There are no layers to fold into: "
             "multiply by optimizer.rotations[k] in front of head k."
         )
     if not capture.handles:
         raise RuntimeError(
             "fold() must find the rotations in front of the heads, got heads without. Either (a) fold() was called "
-            "before, and the model is ready, or (b) remove() was, and it computes without rotations."
+            "before, and the model is ready, or (b) remove() was called, and the model runs without rotations."
         )
     tasks = range(len(heads))
     if any(capture.rotations.rotate) and not (capture.shapes and all(_is_known(capture, task) for task in tasks)):
         raise RuntimeError(
-            "fold() must know the shape of the representation, got heads that did not run in training mode yet. After "
-            "a checkpoint was loaded, too, run one forward pass: model.train(); model(x)."
+            "fold() must know the shape of the representation, got heads that did not run in training mode yet. Run "
+            "one forward pass, also after loading a checkpoint: model.train(); model(x)."
         )
 
 
 def _is_known(capture: Capture, task: int) -> bool:
-    """Whether R_k = I, or it is known where it rotates, and the shape of z."""
+    """Whether R_k = I, or its place and the shape of z are known."""
     noted = capture.places.noted[task]
     alone = [place for part in {part for part, _ in noted} if (place := _only_place(capture, task, part)) is not None]
     has_run = bool(noted) and all((task, place) in capture.shapes for place in alone)
@@ -175,14 +175,14 @@ def _only_place(capture: Capture, task: int, part: int) -> Place | None:
 
 
 def _rotated(capture: Capture, task: int, head: Sequence[nn.Module], name: str) -> list[Rotated]:
-    """Return the modules of a task whose inputs are rotated; none where R = I, which needs no folding."""
+    """Return the modules of a task whose inputs are rotated; none where R = I."""
     if not capture.rotations.is_turned(task):
         return []
     rotation, found = capture.rotations[task], []
     for number, module in enumerate(map(unwrapped, head)):
         noted = {path: rotates for (part, path), rotates in capture.places.noted[task].items() if part == number}
         if any(noted.values()):
-            # A copy, where the model is now: it may have been moved since it ran.
+            # A copy on the current device of the model, which may have been moved since it ran.
             matrix = rotation.to(next(module.parameters(), rotation).device, copy=True)
             place = _only_place(capture, task, number)
             shape = None if place is None else capture.shapes[task, place]
@@ -191,7 +191,7 @@ def _rotated(capture: Capture, task: int, head: Sequence[nn.Module], name: str) 
 
 
 def _plan(head: Rotated, heads: Sequence[Sequence[nn.Module]], dims: RotatedDims) -> list[FirstLayer] | UnfoldableError:
-    """Return the layers to fold into, or why there are none."""
+    """Return the layers to fold into, or the reason why there are none."""
     if head.shape is None:
         return UnfoldableError("it needs more inputs than z")
     try:
@@ -201,5 +201,5 @@ def _plan(head: Rotated, heads: Sequence[Sequence[nn.Module]], dims: RotatedDims
     others = [other for modules in heads for other in map(unwrapped, modules) if other is not head.module]
     elsewhere = {id(param) for other in others for param in other.parameters()}
     if any(id(layer.weight) in elsewhere for layer in layers):
-        return UnfoldableError("another head has its first layer, too")
+        return UnfoldableError("another head shares its first layer")
     return layers

@@ -1,4 +1,4 @@
-"""Refreshing: copies of a model that keep up with its rotations."""
+"""Refreshing: copies of a model that follow its rotations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rotoopt._capture.hooks import hooks_in
 
 
 def refresh(capture: Capture, model_copy: nn.Module) -> None:
-    """Give a copy of the model the rotations of ``capture`` as they are now."""
+    """Copy the current rotations of ``capture`` into a copy of the model."""
     rotations, places = capture.rotations, capture.places
     if not isinstance(model_copy, nn.Module):
         raise TypeError(f"`model_copy` must be a module, got a {type(model_copy).__name__}.")
@@ -19,7 +19,7 @@ def refresh(capture: Capture, model_copy: nn.Module) -> None:
         raise ValueError(
             "`model_copy` must have rotations in front of its heads, got a module without. Either (a) the model was "
             "copied before the optimizer was built, or after remove() or fold(), or (b) its heads are functions that "
-            "are fed by optimizer.rotate(z), which is up to date."
+            "read optimizer.rotate(z), which is up to date."
         )
     matrices = rotations.matrices
     for _, hook in copies:
@@ -29,7 +29,7 @@ def refresh(capture: Capture, model_copy: nn.Module) -> None:
                 f"`model_copy` must be a copy of the model, with {len(rotations)} rotations of {rotations.size} "
                 f"features, got one with {len(copied)} of {copied.size}. Was it copied from another model?"
             )
-    with torch.inference_mode(False):  # where copies are evaluated, but they are to be refreshed elsewhere as well
+    with torch.inference_mode(False):  # copies may be evaluated in it, and refreshed elsewhere later
         for _, hook in copies:
             hook.capture.rotations.load_matrices(matrices)
             hook.capture.places.load_state_dict(places.state_dict())

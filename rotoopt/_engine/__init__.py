@@ -1,1 +1,1 @@
-"""The method, assembled once: what happens before, in and after a backward pass."""
+"""The method, assembled once: the steps before, during and after a backward pass."""

@@ -1,4 +1,4 @@
-"""Checks of what an optimizer is built from, each with the wording of its error."""
+"""Checks of the arguments of an optimizer, with their errors."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def check_optimizer(optimizer: object) -> Optimizer:
     if isinstance(optimizer, OptimizerWrapper):
         raise TypeError(
             "`optimizer` must be the optimizer to wrap, got a RotoGradOptimizer. Wrap a new torch optimizer, and call "
-            "remove() on this one if it is not used any more."
+            "remove() on this one if it is no longer used."
         )
     if not any(group["params"] for group in optimizer.param_groups):
-        raise ValueError("`optimizer` must hold at least one parameter, got none. Pass it model.parameters().")
+        raise ValueError("`optimizer` must have at least one parameter, got none. Pass it model.parameters().")
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(
             "`optimizer` must have differentiable=False, got True. Task gradients are combined outside autograd, so "
-            "there is nothing to differentiate through the step."
+            "a step cannot be differentiated."
         )
     return optimizer
 
 
 def check_heads(heads: Heads | None, num_tasks: int | None) -> tuple[list[Parts], list[str]]:
-    """Return the parts of every head (none if functional) and how to call the tasks."""
+    """Return the parts of every head (none if functional) and the names of the tasks."""
     if (heads is None) == (num_tasks is None):
         raise ValueError(
             f"Exactly one of `heads` and `num_tasks` must be given, got heads={heads!r} and num_tasks={num_tasks!r}. "
@@ -73,7 +73,7 @@ def check_heads(heads: Heads | None, num_tasks: int | None) -> tuple[list[Parts]
 
 
 def _check_apart(heads: Sequence[Parts], names: Sequence[str]) -> None:
-    """Check that no module of a head is a part of another one."""
+    """Check that no module of a head is part of another head."""
     listed = {id(module): name for name, parts in zip(names, heads, strict=True) for module in modules_of(parts)}
     for name, parts in zip(names, heads, strict=True):
         for head in modules_of(parts):
@@ -82,27 +82,27 @@ def _check_apart(heads: Sequence[Parts], names: Sequence[str]) -> None:
             )
             if inside is not None:
                 raise ValueError(
-                    f"`heads` must lie apart, got a module of {inside} that is part of one of {name}. List what "
-                    f"belongs to each task alone; if {name} works on the output of {inside}, that is part of the "
-                    "backbone."
+                    f"`heads` must be separate, got a module of {inside} that is part of one of {name}. List the "
+                    f"modules that belong to each task alone; if {name} reads the output of {inside}, that module is "
+                    "part of the backbone."
                 )
 
 
 def _parts(head: object, name: str) -> Parts:
-    """Return the modules and parameters that a task has for itself."""
+    """Return the modules and parameters that belong to one task alone."""
     if isinstance(head, nn.ModuleDict):
         head = list(head.values())
     parts = tuple(head) if isinstance(head, Sequence | nn.ModuleList) and not isinstance(head, str) else (head,)
     for part in parts:
         if not isinstance(part, nn.Module | nn.Parameter):
             raise TypeError(
-                f"`heads` must be modules, got {kind(part)} for {name}. For functional heads give num_tasks=K "
-                "instead and feed them with the tensors of optimizer.rotate(z)."
+                f"`heads` must be modules, got {kind(part)} for {name}. For functional heads, pass num_tasks=K "
+                "instead, and call them on the tensors of optimizer.rotate(z)."
             )
     if not modules_of(parts):
         raise TypeError(
             f"`heads` must have a module for every task, got none for {name}. A head is called on the representation; "
-            "parameters may come beside it, as in heads={'task': (head, scale)}."
+            "parameters may be listed beside it, as in heads={'task': (head, scale)}."
         )
     return parts
 
@@ -129,7 +129,7 @@ def check_options(
     rotation_optimizer: object,
     init: str,
 ) -> None:
-    """Check the options that stand for themselves."""
+    """Check the options that do not depend on each other."""
     if rotation_size is not None and not _is_int(rotation_size, at_least=1):
         raise ValueError(f"`rotation_size` must be a positive int or None, got {rotation_size!r}.")
     if not _is_int(burn_in_period, at_least=0):

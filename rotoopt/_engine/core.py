@@ -1,4 +1,4 @@
-"""The core: everything mutable of a ``RotoGradOptimizer``, and what is saved of it."""
+"""The core: the mutable state of a ``RotoGradOptimizer``, and its state dict."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from rotoopt._torch.wrapper import Core
 
 @dataclass
 class RotoGradCore(Core):
-    """The wrapped optimizer, the engine, and what updates the rotations.
+    """The wrapped optimizer, the engine, and the rotation step.
 
     Attributes:
-        heads: What belongs to each task alone; empty for functional heads.
+        heads: The modules and parameters of each task alone; empty for functional heads.
         engine: Weights the gradients of backward passes.
         rotation_step: Updates the rotations.
         built_in_step: Whether that is the built-in one.
-        untrained_heads: Warns of parameters of heads that nobody updates.
+        untrained_heads: Warns of parameters of heads that are not updated.
         idle_steps: Warns of steps without a backward pass.
         loaded: Whether the state of the method was loaded since the latest step.
-        owner: Leads from the heads to this object.
+        owner: Reference from the heads to this object.
     """
 
     heads: list[Parts]
@@ -49,7 +49,7 @@ class RotoGradCore(Core):
         self.owner.become(self)
 
     def finish_step(self) -> None:
-        """Update memory and rotations after a step of the wrapped optimizer, if there were gradients of tasks."""
+        """Update memory and rotations after a step of the wrapped optimizer, if there were task gradients."""
         engine = self.engine
         if engine.pending:
             self.loaded = False
@@ -59,7 +59,7 @@ class RotoGradCore(Core):
         elif engine.capture.fed.tasks:
             if not engine.capture.fed.trained():  # else their losses were not back-propagated
                 engine.frozen_representation.observe()
-        # torch.distributed.checkpoint makes the optimizer's state by a step with a learning rate of zero.
+        # torch.distributed.checkpoint creates the optimizer's state in a step with a learning rate of zero.
         elif any(group.get("lr", 1.0) for group in self.optimizer.param_groups):
             self.idle_steps.observe(trained_before=bool(engine.capture.shapes))
 
@@ -78,8 +78,8 @@ class RotoGradCore(Core):
         elif not self.loaded:
             warn_user(
                 "The state dict should have an entry 'rotograd', got one without. Rotations, references and trained "
-                "weights stay as they are. Either (a) it is that of a bare optimizer, or (b) it comes from "
-                "torch.distributed.checkpoint: save and load optimizer.rotograd_state, too, and load it first."
+                "weights do not change. Either (a) it is that of a bare optimizer, or (b) it comes from "
+                "torch.distributed.checkpoint: save and load optimizer.rotograd_state as well, and load it first."
             )
 
     def save(self) -> dict[str, Any]:

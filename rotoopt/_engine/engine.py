@@ -1,4 +1,4 @@
-"""The engine: everything that happens before, in and after a backward pass, in order."""
+"""The engine: the steps before, during and after a backward pass, in order."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ from rotoopt.weighting import Measurements, Weighting
 
 
 class Engine:
-    """Rotates what enters the heads, weighs the gradients of backward passes, and remembers what they measured.
+    """Rotates the inputs of the heads, weights the gradients, and updates the statistics of earlier steps.
 
-    It turns no rotation: who does is called by :meth:`finish_step`.
+    It does not update the rotations itself: :meth:`finish_step` calls a function that does.
 
     Args:
-        names: How to call the K tasks.
-        heads: What belongs to each task alone, if it is known.
-        rotations: The rotations; everything else is kept where they are, in their dtype.
+        names: Names of the K tasks.
+        heads: The modules and parameters of each task alone, if known.
+        rotations: The rotations; they determine device and dtype of everything else.
         dims: The rotated dimensions of the representation.
-        weighting: How K gradients become one.
-        burn_in_period: Step at which the references are taken anew.
+        weighting: Combines the K gradients.
+        burn_in_period: Step in which the references are measured again.
         normalize_losses: Whether to back-propagate ``L_k / |L_k(t0)|`` instead of L_k.
-        turn_every: In the first of so many steps the rotations turn, and the gradients of all tasks meet.
-        needs_second_moment: Whether they turn by the second moment of the representation, too.
-        processes: Those that share a batch.
+        turn_every: Number of steps between updates of the rotations, for which the gradients of all tasks are
+            collected.
+        needs_second_moment: Whether the rotation step uses the second moment of the representation.
+        processes: The processes that share a batch.
     """
 
     def __init__(
@@ -83,8 +84,8 @@ class Engine:
         self._foreign_steps = ForeignSteps(heads)
         self._record: StepRecord | None = None
         self._running: BackwardPass | None = None
-        self._passes: list[BackwardPass] = []  # those since the latest step
-        self._one_tensor_on_all: bool | None = None  # what the processes have agreed on
+        self._passes: list[BackwardPass] = []  # since the latest step
+        self._one_tensor_on_all: bool | None = None  # agreed on by the processes
 
     # ------------------------------------------------------------------ before
 
@@ -96,7 +97,7 @@ class Engine:
         scaler: torch.amp.GradScaler | None = None,
         **options: Any,
     ) -> None:
-        """Fill every ``.grad``; ``options`` are those of ``torch.autograd.backward``."""
+        """Compute all gradients; ``options`` are those of ``torch.autograd.backward``."""
         present = check_losses(losses, self.names)
         check_backbone_loss(backbone_loss)
         frozen = self.capture.fed.is_frozen(present)
@@ -133,7 +134,7 @@ class Engine:
     def _open(
         self, losses: Tensor | None, loss_scale: Tensor | None, *, one_tensor: bool, number: int | None = None
     ) -> BackwardPass:
-        """Return a new backward pass: which way its gradients go depends on what the weighting and the step need."""
+        """Return a new backward pass, with the route of gradients that the weighting and the rotation step need."""
         if losses is None and (self.normalize_losses or self.weighting.needs_losses):
             who = "normalize_losses=True" if self.normalize_losses else repr(self.weighting)
             raise RuntimeError(
@@ -158,36 +159,36 @@ class Engine:
         )
 
     def _lags(self, one_tensor: bool) -> bool:
-        """Return whether the weights of a backward pass are those that the step before has made."""
+        """Return whether the weights of a backward pass were computed in the step before."""
         check_weighting(self.weighting, self.capture.fed, self.names, one_tensor=one_tensor)
         lagged = self.weighting.lagged and self.memory.num_steps >= self.weighting.num_waiting
         if lagged or self.processes.count == 1:
             return lagged or not one_tensor
-        if self._one_tensor_on_all is None:  # in the first pass: later ones exchange norms where all expect it
+        if self._one_tensor_on_all is None:  # in the first pass; later ones exchange norms only if all expect it
             self._one_tensor_on_all = self.processes.all(one_tensor, self.memory.weights.device)
         if self._one_tensor_on_all and not one_tensor:
             raise RuntimeError(
-                "All heads must go on reading one tensor under distributed training, got several after steps with one: "
-                f"{self.capture.fed.described(self.names)}. The processes measure norms together in the backward pass, "
-                "and all must know when. Take a weighting that is known before, such as EqualWeighting()."
+                "All heads must continue to read one tensor under distributed training, got several after steps with "
+                f"one: {self.capture.fed.described(self.names)}. The processes exchange norms in the backward pass, "
+                "all at the same time. Use a lagged weighting, such as EqualWeighting()."
             )
         return not self._one_tensor_on_all
 
     def _follow_rotations(self) -> None:
-        """Move what is remembered to where the rotations are, which follow the representation."""
+        """Move the state to the device of the rotations, which follow the representation."""
         if self.memory.weights.device != self.rotations.device:
             self.memory.to(self.rotations.device)
 
     def _measures_second_moments(self) -> bool:
-        """Return whether the turn of this step needs the second moment of the representation."""
+        """Return whether the rotation update of this step needs the second moment of the representation."""
         return self._needs_second_moment and self._weighing.turns_are_due
 
     def _is_own(self, rep: Tensor, task: int) -> bool:
-        """Return whether ``rep`` was made of parameters of ``task`` alone."""
+        """Return whether ``rep`` was computed from parameters of ``task`` alone."""
         return self._wiring.is_own(rep, task)
 
     def _agreement_seed(self) -> int | None:
-        """Return one seed from turn to turn, far from other ones, if the agreement of samples is measured in it."""
+        """Return the seed of the projections if the agreement is measured in this step; constant between updates."""
         if not self._weighing.agreement_is_due:
             return None
         return (self.memory.num_steps // self.turn_every * self.turn_every) << 20
@@ -195,7 +196,7 @@ class Engine:
     # ------------------------------------------------------------------ in the backward pass
 
     def _running_pass(self) -> BackwardPass:
-        """Return the backward pass that runs; in one that the user calls, the first gradient opens it."""
+        """Return the current backward pass; if the user called ``backward()``, the first gradient opens it."""
         number = backward_pass_id()
         if self._running is None or self._running.number not in (None, number):
             self.close()
@@ -211,7 +212,7 @@ class Engine:
 
     @torch.no_grad()
     def close(self) -> None:
-        """Take over what the latest backward pass measured: if it was the user's, nobody says when it ends."""
+        """Finish the latest backward pass: the end of a ``backward()`` of the user is not known when it happens."""
         this, self._running = self._running, None
         if this is None or not this.tasks:
             return
@@ -227,7 +228,7 @@ class Engine:
 
     @property
     def record(self) -> StepRecord | None:
-        """What the latest backward pass, or the step after it, measured. None before the first."""
+        """Measurements of the latest backward pass, and of the step after it. None before the first."""
         self.close()
         return self._record
 
@@ -245,15 +246,16 @@ class Engine:
     def finish_step(
         self, turn: Callable[[Sequence[RotationGradient]], Tensor | None], rotation_lr: float | Tensor
     ) -> None:
-        """Learn from the backward passes since the latest step, have the rotations turned, and forget the passes.
+        """Update weights and rotations from the backward passes since the latest step, and forget these passes.
 
         Args:
-            turn: Turns the rotations, and returns by what angles, in radians, shape ``(K,)``; None if it turned none.
+            turn: Updates the rotations, and returns their angles in radians, shape ``(K,)``; None if there was no
+                update.
             rotation_lr: Their learning rate.
         """
         if not self.pending:
             return
-        # A training loop may step inside of its autocast.
+        # A training loop may call step() under autocast.
         with torch.autocast(self.rotations.device.type, enabled=False):
             measured, latest = self._weighing.learn(self._passes), self._passes[-1]
             joined = self.processes.count > 1 or len(self._passes) > 1
@@ -278,16 +280,16 @@ class Engine:
         self.clear()
 
     def _rotation_gradients(self, measured: Measurements) -> list[RotationGradient]:
-        """Return what the rotations turn by: nothing where they rest."""
+        """Return the gradients of the rotations; none in a step without an update."""
         gradients = rotation_gradients(self._passes, measured, self.capture.dims)
         size = self.rotations.size
-        # All processes turn if one does.
+        # If one process updates its rotations, all do.
         if not gradients and self._weighing.turns_are_due and self.processes.count > 1 and size is not None:
             return [RotationGradient.none(len(self.names), size, like=measured.norms)]
         return gradients
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to resume, but for what turns the rotations."""
+        """Return everything needed to resume, except the state of the rotation step."""
         self.close()
         return {**self.memory.state_dict(), "places": self.capture.places.state_dict()}
 
@@ -305,7 +307,7 @@ class Engine:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.clear()  # torch does not copy the gradients of parameters, so a copy has none to step on
+        self.clear()  # torch does not copy the gradients of parameters, so a copy has none
 
 
 def _back_propagate(roots: list[Tensor], **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Checks of the losses and the representation that a step is given, each with the wording of its error."""
+"""Checks of the losses and the representation of a step, with their errors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check_losses(losses: Losses, names: Sequence[str]) -> dict[int, Tensor]:
 
 
 def is_constant(loss: object) -> bool:
-    """Whether ``loss`` stands in for that of an absent task, as ``torch.zeros((), requires_grad=True)`` does."""
+    """Whether ``loss`` is a constant for an absent task, such as ``torch.zeros((), requires_grad=True)``."""
     constant = isinstance(loss, Tensor) and loss.requires_grad and loss.is_leaf and loss.numel() == 1
     return constant and not isinstance(loss, nn.Parameter)
 
@@ -80,7 +80,7 @@ def _check_loss(loss: Tensor, name: str) -> None:
 
 
 def check_rep(rep: object, fed: Fed, names: Sequence[str]) -> None:
-    """Check that ``rep`` is what entered the heads: a tensor, or several, nested in any way."""
+    """Check that ``rep`` entered the heads: a tensor, or several in nested containers."""
     if rep is None:
         return
     tensors = [leaf for leaf in tree_leaves(rep) if isinstance(leaf, Tensor)]
@@ -92,17 +92,17 @@ def check_rep(rep: object, fed: Fed, names: Sequence[str]) -> None:
         if fed.addresses and address(tensor) not in fed.addresses and not is_handed_on(tensor):
             raise ValueError(
                 f"`rep` must be what entered the heads, got a tensor of shape {tuple(tensor.shape)} that did not. What "
-                f"did: {fed.described(names)}. Pass that, or leave `rep` out: nothing but this check needs it."
+                f"did: {fed.described(names)}. Pass that, or omit `rep`: it is only used for this check."
             )
 
 
 def check_rotatable(rep: object) -> None:
-    """Check that ``rep`` is what a rotation can be multiplied by."""
+    """Check that ``rep`` can be rotated."""
     if not isinstance(rep, Tensor) or not rep.is_floating_point():
         found = f"one of {rep.dtype}" if isinstance(rep, Tensor) else kind(rep)
         raise TypeError(f"`rotate` must be given the representation, a floating-point tensor, got {found}.")
 
 
 def kind(value: object) -> str:
-    """Return how to call what is no tensor, or no module."""
+    """Describe a value that is not a tensor, or not a module."""
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Memory: what the method remembers from step to step, beside what trains the rotations."""
+"""Memory: the state of the method from step to step, except that of the rotation step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rotoopt.weighting._measurements import Reference
 
 
 class Memory:
-    """Counter, references, weights and angles of K tasks; rotations and weighting have a state of their own.
+    """Counter, references, weights and angles of K tasks. Rotations and weighting have their own state.
 
     Args:
         rotations: The K rotations.
@@ -25,13 +25,13 @@ class Memory:
     Attributes:
         num_steps: Number of steps so far.
         sample_sums: Those of the latest step, if agreement was measured in it: the next one learns from them.
-        told_tasks: Whose agreement was measured since the rotations turned.
-        weights: The weights of the next backward pass, if its gradients cannot wait for each other. Shape ``(K,)``.
-        known_norms: The latest ||G_k|| that is not zero; zero where there was none yet. Shape ``(K,)``.
+        agreement_tasks: Tasks whose agreement was measured since the latest update of the rotations.
+        weights: The weights of the next backward pass, if it is lagged. Shape ``(K,)``.
+        known_norms: The latest nonzero ||G_k||; zero if there was none yet. Shape ``(K,)``.
         norm_reference: ||G_k(t0)||.
         loss_reference: |L_k(t0)|.
-        total_angles: By how much each rotation has turned, in radians. Shape ``(K,)``.
-        rest: The angles of a step in which no rotation turns: zeros. Shape ``(K,)``.
+        total_angles: Sum of the angles of all updates of each rotation, in radians. Shape ``(K,)``.
+        rest: The angles of a step without an update: zeros. Shape ``(K,)``.
     """
 
     def __init__(self, rotations: Rotations, weighting: Weighting) -> None:
@@ -39,7 +39,7 @@ class Memory:
         weighting.bind(K, device, dtype)
         self.num_steps = 0
         self.sample_sums: SampleSums | None = None
-        self.told_tasks: set[int] = set()
+        self.agreement_tasks: set[int] = set()
         self.weights = torch.ones(K, device=device, dtype=dtype)
         self.known_norms = torch.zeros(K, device=device, dtype=dtype)
         self.norm_reference = Reference.unknown(K, device, dtype)
@@ -60,7 +60,7 @@ class Memory:
         self._weighting.to(device)
 
     def mask(self, tasks: set[int]) -> Tensor:
-        """Return ``tasks`` as a mask; if these are all, always the same tensor. Shape ``(K,)``, bool."""
+        """Return ``tasks`` as a mask; for all tasks, always the same tensor. Shape ``(K,)``, bool."""
         return self._all_tasks if len(tasks) == len(self._all_tasks) else task_mask(tasks, self.weights)
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,9 +70,9 @@ class Memory:
             "num_tasks": len(rotations),
             "num_steps": self.num_steps,
             "sample_sums": None if self.sample_sums is None else self.sample_sums.state_dict(),
-            "told_tasks": sorted(self.told_tasks),
+            "agreement_tasks": sorted(self.agreement_tasks),
             "matrices": None if rotations.size is None else rotations.matrices.clone(),
-            # By its name. A copy: torch hands out the tensors of an optimizer themselves, which the next step changes.
+            # Copies: the state dicts of torch's optimizers contain their tensors, which the next step changes.
             "weighting": {type(self._weighting).__name__: copy.deepcopy(self._weighting.state_dict())},
             "weights": self.weights.clone(),
             "known_norms": self.known_norms.clone(),
@@ -87,11 +87,11 @@ class Memory:
         if state_dict["matrices"] is not None:
             self._rotations.load_matrices(state_dict["matrices"])
         elif self._rotations.covers_all:
-            self._rotations.manifold = None  # saved before the first forward pass, which will make them
+            self._rotations.manifold = None  # saved before the first forward pass, which will create them
         self.num_steps = state_dict["num_steps"]
         sums = state_dict["sample_sums"]
         self.sample_sums = None if sums is None else SampleSums(**sums).to(self.weights)
-        self.told_tasks = set(state_dict["told_tasks"])
+        self.agreement_tasks = set(state_dict["agreement_tasks"])
         self.weights = state_dict["weights"].to(self.weights)
         self.known_norms = state_dict["known_norms"].to(self.known_norms)
         self.norm_reference = self.norm_reference.loaded(state_dict["norm_reference"])
@@ -100,25 +100,25 @@ class Memory:
         self._weighting.load_state_dict(state_dict["weighting"].get(type(self._weighting).__name__, {}), self.weights)
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raise unless ``state_dict`` fits these tasks, this size and this weighting."""
+        """Raise unless ``state_dict`` matches these tasks, this size and this weighting."""
         rotations, matrices = self._rotations, state_dict["matrices"]
         if state_dict["num_tasks"] != len(rotations):
             raise misfit(f"be of {len(rotations)} tasks", str(state_dict["num_tasks"]), "heads")
         if matrices is not None:
             if rotations.size not in (None, matrices.shape[-1]):
-                rule, found = f"hold rotations of {rotations.size} features", str(matrices.shape[-1])
+                rule, found = f"have rotations of {rotations.size} features", str(matrices.shape[-1])
                 raise misfit(rule, found, "representation and `rotation_size`")
             turned = (matrices != torch.eye(matrices.shape[-1]).to(matrices)).flatten(1).any(dim=1).tolist()
             for task, rotate in enumerate(rotations.rotate):
                 if turned[task] and not rotate:
-                    raise misfit("hold R = I where rotate=False", f"a turned one for task {task}", "`rotate` flags")
+                    raise misfit("have R = I where rotate=False", f"another one for task {task}", "`rotate` flags")
         ((saved, state),) = state_dict["weighting"].items()
         if saved != type(self._weighting).__name__ and (state or self._weighting.state_dict()):
             raise misfit(f"be of weighting {self._weighting}", f"that of {saved}", "`weighting`")
 
 
 def misfit(rule: str, found: str, option: str) -> ValueError:
-    """Return the error for a state dict that must ``rule``, where ``option`` decides about it."""
+    """Return the error for a state dict that must ``rule``, which depends on ``option``."""
     return ValueError(
         f"The state dict must {rule}, got {found}. Build the optimizer with the {option} that it was saved with."
     )

@@ -1,4 +1,4 @@
-"""The record of a step: what the method measured on the way, for those who want to look."""
+"""The record of a step: measurements for monitoring."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ def conflict_rate(cosines: Tensor, present: Tensor, finite: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What the latest backward pass and the step after it measured.
+    """Measurements of the latest backward pass and the step after it.
 
-    All tensors are detached and stay on their device: nothing waits for a GPU until a number is read.
+    All tensors are detached and stay on their device: there is no synchronization until a number is read.
 
     Attributes:
         step: Number of steps before this one.
-        losses: L_k, NaN for an absent task; ``None`` where the user back-propagated them. Shape ``(K,)``.
-        grad_norms: ||G_k||, the norm of the gradient at the representation (all tensors that enter the head, together)
-            over the whole batch, zero for an absent task. Shape ``(K,)``.
+        losses: L_k, NaN for an absent task; ``None`` if the user called ``backward()`` on them. Shape ``(K,)``.
+        grad_norms: ||G_k||, the norm of the gradient at the representation (all tensors that enter the head) over the
+            whole batch, zero for an absent task. Shape ``(K,)``.
         weights: The task weights that were used, zero for an absent task, NaN for a callable weighting. Shape ``(K,)``.
-        lagged: Whether these weights were made by the step before: the gradients could not wait for each other, since
-            the heads read several tensors, or the weighting asks for it.
-        cosines: Cosines between the task gradients, zero for an absent or zero one. Where the weights are known before
-            the backward pass, gradients meet in every ``turn_every``-th step only: then those of the latest of these
-            steps. Shape ``(K, K)``.
-        present: Which tasks took part. Shape ``(K,)``, bool.
+        lagged: Whether these weights were computed in the step before: because the weighting is lagged, or because the
+            heads read several tensors, whose gradients cannot be collected.
+        cosines: Cosines between the task gradients, zero for an absent or zero one. If the weights are known before
+            the backward pass, gradients are only collected in every ``turn_every``-th step: then the cosines of the
+            latest of these. Shape ``(K, K)``.
+        present: Which tasks are present. Shape ``(K,)``, bool.
         finite: Whether all losses and gradients were finite; if not, rotations, references and trained weights
-            were left as they were. Shape ``()``, bool.
-        angles: By how much this step turned each rotation, in radians, root mean square over all vectors; zero before
-            ``step()``, and in the steps in which rotations rest. Shape ``(K,)``.
-        total_angles: The sum of ``angles`` since the start: the length of the way, not how far it led. Shape ``(K,)``.
-        rotation_lr: Learning rate of the rotations; NaN before ``step()``, or if they have no optimizer here.
-        rotations: The rotations themselves, as they are now.
+            were not changed. Shape ``()``, bool.
+        angles: Angle by which this step turned each rotation, in radians, root mean square over all vectors; zero
+            before ``step()``, and in steps without an update of the rotations. Shape ``(K,)``.
+        total_angles: The sum of ``angles`` since the start: the length of the path, not its distance. Shape ``(K,)``.
+        rotation_lr: Learning rate of the rotations; NaN before ``step()``, or if the user's optimizer updates them.
+        rotations: The current rotations.
     """
 
     step: int
@@ -87,14 +87,14 @@ class StepRecord:
         *,
         begun: bool = False,
     ) -> StepRecord:
-        """Return the record of a backward pass that is closed.
+        """Return the record of a closed backward pass.
 
         Args:
             this: The backward pass.
-            memory: What is remembered.
+            memory: The state of the method.
             rotations: The rotations.
-            previous: The record of the backward pass before.
-            begun: Whether that was one of the same step: then tasks that are absent now keep what it has of them.
+            previous: The record of the previous backward pass.
+            begun: Whether that belongs to the same step: then absent tasks keep their measurements from it.
         """
         measured, weights = this.measured, this.weights
         assert measured is not None
@@ -134,7 +134,7 @@ class StepRecord:
     def alignment(self) -> Tensor:
         """Cosine of each task gradient with the mean of the unit gradients, the target. Shape ``(K,)``.
 
-        Zero for an absent task; NaN for all where not all losses and gradients were finite.
+        Zero for an absent task; NaN for all if a loss or gradient was not finite.
         """
         return alignment(self.cosines, self.finite)
 
@@ -142,14 +142,14 @@ class StepRecord:
     def conflict_rate(self) -> Tensor:
         """Share of the pairs of present tasks whose gradients have a negative cosine; 0 for one task. Shape ``()``.
 
-        NaN where not all losses and gradients were finite.
+        NaN if a loss or gradient was not finite.
         """
         return conflict_rate(self.cosines, self.present, self.finite)
 
     @property
     def orthogonality_error(self) -> Tensor:
-        r"""Largest entry of :math:`|R_k^\top R_k - I|` of every rotation, as it is now. Shape ``(K,)``.
+        r"""Largest entry of :math:`|R_k^\top R_k - I|` of every current rotation. Shape ``(K,)``.
 
-        Computed when it is read: K products of ``(m, m)`` matrices.
+        Computed when it is read, with K products of ``(m, m)`` matrices.
         """
         return orthogonality_error(self.rotations.matrices)

@@ -1,4 +1,4 @@
-"""What the rotations turn by: unit gradients of the tasks, from where the gradients met."""
+"""Gradients of the rotations: unit gradients of the tasks, where gradients were collected."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rotoopt.weighting import Measurements
 def rotation_gradients(
     passes: Sequence[BackwardPass], measured: Measurements, dims: RotatedDims
 ) -> list[RotationGradient]:
-    """Return the gradients of the rotations in a step, which add up.
+    """Return the gradients of the rotations in a step, to be added.
 
-    Gradients whose weights were known are parts of one batch: they are divided by the norms of all together. Others
-    were weighed pass by pass, and the rotations turn by the mean over the passes that are usable.
+    If the weights were known beforehand, all passes are parts of one batch: their gradients are divided by the joint
+    norms. Otherwise every pass was weighted on its own, and the result is the mean over the usable passes.
 
     Args:
         passes: The backward passes of the step.
-        measured: What all of them measured together.
+        measured: Their joint measurements.
         dims: The rotated dimensions.
     """
     num_usable = _num_usable([this for this in passes if not this.lagged])
@@ -81,18 +81,18 @@ def _unusable(this: BackwardPass) -> Tensor:
 def cosines_of(this: BackwardPass, norms: Tensor) -> Tensor:
     """Return the cosines of the gradients of ``this``, with these ``norms``. Shape ``(K, K)``."""
     met = this.met
-    # The ordinary case: all gradients met at one tensor.
+    # The common case: all gradients were collected at one tensor.
     if len(met) == 1 and met[0].gradients.tasks == tuple(sorted(this.tasks)) and this.read_one_tensor:
         return met[0].gradients.cosines.to(norms)
     return partial_cosines(met, norms)
 
 
 def partial_cosines(met: Sequence[Met], norms: Tensor) -> Tensor:
-    """Return the cosines of gradients with these ``norms``, which are orthogonal where they did not meet. ``(K, K)``.
+    """Return the cosines of gradients with these ``norms``; parts at different tensors are orthogonal. ``(K, K)``.
 
     Args:
-        met: Gradients that met, each at one tensor.
-        norms: Norms of the gradients at all tensors together. Shape ``(K,)``.
+        met: Gradients that were collected, each at one tensor.
+        norms: Norms of the gradients at all tensors jointly. Shape ``(K,)``.
     """
     total, alone = torch.zeros_like(norms.outer(norms)), (norms > 0).to(norms)
     for each in met:

@@ -1,4 +1,4 @@
-"""Watches: heads that deliver no gradient, parameters that nobody updates, and what else trains nothing."""
+"""Warnings: heads without gradients, parameters that are not updated, and steps that train nothing."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ FOREIGN_PASSES = 32  # more than LBFGS makes in a step
 
 
 class SilentHeads:
-    """Warns of a head that delivers no gradient although its loss is there, or as far as one knows.
+    """Warns of a head that gets no gradient although its loss is present, as far as is known.
 
     Args:
-        names: How to call the K tasks.
+        names: Names of the K tasks.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -31,10 +31,10 @@ class SilentHeads:
         self._num_silent = [0] * len(names)  # steps since the latest gradient
 
     def observe(self, passes: Sequence[BackwardPass]) -> None:
-        """Take note of a step with these backward passes."""
+        """Record a step with these backward passes."""
         delivered = {task for this in passes for task in this.tasks}
         expected = {task for this in passes for task in this.expected}
-        own = any(this.number is not None for this in passes)  # where nobody says who is absent
+        own = any(this.number is not None for this in passes)  # the user's: absent tasks are unknown
         for task, name in enumerate(self._names):
             if task in delivered:
                 self._num_silent[task] = 0
@@ -45,66 +45,66 @@ class SilentHeads:
                 if task in expected:
                     warn_user(
                         f"Every head should deliver a gradient, got none from {name} in {SILENT_STEPS} steps with its "
-                        "loss: it trains its head, and nothing else. Likely cause: its head reads z.detach(). If that "
-                        "is meant, as for a probe, all is well."
+                        "loss: it trains its head, but not the backbone. Likely cause: its head reads z.detach(). If "
+                        "this is intended, as for a probe, ignore this."
                     )
                 else:
                     warn_user(
                         f"Every head should deliver a gradient, got none from {name} in {SILENT_STEPS} steps of your "
-                        "own backward(). Likely causes: (a) its loss is no part of what is back-propagated, or is "
-                        "detached, (b) the head is bypassed, as by head.forward(z), or was replaced after the "
-                        "optimizer was built, or (c) its task is absent from all of these batches, and all is well. "
-                        "optimizer.step(losses) tells which."
+                        "own backward(). Likely causes: (a) its loss is not part of the sum, or is detached, (b) the "
+                        "head is bypassed, as by head.forward(z), or was replaced after the optimizer was built, or "
+                        "(c) its task is absent from all of these batches, which is fine. optimizer.step(losses) can "
+                        "distinguish these."
                     )
 
 
 class IdleSteps:
-    """Warns of steps before which no head has run in training mode, so that nothing was weighed."""
+    """Warns of steps before which no head has run in training mode, so that no gradient was weighted."""
 
     def __init__(self) -> None:
         self._count = 0
 
     def end(self) -> None:
-        """Take note of a step that was none."""
+        """Record a step after heads have run."""
         self._count = 0
 
     def observe(self, *, trained_before: bool) -> None:
-        """Take note of one, after others in which heads ran if ``trained_before``."""
+        """Record a step without; ``trained_before``: heads ran before earlier steps."""
         self._count += 1
         if self._count == (SILENT_STEPS if trained_before else IDLE_STEPS):
             warn_user(
                 f"The heads should have run in training mode before step(), got {self._count} steps and no head that "
-                "ran. Either (a) the model stays in eval mode, as after a validation without model.train() behind it, "
-                "(b) its heads are bypassed, as by head.forward(z), (c) the model that is trained is not the one whose "
+                "ran. Either (a) the model is in eval mode, for example after a validation without model.train(), (b) "
+                "its heads are bypassed, as by head.forward(z), (c) the model that is trained is not the one whose "
                 "heads were given, or (d) it was compiled and run before the optimizer was built: build it first."
             )
 
 
 class FrozenRepresentation:
-    """Warns once that nothing that entered the heads requires grad."""
+    """Warns once if no input of the heads requires grad."""
 
     def __init__(self) -> None:
         self._warned = False
 
     def observe(self) -> None:
-        """Take note of a step in which that is so."""
+        """Record such a step."""
         if not self._warned:
             self._warned = True
             warn_user(
-                "The representation should require grad, got one that does not. Either (a) the backbone is frozen: the "
-                "heads are trained by a plain backward; rotations and weights rest, (b) `heads` holds the whole "
-                "model, whose input is rotated then: give the modules that consume the representation, or (c) a head "
-                "gets what it reads in an object of a class of its own, or has it stored: hand it over as an input."
+                "The representation should require grad, got one that does not. Either (a) the backbone is frozen: "
+                "the heads are trained as usual, without weights or updates of the rotations, (b) `heads` holds the "
+                "whole model, whose input is then rotated: pass the modules that read the representation, or (c) the "
+                "input of a head is inside an object of a custom class, or stored in the head: pass it as an input."
             )
 
 
 class UntrainedHeads:
-    """Warns of parameters of heads that neither the wrapped optimizer updates nor, by the looks of it, another one.
+    """Warns of parameters of heads that are updated neither by the wrapped optimizer nor, apparently, by another one.
 
     Args:
         optimizer: The wrapped optimizer.
         heads: The parts of the K heads.
-        names: How to call the tasks.
+        names: Names of the tasks.
     """
 
     def __init__(self, optimizer: Optimizer, heads: Sequence[Parts], names: Sequence[str]) -> None:
@@ -119,7 +119,7 @@ class UntrainedHeads:
         }
 
     def observe(self) -> None:
-        """Take note of a step."""
+        """Record a step."""
         if not self._watched:
             return
         self._num_steps += 1
@@ -130,20 +130,20 @@ class UntrainedHeads:
         untrained = [
             key
             for key, (param, old) in self._watched.items()
-            # An optimizer that writes to `param.data` leaves the version as it was.
+            # An optimizer that writes to `param.data` does not change the version counter.
             if param.requires_grad and version(param) == old and torch.equal(_sum(param).cpu(), self._sums[key].cpu())
         ]
         self._watched = {}
         if untrained:
             warn_user(
-                f"Every parameter of a head should be updated, by this optimizer or another one, got "
-                f"{', '.join(untrained)} as they were {UNTRAINED_STEPS} steps ago. Pass model.parameters() to the "
-                "optimizer, or freeze them: requires_grad_(False)."
+                f"Every parameter of a head should be updated, by this optimizer or another one, got no change of "
+                f"{', '.join(untrained)} in {UNTRAINED_STEPS} steps. Pass model.parameters() to the optimizer, or "
+                "freeze them: requires_grad_(False)."
             )
 
 
 class ForeignSteps:
-    """Warns of backward passes that the user calls and nobody steps on, while the weights of the heads change.
+    """Warns of backward passes of the user without steps, while the weights of the heads change.
 
     Args:
         heads: The parts of the K heads.
@@ -154,7 +154,7 @@ class ForeignSteps:
         self._versions = 0
 
     def observe(self, num_waiting: int) -> None:
-        """Take note of a backward pass that begins after ``num_waiting`` others that wait for a step."""
+        """Record a backward pass that begins after ``num_waiting`` others without a step."""
         if num_waiting not in (0, FOREIGN_PASSES):
             return
         versions = sum(version(param) for param in self._watched if not param.is_inference())
@@ -162,8 +162,8 @@ class ForeignSteps:
         if num_waiting == FOREIGN_PASSES and versions != before:
             warn_user(
                 "The optimizer whose heads a loss passes through must make the steps, got weights that something else "
-                f"has changed, and {FOREIGN_PASSES} backward passes without step() or zero_grad(). It weighs the "
-                "gradients that something else steps on. Either (a) another optimizer has taken over: call remove() or "
+                f"has changed, and {FOREIGN_PASSES} backward passes without step() or zero_grad(). It weights the "
+                "gradients that something else uses. Either (a) another optimizer has replaced it: call remove() or "
                 "fold() on the RotoGradOptimizer, or (b) step() was called on the wrapped optimizer: call it on the "
                 "RotoGradOptimizer."
             )
@@ -175,7 +175,7 @@ def _sum(param: Tensor) -> Tensor:
 
 
 def _named_parameters(parts: Parts, name: str) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters of a head, called by their names and that of the task."""
+    """Return the parameters of a head, with their names and that of the task."""
     found = []
     for number, part in enumerate(parts):
         of_task = name if len(parts) == 1 else f"{name}[{number}]"

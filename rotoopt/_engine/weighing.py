@@ -1,4 +1,4 @@
-"""Weighing: K gradients become one, and what backward passes measured makes the weights of the next."""
+"""Weighting: combines K gradients, and computes the weights of the next backward pass from measurements."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from rotoopt.weighting._measurements import Reference, joined, joined_across
 
 
 class Weighing:
-    """Weighs the gradients of backward passes, over the joined batch of all processes, and remembers their norms.
+    """Weights the gradients of backward passes, over the joined batch of all processes, and remembers their norms.
 
     Args:
-        weighting: How K gradients become one.
-        memory: What is remembered.
+        weighting: Computes the weights.
+        memory: The state of the method.
         rotations: The rotations.
-        processes: Those that share a batch.
-        burn_in_period: Step at which the references are taken anew.
-        turn_every: In the first of so many steps the rotations turn.
+        processes: The processes that share a batch.
+        burn_in_period: Step in which the references are measured again.
+        turn_every: Number of steps between updates of the rotations.
     """
 
     def __init__(
@@ -51,27 +51,27 @@ class Weighing:
 
     @property
     def burnt_in(self) -> bool:
-        """Whether the references taken now are final."""
+        """Whether references measured now are final."""
         return self._memory.num_steps >= self._burn_in_period
 
     @property
     def turns_are_due(self) -> bool:
-        """Whether the rotations turn in this step."""
+        """Whether the rotations are updated in this step."""
         return self._memory.num_steps % self._turn_every == 0
 
     @property
     def agreement_is_due(self) -> bool:
-        """Whether the agreement of samples is measured: as the rotations turn, and then of tasks absent there."""
+        """Whether the agreement is measured: when rotations are updated, and afterwards for tasks absent then."""
         memory, since = self._memory, self._memory.num_steps % self._turn_every
         if not self._weighting.needs_agreement:
             return False
-        if since == 0 or self._processes.count > 1:  # which tasks were absent elsewhere, this process does not know
+        if since == 0 or self._processes.count > 1:  # absent tasks of other processes are unknown
             return since == 0
-        return since < len(memory.weights) and len(memory.told_tasks) < len(memory.weights)
+        return since < len(memory.weights) and len(memory.agreement_tasks) < len(memory.weights)
 
     @torch.no_grad()
     def combine(self, this: BackwardPass, grads: Tensor, tasks: tuple[int, ...], fork: Fork) -> Tensor:
-        """Return the gradient for a tensor, of those of all tasks that waited there."""
+        """Return the gradient of a tensor, given the gradients of the tasks that were collected there."""
         this.tasks.update(tasks)
         with torch.autocast(grads.device.type, enabled=False):
             gradients = TaskGradients.of(grads.flatten(1), tasks, self._memory.mask(set(tasks)))
@@ -87,7 +87,7 @@ class Weighing:
             if fork.sketch is not None:
                 scaled = gradients.scaled.view(len(grads), *fork.shape)
                 this.sample_sums.append(fork.sketch.sums(scaled).scaled(gradients.scale))
-            # Alone, a task is its own target. What other processes have, the host does not know.
+            # The target of a single task is its own gradient. The tasks of other processes are unknown on the host.
             alone = len(tasks) == 1 and self._processes.count == 1
             turns = self.turns_are_due and fork.rotated
             if not alone and (turns or this.lagged):
@@ -95,33 +95,33 @@ class Weighing:
         return vector.reshape(fork.shape)
 
     def _joined_batch(self, this: BackwardPass, own: TaskGradients) -> TaskGradients:
-        """Return the gradients of the losses over the joined batch, which ``own`` are a part of, magnified."""
+        """Return the gradients of the losses of the joined batch, with the samples of ``own`` on this process."""
         if self._processes.count > 1:
             self._check_processes()
-            # The loss of the joined batch is the mean over processes, which DistributedDataParallel takes afterwards.
+            # The loss of the joined batch is the mean over processes, computed later by DistributedDataParallel.
             own = JoinedGradients.join(own, self._processes)
         return own if this.magnified is None else own.divided_by(this.magnified)
 
     def _weigh(self, this: BackwardPass, gradients: TaskGradients) -> Tensor:
-        """Return the gradient that the weighting makes of those of this very pass, and note what it saw."""
+        """Return the gradient combined with weights from this pass, and store its measurements."""
         if this.measured is not None:
             raise RuntimeError(
-                "All heads must get the same tensor in a backward pass of its own, got two tensors in one: the losses "
-                "of two forward passes, or tensors that were made before the latest backward pass. Back-propagate "
-                "what belongs to one forward pass before the next one, or call optimizer.backward(losses)."
+                "All heads must read the same tensor in a backward pass, got two tensors in one pass: from two forward "
+                "passes, or computed before the latest backward pass. Back-propagate the losses of one forward pass "
+                "before the next one, or call optimizer.backward(losses)."
             )
         this.measured = self.measure(this, gradients.norms, gradients.present, gradients.cosines, gradients.finite)
         finite, known = this.measured.finite, this.measured.norms
         this.known_norms = torch.where(finite & (known > 0), known, this.known_norms)
         this.weights = self._weights_of(this.measured)
-        return self._weighting.combine(gradients, this.weights.to(gradients.scaled))  # which another one made as wide
+        return self._weighting.combine(gradients, this.weights.to(gradients.scaled))  # its own dtype may differ
 
     def _weights_of(self, measured: Measurements) -> Tensor:
-        """Return the weights for a pass whose gradients wait."""
+        """Return the weights for a pass whose gradients are collected."""
         weighting = self._weighting
         if not weighting.num_waiting:
             return weighting(measured)
-        # Without memory, and without learning: losses of a pass are parts of those of the step, which nobody knows yet.
+        # The state of the weighting is restored: it is updated once per step, from all passes.
         remembered = dict(weighting.state)
         weighting.state.clear()
         weights = weighting(measured)
@@ -135,7 +135,7 @@ class Weighing:
             self._processes_checked = True
 
     def loss_reference(self, this: BackwardPass) -> Reference:
-        """Return |L_k(t0)| with the losses of ``this``, before anybody knows whether its gradients are finite."""
+        """Return |L_k(t0)| with the losses of ``this``, before it is known whether its gradients are finite."""
         assert this.losses is not None
         sizes = this.losses.abs()
         return this.loss_reference.updated(sizes, sizes < torch.inf, burnt_in=self.burnt_in)
@@ -143,14 +143,14 @@ class Weighing:
     def measure(
         self, this: BackwardPass, norms: Tensor, present: Tensor, cosines: Tensor | None, finite: Tensor | None = None
     ) -> Measurements:
-        """Return what ``this`` measured, and take the references that are due.
+        """Return the measurements of ``this``, and update the references that are due.
 
         Args:
             this: The backward pass.
             norms: ||G_k||, zero for an absent task. Shape ``(K,)``.
-            present: Which tasks took part. Shape ``(K,)``, bool.
-            cosines: Those of the gradients, if they met. Shape ``(K, K)``.
-            finite: Whether all gradients were finite, if the norms do not tell. Shape ``()``, bool.
+            present: Which tasks are present. Shape ``(K,)``, bool.
+            cosines: Cosines of the gradients, if they were collected. Shape ``(K, K)``.
+            finite: Whether all gradients were finite, if the norms do not show it. Shape ``()``, bool.
         """
         sizes = norms if finite is None else torch.where(finite, 0.0, torch.inf)
         if this.losses is not None:
@@ -159,7 +159,7 @@ class Weighing:
         finite = all_finite(sizes)
         if this.losses is not None:
             this.loss_reference = this.loss_reference.updated(this.losses.abs(), finite, burnt_in=self.burnt_in)
-        if not this.lagged:  # else once per step, from all backward passes together
+        if not this.lagged:  # otherwise once per step, from all backward passes jointly
             this.norm_reference = this.norm_reference.updated(norms, finite, burnt_in=self.burnt_in)
             norms = torch.where(present, norms, this.known_norms)
         return Measurements(
@@ -167,7 +167,7 @@ class Weighing:
         )
 
     def learn(self, passes: Sequence[BackwardPass]) -> Measurements:
-        """Make the weights for gradients that cannot wait; return what all ``passes`` of a step measured together."""
+        """Compute the weights of a lagged weighting; return the joint measurements of all ``passes`` of a step."""
         memory, latest = self._memory, passes[-1]
         assert latest.measured is not None  # it is closed
         assert latest.weights is not None
@@ -178,7 +178,7 @@ class Weighing:
                 memory.weights = torch.where(latest.measured.finite, latest.weights, memory.weights)
             return latest.measured
         parts = [this.measured for this in passes if this.measured is not None]
-        # Alone, a pass whose weights were known is the joined batch: its norms are zero where a task is absent.
+        # A single lagged pass is the joined batch: its norms are zero for absent tasks.
         measured = parts[0] if latest.lagged and len(parts) == self._processes.count == 1 else joined(parts)
         if self._processes.count > 1 and not waited:
             self._check_processes()
@@ -193,14 +193,14 @@ class Weighing:
         return measured
 
     def _with_old_norms(self, measured: Measurements) -> Measurements:
-        """Return ``measured`` with the references of the norms and the last known ones, and remember both."""
+        """Return ``measured`` with the references of the norms and the last known norms, and store both."""
         memory, norms, present = self._memory, measured.norms, measured.present
         reference = memory.norm_reference.updated(norms, measured.finite, burnt_in=self.burnt_in)
         known = torch.where(present & (norms > 0), norms, memory.known_norms)
         memory.known_norms, memory.norm_reference = known.to(memory.known_norms), reference
         if self._weighting.lagged:
             norms = torch.where(present, norms, known)
-        else:  # a gradient that is zero now need not be so in the next step, where the weight is used
+        else:  # a gradient that is zero now may not be zero in the next step, where the weight is used
             norms, present = known, present & (known > 0)
         return replace(measured, norms=norms, present=present, norm_references=reference.values)
 
@@ -216,13 +216,13 @@ class Weighing:
         """Return the sums over the samples of all ``passes``; None if agreement is not measured in this step."""
         if not self.agreement_is_due:
             return None
-        told = {task for this in passes for task in this.tasks}
-        self._memory.told_tasks = told if self.turns_are_due else self._memory.told_tasks | told
+        measured = {task for this in passes for task in this.tasks}
+        self._memory.agreement_tasks = measured if self.turns_are_due else self._memory.agreement_tasks | measured
         parts = []
         for this in passes:
             for sums in this.sample_sums:
                 known = sums if not this.lagged or this.magnified is None else sums.scaled(1.0 / this.magnified)
-                # What is not finite would spoil the passes beside it; alone, all of its tasks are absent.
+                # Values that are not finite would affect other passes; on its own, such a pass has no tasks.
                 if len(passes) > 1 and this.measured is not None:
                     known = known.where(this.measured.finite)
                 parts.append(known)

@@ -1,1 +1,1 @@
-"""The rotations, and how they turn: tensors only."""
+"""The rotations and their updates: tensors only."""

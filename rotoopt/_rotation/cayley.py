@@ -1,4 +1,4 @@
-"""Cayley turns, R_k <- R_k cay(S_k), for a skew S_k that is a sum over samples or a dense matrix; and their repair."""
+"""Cayley updates R_k <- R_k cay(S_k), for a skew S_k that is dense or a sum over samples, and their correction."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class Skew(Protocol):
         r"""Return :math:`\tfrac12 \lVert S_k \rVert_F^2`. Shape ``(K,)``."""
 
     def in_metric(self, factor: Tensor) -> Ascent:
-        """Return the way up in the metric G, of which ``factor`` is the lower Cholesky factor, shape ``(m, m)``."""
+        """Return the ascent direction in the metric G, whose lower Cholesky factor is ``factor``, shape ``(m, m)``."""
 
     def turn_(self, matrices: Tensor, step: Tensor) -> None:
         r"""Set :math:`R_k \leftarrow R_k\,\mathrm{cay}(\eta_k S_k)` in place.
 
         Args:
             matrices: R. Shape ``(K, m, m)``.
-            step: :math:`\eta`, with :math:`\lVert \eta_k S_k \rVert_2 \le 1`. Shape ``(K,)``. A zero keeps every bit.
+            step: :math:`\eta`, with :math:`\lVert \eta_k S_k \rVert_2 \le 1`. Shape ``(K,)``. Zero changes no bit.
         """
 
 
 @dataclass(frozen=True)
 class Ascent:
-    r"""The way up in a metric G: :math:`D_k = G^{-1} S_k G^{-1}`.
+    r"""The ascent direction in a metric G: :math:`D_k = G^{-1} S_k G^{-1}`.
 
     Attributes:
         skew: D.
@@ -86,10 +86,10 @@ class SampleSkew:
         return (0.5 * _inner(self._M, self._M.mT)).abs()  # rounding may change the sign of what is zero
 
     def in_metric(self, factor: Tensor) -> Ascent:
-        """In O(n m^2): of rank 2n, too."""
+        """In O(n m^2), and again of rank 2n."""
         samples = torch.cat([self._V[None], self._W])
         target, tasks, n = samples[0], samples[1:], samples.shape[1]
-        # W - c V makes the same S. Where gradients are almost aligned, S is a small difference of large terms without.
+        # W - c V gives the same S, and avoids cancellation if gradients are almost aligned.
         inner = torch.mv(samples.flatten(1), target.flatten())
         along = (inner[1:] / inner[0]).nan_to_num_(0.0)
         tasks.addcmul_(along[:, None, None], target, value=-1.0)
@@ -112,7 +112,7 @@ class SampleSkew:
 
 
 class DenseSkew:
-    """S_k as a matrix: for many samples, as the positions of a map are.
+    """S_k as a matrix: for many samples, such as the positions of a map.
 
     Args:
         correlation: N. Shape ``(K, m, m)``.
@@ -127,9 +127,9 @@ class DenseSkew:
 
     def in_metric(self, factor: Tensor) -> Ascent:
         """In O(m^3)."""
-        inverse = torch.cholesky_inverse(factor)  # products take a quarter of the time of solutions with K m columns
+        inverse = torch.cholesky_inverse(factor)  # four times faster than solving for K m columns
         half = inverse @ self._S
-        skew = DenseSkew(0.5 * (half @ inverse))  # D / 2 is skew, but for rounding
+        skew = DenseSkew(0.5 * (half @ inverse))  # D / 2 is skew up to rounding errors
         clarity = _beyond_rounding(_inner(self._S, self._S), _inner(self._N, self._N))
         return Ascent(skew, rise=_inner(self._S, skew._S), change=_inner(skew._S, half), clarity=clarity)
 
@@ -151,8 +151,8 @@ def cayley_delta(skew: Tensor) -> Tensor:
     r"""Return :math:`Z` with :math:`I + Z = (I - S/2)^{-1}(I + S/2)`, the Cayley transform of ``skew``.
 
     :math:`Z = (I + S^\top S/4)^{-1}(I + S/2)\,S`: the matrix to invert is symmetric, at least I and well
-    conditioned, so a Cholesky factor serves. Batched LU, the textbook way, returns invalid pivots on the CPU
-    build of torch 2.13 once a process has called ``torch.set_num_threads(n)`` with n > 1.
+    conditioned, so a Cholesky decomposition can be used. The usual batched LU returns invalid pivots on the CPU build
+    of torch 2.13 once a process has called ``torch.set_num_threads(n)`` with n > 1.
 
     Args:
         skew: S, skew-symmetric. Shape ``(..., m, m)``, float32 or float64.
@@ -161,7 +161,7 @@ def cayley_delta(skew: Tensor) -> Tensor:
         Z, in the shape and dtype of ``skew``. ``R + R @ Z`` drifts less than ``R @ (I + Z)``.
 
     Example:
-        >>> skew = torch.tensor([[0.0, -2.0], [2.0, 0.0]])  # a turn by 2 atan(2 / 2), a right angle
+        >>> skew = torch.tensor([[0.0, -2.0], [2.0, 0.0]])  # rotates by 2 atan(2 / 2), a right angle
         >>> torch.eye(2) + cayley_delta(skew)
         tensor([[ 0., -1.],
                 [ 1.,  0.]])
@@ -190,14 +190,14 @@ def _inverse_near_identity(gram: Tensor, step: Tensor) -> Tensor:
 
 @torch.no_grad()
 def turn_(matrices: Tensor, skew: Tensor) -> None:
-    r"""Set :math:`R_k \leftarrow R_k\,\mathrm{cay}(S_k)` in place, for turns of any size.
+    r"""Set :math:`R_k \leftarrow R_k\,\mathrm{cay}(S_k)` in place, for S of any size.
 
-    In float64, and repaired as a whole: an optimizer of the user's may take any step. One of more than
-    :data:`MAX_TURN` is shortened to it: the condition of the inversion grows with its square.
+    Computed in float64, and corrected as a whole: the user's optimizer may make steps of any size. Those of more than
+    :data:`MAX_TURN` are shortened to it, since the condition number of the inversion grows with the square.
 
     Args:
         matrices: R. Shape ``(K, m, m)``.
-        skew: S, skew-symmetric. Shape ``(K, m, m)``, radians for small entries. S_k = 0 keeps every bit.
+        skew: S, skew-symmetric. Shape ``(K, m, m)``, radians for small entries. S_k = 0 changes no bit.
     """
     wide, S = matrices.double(), skew.double()
     S = S * (MAX_TURN / torch.linalg.matrix_norm(S)).clamp(max=1.0)[:, None, None]
@@ -211,20 +211,20 @@ def repair_columns_(matrices: Tensor, first: int, count: int, where: Tensor) -> 
     r"""Take one Newton-Schulz step towards SO(m) on some columns J, in place, in O(count m^2).
 
     With :math:`E_J = R^\top R_J - I_J`, :math:`R \leftarrow R - \tfrac12 (R E_J P^\top + R_J E_J^\top - R_J E_{JJ}
-    P^\top)`, P the columns J of I. A sweep over all columns squares the error, as one full step does.
+    P^\top)`, P the columns J of I. A sweep over all columns squares the error, as a full step does.
 
     Args:
         matrices: R. Shape ``(K, m, m)``.
         first: The first column of J.
-        count: The number of columns of J, fewer where the matrix ends.
-        where: Which matrices to repair; the others keep every bit. Shape ``(K,)``, bool.
+        count: The number of columns of J, fewer at the end of the matrix.
+        where: Which matrices to correct; no bit of the others changes. Shape ``(K,)``, bool.
     """
     J = slice(first, first + count)
     columns = matrices[:, :, J].clone()
     error = matrices.mT @ columns  # (K, m, count)
     error[:, J].diagonal(dim1=-2, dim2=-1).sub_(1.0)
     error.mul_(where[:, None, None])
-    if count < matrices.shape[-1]:  # else both terms that end in P are one
+    if count < matrices.shape[-1]:  # otherwise both terms that end in P are equal
         change = torch.baddbmm(columns @ error[:, J], matrices, error, beta=-1.0)
         matrices[:, :, J].sub_(change, alpha=0.5)
     matrices.baddbmm_(columns, error.mT, alpha=-0.5)
@@ -233,7 +233,7 @@ def repair_columns_(matrices: Tensor, first: int, count: int, where: Tensor) -> 
 def determinant_signs(matrices: Tensor) -> Tensor:
     """Return the signs of the determinants of ``matrices``, shape ``(..., m, m)``. Shape ``(...)``.
 
-    From the Householder reflections of a QR decomposition: see ``_haar`` for why not ``torch.linalg.slogdet``.
+    From the Householder reflections of a QR decomposition: ``_haar`` explains why not ``torch.linalg.slogdet``.
     """
     triangular, tau = torch.geqrf(matrices)
     num_reflections = (tau != 0).sum(-1)

@@ -1,4 +1,4 @@
-"""The built-in rotation step: from the task gradients to a turn of every R_k along its Lie algebra."""
+"""The built-in rotation step: from the task gradients to an update of every R_k along its Lie algebra."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rotoopt._rotation.step import RotationGradient, sum_of_correlations
 from rotoopt._torch.devices import move_
 from rotoopt._torch.processes import Processes
 
-DENSE_FROM = 0.43  # samples per feature from which the dense turn takes fewer operations
-REPAIRED_SHARE = 64  # one column in so many is repaired with every turn
+DENSE_FROM = 0.43  # samples per feature from which the dense update takes fewer operations
+REPAIRED_SHARE = 64  # 1 / 64 of the columns are corrected in each update
 
 
 class NormalizedStep(Optimizer):
@@ -26,9 +26,9 @@ class NormalizedStep(Optimizer):
 
     .. math:: \eta_k = \mathrm{lr} \,/\, \sqrt{\textstyle\sum_t q_{k,t}^2}
 
-    with :math:`q_k` the size of the rotation gradient, so that ``lr`` is that of a first step that nothing else
-    shortens. Later ones shrink as :math:`1/\sqrt t`: rotations must learn more slowly than the network (RotoGrad, ICLR
-    2022, section 4), and a step normalized by the latest gradients alone would move on noise for ever.
+    with :math:`q_k` the size of the rotation gradient, so that ``lr`` is the size of the first step, unless it is
+    shortened. Later ones decrease as :math:`1/\sqrt t`: rotations must learn more slowly than the network (RotoGrad,
+    ICLR 2022, section 4), and a step that is normalized by the latest gradients alone would not converge in noise.
 
     Args:
         params: One tensor, shape ``(K,)``: its gradient is q, and the step writes :math:`\eta` into it.
@@ -44,7 +44,7 @@ class NormalizedStep(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Write the step sizes for the present gradients."""
+        """Write the step sizes for the current gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -65,24 +65,24 @@ class CayleyStep:
     r"""The built-in rotation step: R_k <- R_k cay(:math:`\sigma \eta_k D_k`).
 
     S is the :class:`~rotoopt._rotation.step.RotationGradient`. :math:`D_k = G^{-1} S_k G^{-1}`, with the
-    :class:`~rotoopt._rotation.metric.Metric` G, prefers planes in which the representation has little variance: what
-    heads compute on the data seen so far changes little. Its size :math:`q_k = (\operatorname{tr}(D_k G D_k^\top) /
-    m)^{1/2}` is the root mean square change that it makes of what a head gets, relative to that. So the learning rate
-    of :class:`NormalizedStep`, which makes :math:`\eta_k`, means the same whatever the width, the batch and the scale
-    are. :math:`\sigma` is the share of the :class:`~rotoopt._rotation.schedule.Schedule` of the network.
+    :class:`~rotoopt._rotation.metric.Metric` G, favors planes in which the representation has little variance, so that
+    the outputs of the heads on recent data change little. Its size :math:`q_k = (\operatorname{tr}(D_k G D_k^\top) /
+    m)^{1/2}` is the root mean square relative change of the input of the head. So the learning rate of
+    :class:`NormalizedStep`, which computes :math:`\eta_k`, is independent of width, batch and scale. :math:`\sigma` is
+    the share of the :class:`~rotoopt._rotation.schedule.Schedule` of the network.
 
-    Steps are shortened to where the objective of the batch surely rises, and no plane turns by more than a radian:
-    with :math:`\lVert D \rVert_2^2 \le \lVert D \rVert_F^2 / 2` and a nuclear norm of :math:`U_k V^\top` of at most
-    one, a step :math:`s` changes the objective by at least :math:`s \langle S, D \rangle / 2 - s^2 \lVert D \rVert_F^2
-    / 4`.
+    Steps are shortened such that the objective of the batch increases for certain, and no plane rotates by more than a
+    radian: with :math:`\lVert D \rVert_2^2 \le \lVert D \rVert_F^2 / 2` and a nuclear norm of :math:`U_k V^\top` of at
+    most one, a step :math:`s` changes the objective by at least :math:`s \langle S, D \rangle / 2 - s^2 \lVert D
+    \rVert_F^2 / 4`.
 
     The official code minimizes a squared distance whose gradient is the paper's times twice the norm of the mean
     gradient, with Adam and matrix exponentials.
 
     Args:
-        rotations: The rotations to turn.
+        rotations: The rotations.
         lr: Learning rate of :class:`NormalizedStep`.
-        processes: Those that share a batch.
+        processes: The processes that share a batch.
         network: The optimizer of the network.
     """
 
@@ -99,10 +99,10 @@ class CayleyStep:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[RotationGradient]) -> Tensor | None:
-        """Turn the rotations, and repair what rounding did to some of their columns; return the angles."""
+        """Update the rotations, and correct rounding errors in some of their columns; return the angles."""
         self._follow(self.rotations.device)
         if not gradients:
-            self.optimizer.step()  # a scheduler expects to see one
+            self.optimizer.step()  # schedulers expect it
             return None
         matrices = self.rotations.matrices
         m = matrices.shape[-1]
@@ -125,9 +125,9 @@ class CayleyStep:
         return angles
 
     def _skew(self, gradients: Sequence[RotationGradient], m: int) -> Skew:
-        """Return the sum of the gradients, in the dtype of the rotations and the form that is cheaper to turn by."""
+        """Return the sum of the gradients in the dtype of the rotations, in the form with the cheaper update."""
         dtype = self._sizes.dtype
-        distributed = self._processes.count > 1  # their joined samples are many, and their number is not known here
+        distributed = self._processes.count > 1  # the number of joined samples is large, and unknown here
         if distributed or sum(each.num_samples for each in gradients) >= DENSE_FROM * m:
             return DenseSkew(sum_of_correlations(gradients, m, self._processes).to(dtype))
         tasks = _joined([_columns(each.directions, m) for each in gradients])
@@ -140,7 +140,7 @@ class CayleyStep:
             self._metric.to(device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the optimizer, the metric, the schedule so far, and where the repair is."""
+        """Return the state of the optimizer, the metric and the schedule, and the next column to correct."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "metric": self._metric.state_dict(),

@@ -1,4 +1,4 @@
-"""Lie-algebra coordinates of a turn, and the rotation step by an optimizer of the user's: the official recipe."""
+"""Lie-algebra coordinates of an update, and the rotation step with the user's optimizer: the official recipe."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ RotationOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
 
 class Coordinates:
-    r"""Lie-algebra coordinates A around the present rotations, for whoever wants to step on them.
+    r"""Lie-algebra coordinates A around the current rotations, to be trained by an optimizer.
 
-    One parameter of shape ``(K, m, m)``, which is zero but between a step of its optimizer and :meth:`turn`. Only its
-    lower triangle counts: along :math:`R_k\,\mathrm{cay}(A_k - A_k^\top)`, A lower triangular, the gradient of the
+    One parameter of shape ``(K, m, m)``, which is zero except between a step of its optimizer and :meth:`turn`. Only
+    its lower triangle is used: along :math:`R_k\,\mathrm{cay}(A_k - A_k^\top)`, A lower triangular, the gradient of the
     rotation objective at A = 0 is :math:`-\mathrm{tril}(S_k)`.
 
     Args:
-        rotations: The rotations to turn.
-        processes: Those that share a batch.
+        rotations: The rotations.
+        processes: The processes that share a batch.
     """
 
     def __init__(self, rotations: Rotations, processes: Processes) -> None:
         self.rotations = rotations
         self.processes = processes
-        # Sized by the first gradient: the optimizer, and schedulers on it, exist before the rotations do.
+        # The optimizer and its schedulers exist before the rotations do; the first gradient determines the size.
         empty = torch.zeros(rotations.num_tasks, 0, 0, device=rotations.device, dtype=rotations.dtype)
         self.parameter = nn.Parameter(empty)
         self.fit()
 
     def fit(self) -> None:
-        """Take on the size of the rotations, if there are any."""
+        """Resize to the size of the rotations, if they exist."""
         if self.rotations.size is not None and self.parameter.shape != self.rotations.matrices.shape:
             self.parameter.data = torch.zeros_like(self.rotations.matrices)
 
@@ -52,7 +52,7 @@ class Coordinates:
 
     @torch.no_grad()
     def turn(self, where: Tensor | bool = True) -> Tensor:
-        """Apply the turn, R_k <- R_k cay(A_k - A_k^T), for the tasks that are rotated, and start again at zero.
+        """Apply the update R_k <- R_k cay(A_k - A_k^T) to the tasks that are rotated, and reset A to zero.
 
         Args:
             where: Whether to apply it. Shape ``()``, bool.
@@ -60,7 +60,7 @@ class Coordinates:
         Returns:
             Its angles, for small ones; see :class:`~rotoopt._rotation.step.RotationStep`. Shape ``(K,)``.
         """
-        # Some optimizers move a parameter whose gradient is zero.
+        # Some optimizers change a parameter whose gradient is zero.
         lower = torch.where(where > self.rotations.rests[:, None, None], self.parameter.tril(-1), 0.0)
         skew = lower - lower.mT
         turn_(self.rotations.matrices, skew)
@@ -69,15 +69,15 @@ class Coordinates:
 
 
 class OptimizerStep:
-    """A rotation step by an optimizer of the user's.
+    """A rotation step with the user's optimizer.
 
-    The optimizer sees one parameter, the :class:`Coordinates`, with its gradient in the lower triangle. After its step
-    the turn is applied, and the coordinates start again at zero; its own state (moments) lives on.
+    The optimizer has one parameter, the :class:`Coordinates`, with its gradient in the lower triangle. After its step
+    the update is applied, and the coordinates are reset to zero; the state of the optimizer (moments) is kept.
 
     Args:
-        rotations: The rotations to turn.
-        make_optimizer: Makes the optimizer of the coordinates.
-        processes: Those that share a batch.
+        rotations: The rotations.
+        make_optimizer: Builds the optimizer of the coordinates.
+        processes: The processes that share a batch.
     """
 
     needs_second_moment = False
@@ -94,7 +94,7 @@ class OptimizerStep:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[RotationGradient]) -> Tensor | None:
-        """Turn the rotations by what the optimizer makes of the gradients; return the angles."""
+        """Update the rotations with the optimizer, and return the angles."""
         coordinates, rotations = self._coordinates, self._coordinates.rotations
         if coordinates.parameter.device != rotations.device:
             move_(coordinates.parameter, self.optimizer, rotations.device)
@@ -103,7 +103,7 @@ class OptimizerStep:
         coordinates.parameter.grad = coordinates.gradient(gradients)
         self.optimizer.step()
         coordinates.parameter.grad = None
-        # Where nothing was usable, what moved the coordinates is momentum.
+        # If nothing was usable, only momentum has changed the coordinates.
         return coordinates.turn(any_usable(gradients, coordinates.processes))
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,5 +112,5 @@ class OptimizerStep:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""
-        self._coordinates.fit()  # state tensors are matched with the shape of the coordinates
+        self._coordinates.fit()  # torch matches state tensors with the shape of the coordinates
         self.optimizer.load_state_dict(state_dict)

@@ -1,4 +1,4 @@
-"""The metric of turns: by how much does a turn change what the heads get?"""
+"""The metric of updates: how much an update changes the inputs of the heads."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from torch import Tensor
 from rotoopt._rotation.step import RotationGradient
 from rotoopt._torch.processes import Processes
 
-DAMPING = 0.1  # of the mean variance of a feature
-MEMORY = 0.5  # of what was known before a turn
+DAMPING = 0.1  # relative to the mean variance of a feature
+MEMORY = 0.5  # decay of the running mean
 
 
 class Metric:
-    r"""The second moment of the representation, a running mean over turns, scaled to a mean eigenvalue of one.
+    r"""The second moment of the representation, a running mean over updates, scaled to a mean eigenvalue of one.
 
     .. math:: G = \frac{m\, C}{\operatorname{tr} C} + \frac1{10} I, \qquad C = \mathrm{E}[z z^\top]
 
-    A small turn S changes what a head gets by S z, which is on average :math:`\operatorname{tr}(S C S^\top) /
+    A small update S changes the input of a head by S z, which is on average :math:`\operatorname{tr}(S C S^\top) /
     \operatorname{tr} C` of :math:`\lVert z \rVert^2`, and at most a tenth more than
     :math:`\operatorname{tr}(S G S^\top) / m`.
 
     Args:
-        processes: Those that share a batch.
+        processes: The processes that share a batch.
     """
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
         self._mean: Tensor | None = None  # shape (m, m), trace m
-        self._memory: Tensor | None = None  # how much of it a turn keeps: nothing before the first measurement
+        self._memory: Tensor | None = None  # the decay, zero before the first measurement
 
     def factor(self, gradients: Sequence[RotationGradient], like: Tensor) -> Tensor:
-        """Learn from the moments of ``gradients``, and return the Cholesky factor of G.
+        """Update the running mean with the moments of ``gradients``, and return the Cholesky factor of G.
 
         Args:
-            gradients: Those of a turn.
+            gradients: The gradients of an update.
             like: The rotations. Shape ``(K, m, m)``.
         """
         m, identity = like.shape[-1], torch.eye(like.shape[-1], device=like.device, dtype=like.dtype)
@@ -54,10 +54,10 @@ class Metric:
         self._memory = self._memory.masked_fill(measured, MEMORY)
         damped = torch.add(self._mean, identity, alpha=DAMPING)
         factor, info = torch.linalg.cholesky_ex(damped)  # `_ex`: no device synchronization
-        return torch.where(info == 0, factor, identity)  # of a moment that rounding has made indefinite: all the same
+        return torch.where(info == 0, factor, identity)  # identity if rounding errors made the moment indefinite
 
     def to(self, device: torch.device) -> None:
-        """Move what is remembered to ``device``."""
+        """Move the state to ``device``."""
         if self._mean is not None and self._memory is not None:
             self._mean, self._memory = self._mean.to(device), self._memory.to(device)
 

@@ -17,20 +17,19 @@ Init = Literal["identity", "haar"]
 
 
 class Rotations(nn.Module):
-    """K rotations R_k in SO(m), kept by the optimizer and applied in front of the heads.
+    """K rotations R_k in SO(m), owned by the optimizer and applied in front of the heads.
 
-    The rotations are a buffer of a ``geotorch.SO`` manifold, not parameters: no optimizer of the network sees
-    them, ``requires_grad`` is False, and they do not appear in the state dict of the model. They are float32,
-    or float64 where the network is float64.
+    The rotations are a buffer of a ``geotorch.SO`` manifold, not parameters: they are in no ``param_groups``,
+    ``requires_grad`` is False, and they add no keys to the state dict of the model. They are float32, or float64 if
+    the network is float64.
 
     Args:
         num_tasks: K.
-        size: m. ``None``: the rotations are made by the first :meth:`create`.
+        size: m. ``None``: the rotations are created by the first :meth:`create`.
         rotate: One flag per task. A task whose flag is False keeps R_k = I.
-        init: ``"identity"``, or ``"haar"`` for rotations drawn uniformly from SO(m) (this takes numbers from
-            torch's global generator).
-        seed: Draws them from a generator of this seed instead.
-        device: Where the rotations live.
+        init: ``"identity"``, or ``"haar"`` for rotations drawn uniformly from SO(m) (with torch's global generator).
+        seed: Seed of a separate generator to draw them with instead.
+        device: The device of the rotations.
         dtype: ``torch.float32`` or ``torch.float64``.
     """
 
@@ -49,9 +48,9 @@ class Rotations(nn.Module):
     ) -> None:
         super().__init__()
         self.num_tasks = num_tasks
-        self.covers_all = size is None  # else the rest of the features pass through
+        self.covers_all = size is None  # otherwise the other features are not rotated
         self.rotate = tuple(rotate)
-        # The flags where the step needs them, so that no step copies anything to the device.
+        # The flags on the device, so that no step copies anything to it.
         self.register_buffer("rests", ~torch.tensor(self.rotate, device=device), persistent=False)
         self.init: Init = init
         self.seed = seed
@@ -78,21 +77,21 @@ class Rotations(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the rotations live: on the device of the latest representation."""
+        """The device of the rotations, which is that of the latest representation."""
         return self.rests.device
 
     @property
     def size(self) -> int | None:
-        """m, or None while the rotations do not exist yet."""
+        """m, or None before the rotations exist."""
         return None if self.manifold is None else self.manifold.n
 
     @property
     def matrices(self) -> Tensor:
-        """The rotations. Shape ``(K, m, m)``, detached; changes with the next step, so clone to keep it."""
+        """The rotations. Shape ``(K, m, m)``, detached. Clone to keep them: the next step changes them."""
         if self.manifold is None:
             raise RuntimeError(
-                "`rotations` must exist before they are read, got none. They are made in the first training forward, "
-                "when the size of the representation is known; give `rotation_size` to have them from the start."
+                "`rotations` must exist before they are read, got none. They are created in the first forward pass in "
+                "training mode, which determines their size; pass `rotation_size` to create them at construction."
             )
         base: Tensor = self.manifold.base
         return base.detach()
@@ -104,24 +103,24 @@ class Rotations(nn.Module):
         return self.matrices[task]
 
     def create(self, size: int) -> None:
-        """Make the K rotations of ``size`` features."""
+        """Create the K rotations of ``size`` features."""
         self._allocate(size)
         if self.init == "haar":
             with torch.random.fork_rng([], enabled=self.seed is not None):
                 if self.seed is not None:
-                    torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed every GPU, too
+                    torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would also seed every GPU
                 self._assign(_haar(self.num_tasks, size))
         else:
             self._assign(torch.eye(size))
 
     def _allocate(self, size: int) -> None:
-        with torch.device("meta"):  # geotorch would draw K Haar matrices: K QR decompositions, and random numbers
+        with torch.device("meta"):  # otherwise geotorch draws K Haar matrices: slow, and uses random numbers
             manifold = geotorch.SO((self.num_tasks, size, size), triv="cayley")
         manifold.to(self.dtype).to_empty(device=self.device)
         self.manifold = manifold
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotations:
-        """Move and cast with the model they are a part of, but not below float32."""
+        """Move and cast with the parent module, but not below float32."""
         before = None if self.manifold is None else self.matrices
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.manifold is not None and before is not None and self.matrices.itemsize < torch.float32.itemsize:
@@ -137,20 +136,20 @@ class Rotations(nn.Module):
                 base[task].zero_().fill_diagonal_(1.0)
 
     def load_matrices(self, matrices: Tensor) -> None:
-        """Take over ``matrices``, shape ``(K, m, m)``, as they are."""
+        """Set the rotations to ``matrices``, shape ``(K, m, m)``."""
         if self.manifold is None:
             self._allocate(matrices.shape[-1])
         self.matrices.copy_(matrices)
 
     def load_matrix(self, task: int, matrix: Tensor) -> None:
-        """Take over ``matrix``, shape ``(m, m)``, as R_k of ``task``; where there is none yet, the others are I."""
+        """Set R_k of ``task`` to ``matrix``, shape ``(m, m)``; the others are I if they do not exist yet."""
         if self.manifold is None:
             self._allocate(len(matrix))
             self._assign(torch.eye(len(matrix)))
         self.matrices[task].copy_(matrix)
 
     def is_turned(self, task: int) -> bool:
-        """Whether R_k differs from I; waits for the device."""
+        """Whether R_k differs from I; synchronizes with the device."""
         if not self.rotate[task] or self.size is None:
             return False
         return not torch.equal(self[task], torch.eye(self.size).to(self[task]))
@@ -169,8 +168,8 @@ class Rotations(nn.Module):
 def _haar(num_tasks: int, size: int) -> Tensor:
     """Draw Haar rotations. Shape ``(num_tasks, size, size)``, float64.
 
-    One by one: geotorch asks ``torch.det`` for the sign, which MKL gets wrong for a batch of large matrices on several
-    threads (pytorch#142815), and which underflows to zero for a large one.
+    One by one: geotorch uses ``torch.det`` for the sign, which MKL computes incorrectly for a batch of large matrices
+    on several threads (pytorch#142815), and which underflows to zero for a large matrix.
     """
     matrices = torch.stack([uniform_init_(torch.empty(size, size, dtype=torch.float64)) for _ in range(num_tasks)])
     matrices[determinant_signs(matrices) < 0, :, 0] *= -1

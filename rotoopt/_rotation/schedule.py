@@ -1,4 +1,4 @@
-"""The schedule of the network, which the rotations follow: as it comes to rest, so do they."""
+"""The learning-rate schedule of the network, which the rotations follow."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch.optim import Optimizer
 
 
 class Schedule:
-    """Where the network is on the schedule of its learning rate.
+    """The current learning rate of the network, relative to its maximum so far.
 
     Args:
-        optimizer: The optimizer of the network. Of several parameter groups, the largest learning rate counts.
+        optimizer: The optimizer of the network. With several parameter groups, the largest learning rate is used.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -17,9 +17,9 @@ class Schedule:
         self._highest = 0.0
 
     def share(self) -> float:
-        """Return the learning rate as a share of the highest one so far; 1 for an optimizer that has none.
+        """Return the learning rate divided by the largest one so far; 1 for an optimizer without one.
 
-        A learning rate that is a tensor on a GPU is waited for: once per turn.
+        Synchronizes if the learning rate is a tensor on a GPU, once per update of the rotations.
         """
         rates = [float(group["lr"]) for group in self._optimizer.param_groups if group.get("lr") is not None]
         if not rates:
@@ -28,7 +28,7 @@ class Schedule:
         return max(rates) / self._highest if self._highest > 0 else 0.0
 
     def state_dict(self) -> dict[str, float]:
-        """Return what is needed to resume."""
+        """Return the state for a checkpoint."""
         return {"highest": self._highest}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:

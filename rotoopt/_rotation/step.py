@@ -1,4 +1,4 @@
-"""What a rotation step gets and does: the gradient of the rotations, and the protocol of those who turn them."""
+"""The interface of a rotation step: the gradient of the rotations, and the protocol of its users."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class RotationGradient:
     Attributes:
         directions: U, the unit gradients of the tasks at the representation, zero for absent ones.
             Shape ``(K, L, d, P)``.
-        target: V, their mean, taken as constant. Shape ``(L, d, P)``.
-        usable: Whether everything in the pass was finite; if not, U and V are zero. Shape ``()``, bool.
-        second_moment: :math:`\sum_s z_s z_s^\top` of the rotated features. Shape ``(m, m)``. ``None`` where nobody
-            measured it.
+        target: V, their mean, a constant. Shape ``(L, d, P)``.
+        usable: Whether all values in the pass were finite; if not, U and V are zero. Shape ``()``, bool.
+        second_moment: :math:`\sum_s z_s z_s^\top` of the rotated features. Shape ``(m, m)``. ``None`` if it was not
+            measured.
 
     Source: Javaloy and Valera, RotoGrad, ICLR 2022, eq. 3, with unit gradients on both sides (there, g is not
-    normalized), so that the scale of a loss cancels.
+    normalized), so that it is invariant to the scale of a loss.
     """
 
     directions: Tensor
@@ -39,7 +39,7 @@ class RotationGradient:
 
     @classmethod
     def none(cls, num_tasks: int, size: int, like: Tensor) -> RotationGradient:
-        """Return the gradient of no samples, in the dtype of ``like``, of which nothing is usable."""
+        """Return the gradient of an empty batch, in the dtype of ``like``, marked as not usable."""
         directions = like.new_zeros(num_tasks, 0, size, 1)
         return cls(directions, directions[0], torch.zeros_like(like[0], dtype=torch.bool))
 
@@ -74,26 +74,26 @@ def any_usable(gradients: Sequence[RotationGradient], processes: Processes) -> T
 
 
 class RotationStep(Protocol):
-    """Turns the rotations by what an optimizer makes of their gradients.
+    """Updates the rotations with an optimizer.
 
     Attributes:
         optimizer: The optimizer; learning-rate schedulers attach to it.
-        needs_second_moment: Whether gradients must come with that of the representation.
+        needs_second_moment: Whether gradients must include the second moment of the representation.
     """
 
     optimizer: Optimizer
     needs_second_moment: bool
 
     def step(self, gradients: Sequence[RotationGradient]) -> Tensor | None:
-        """Turn the rotations by the sum of ``gradients``, those of the backward passes since the latest step.
+        """Update the rotations with the sum of ``gradients``, one per backward pass since the latest step.
 
         Returns:
             The angle by which each rotation turned, in radians: the root mean square over all vectors. Shape ``(K,)``.
-            None where there are no gradients.
+            None if there are no gradients.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is needed to resume."""
+        """Return the state for a checkpoint."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""

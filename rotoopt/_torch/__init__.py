@@ -1,1 +1,1 @@
-"""Being an optimizer of torch: the wrapper, processes, devices, checkpoints, and every private name of torch."""
+"""The interface to torch: the wrapper, processes, devices, checkpoints, and all private names of torch."""

@@ -1,4 +1,4 @@
-"""The entry for ``torch.distributed.checkpoint``, which drops what an optimizer has beside moments and groups."""
+"""The entry for ``torch.distributed.checkpoint``, which only saves moments and groups of an optimizer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 
 class RotoGradState:
-    """State of the method as a ``Stateful``, beside the state dict of the optimizer in a distributed checkpoint.
+    """State of the method as a ``Stateful``, next to the state dict of the optimizer in a distributed checkpoint.
 
-    It is one opaque value: the same on all processes, and of one piece, so that what does not exist yet in a fresh
-    optimizer is loaded, too.
+    It is one opaque value, equal on all processes and saved as one object, so that state that does not exist yet in a
+    new optimizer can be loaded.
 
     Args:
         save: Returns the state as plain containers.
-        load: Takes it over.
+        load: Loads it.
     """
 
     def __init__(self, save: Callable[[], dict[str, Any]], load: Callable[[dict[str, Any]], None]) -> None:
@@ -31,7 +31,7 @@ class RotoGradState:
         return {"serialized": buffer.getvalue()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned.
+        """Load what :meth:`state_dict` returned.
 
         Raises:
             ValueError: If it was saved with another number of tasks, another size of the rotations, or other options.

@@ -1,4 +1,4 @@
-"""Moving what an optimizer trains to another device, optimizer state included."""
+"""Moving a trained parameter to another device, optimizer state included."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch.optim import Optimizer
 
 
 def move_(param: nn.Parameter, optimizer: Optimizer, device: torch.device) -> None:
-    """Move ``param`` and its state in ``optimizer``, which knows it as the same object afterwards.
+    """Move ``param`` and its state in ``optimizer``; it remains the same object.
 
     Args:
         param: A parameter that is in no graph.
-        optimizer: The optimizer that trains it, and nothing else.
-        device: Where to.
+        optimizer: The optimizer that trains only it.
+        device: The new device.
     """
     torch.utils.swap_tensors(param, nn.Parameter(param.detach().to(device)))  # type: ignore[no-untyped-call]
-    optimizer.load_state_dict(optimizer.state_dict())  # torch puts loaded state where the parameter is
+    optimizer.load_state_dict(optimizer.state_dict())  # torch loads state to the device of the parameter

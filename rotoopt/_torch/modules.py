@@ -1,4 +1,4 @@
-"""Modules and optimizers: those that there are, what torch puts around a module, the mode that each part is in."""
+"""Modules and optimizers: those that exist, wrappers of torch around a module, and the mode of each submodule."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from rotoopt._torch.private import compiled_module, without_compiled_prefixes
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return ``module`` without torch.compile and DistributedDataParallel around it, which change its names."""
     inner = compiled_module(module)
-    if isinstance(module, (DistributedDataParallel, DataParallel)):  # torch.compile before 2.9 knows no `A | B`
+    if isinstance(module, (DistributedDataParallel, DataParallel)):  # torch.compile before 2.9 cannot trace `A | B`
         inner = module.module
     return module if inner is None else unwrapped(inner)
 
 
 def living_modules() -> Iterator[nn.Module]:
-    """Return all modules that there are."""
+    """Return all existing modules."""
     return (each for each in gc.get_objects() if issubclass(type(each), nn.Module))
 
 
 def living_optimizers() -> Iterator[Optimizer]:
-    """Return all optimizers that there are."""
+    """Return all existing optimizers."""
     return (each for each in gc.get_objects() if issubclass(type(each), Optimizer))
 
 
 def is_trained(leaf: Tensor) -> bool:
-    """Whether ``leaf`` is a parameter, and no input that requires grad; slow for an input."""
+    """Whether ``leaf`` is a parameter, not an input that requires grad; slow for an input."""
     if isinstance(leaf, nn.Parameter):
         return True
     groups = (group for each in living_optimizers() for group in getattr(each, "param_groups", ()))  # once it is built
@@ -59,7 +59,7 @@ def _named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Have ``model`` in eval mode, and every part of it in its own mode afterwards."""
+    """Put ``model`` in eval mode temporarily; afterwards every submodule has its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Every private name of torch that this package uses, with the public alternative that was tried.
+"""All private names of torch that this package uses, each with the public alternative that was tried.
 
 Not here: methods that torch asks modules to override (``_apply``, ``_load_from_state_dict``, ``_save_to_state_dict``).
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-# What is nested in lists, tuples and dicts. No public name looks there; torch.utils.pytree needs another package.
+# Tensors nested in lists, tuples and dicts. There is no public function; torch.utils.pytree needs another package.
 from torch.utils._pytree import tree_flatten_with_path as tree_flatten_with_path
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_unflatten as tree_unflatten
@@ -26,15 +26,15 @@ Step = Callable[..., float | None]
 
 
 def register_first_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor]) -> None:
-    """Register ``hook`` before those that ``tensor`` has, which then see what it returns.
+    """Register ``hook`` before the existing hooks of ``tensor``, which then receive what it returns.
 
-    ``Tensor.register_hook`` appends. A node of its own behind the tensor would do it in public, and would hide the
-    tensor from everything that looks for what entered the heads.
+    ``Tensor.register_hook`` appends. A separate node after the tensor would be a public way, but would hide the tensor
+    from everything that searches the graph for the inputs of the heads.
     """
     handle = tensor.register_hook(hook)  # type: ignore[no-untyped-call]
     hooks = tensor._backward_hooks
     assert hooks is not None
-    # Autograd reads the order in which they were put in, not that of an OrderedDict.
+    # Autograd uses the order of insertion, not that of an OrderedDict.
     others = [(key, hooks.pop(key)) for key in list(hooks) if key != handle.id]
     hooks.update(others)
 
@@ -42,16 +42,16 @@ def register_first_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor]) -> Non
 def make_hook_tables(optimizer: Optimizer) -> None:
     """Give ``optimizer`` the tables that its ``register_*_hook`` methods fill.
 
-    The public way is ``Optimizer.__init__``, which also makes a second list of parameter groups and a second, empty
-    state: both would hide those of the wrapped optimizer.
+    The public way is ``Optimizer.__init__``, which would also create a second list of parameter groups and a second,
+    empty state, hiding those of the wrapped optimizer.
     """
     Optimizer.__setstate__(optimizer, {})
 
 
 def mark_as_hooked(step: Function) -> Function:
-    """Keep torch from wrapping ``step`` to run the step hooks, which :func:`run_step_hooks` does.
+    """Prevent torch from wrapping ``step`` to run the step hooks, which :func:`run_step_hooks` does.
 
-    Left to torch, global hooks would run twice per step: for the wrapper and for the wrapped optimizer.
+    Otherwise global hooks would run twice per step: for the wrapper and for the wrapped optimizer.
     """
     step.hooked = True  # type: ignore[attr-defined]
     return step
@@ -78,8 +78,7 @@ def run_step_hooks(optimizer: Optimizer, step: Step, args: tuple[Any, ...], kwar
 def run_state_dict_hooks(optimizer: Optimizer, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return ``save()``, called between the state-dict hooks of ``optimizer``.
 
-    The public way, ``super().state_dict()``, would leave out what the wrapped optimizer adds in a ``state_dict`` of its
-    own.
+    The public way, ``super().state_dict()``, would omit additions of the wrapped optimizer in its own ``state_dict``.
     """
     for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
         pre_hook(optimizer)
@@ -102,15 +101,15 @@ def run_load_state_dict_hooks(
 
 
 def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    """Return the forward pre-hooks of ``module``. There are public ways to add and to remove one, none to list them."""
+    """Return the forward pre-hooks of ``module``. They can be added and removed publicly, but not listed."""
     return list(module._forward_pre_hooks.values())
 
 
 @contextmanager
 def without_forward_pre_hooks(module: nn.Module, kind: type[Any]) -> Iterator[None]:
-    """Have ``module`` without its forward pre-hooks of class ``kind``.
+    """Disable the forward pre-hooks of class ``kind`` on ``module`` temporarily.
 
-    The public way, to remove them and to register them again, gives the user's handles hooks that are no more.
+    Removing and registering them again, the public way, would invalidate the user's handles.
     """
     hooks = module._forward_pre_hooks
     module._forward_pre_hooks = type(hooks)((key, hook) for key, hook in hooks.items() if not isinstance(hook, kind))
@@ -121,26 +120,25 @@ def without_forward_pre_hooks(module: nn.Module, kind: type[Any]) -> Iterator[No
 
 
 def own_parameters(module: nn.Module) -> list[nn.Parameter | None]:
-    """Return the parameters of ``module`` itself; none where its ``__init__`` has not run yet.
+    """Return the parameters of ``module`` itself; none if its ``__init__`` has not run yet.
 
-    The public ``module.parameters(recurse=False)`` raises there.
+    The public ``module.parameters(recurse=False)`` raises an error in that case.
     """
     return list(vars(module).get("_parameters", {}).values())
 
 
 def backward_pass_id() -> int:
-    """Return the number of the backward pass that runs, -1 outside of one.
+    """Return the number of the current backward pass, -1 outside of one.
 
-    Public hooks tell neither the beginning nor the end of a backward pass that the user calls.
+    Public hooks do not indicate the beginning or the end of a backward pass that the user calls.
     """
     return torch._C._current_graph_task_id()
 
 
 def running_roots() -> list[Tensor]:
-    """Return the tensors that the running backward pass began from; none where they cannot be found.
+    """Return the tensors that the current backward pass started from; none if they cannot be found.
 
-    They are in a frame of ``torch.autograd``, of the thread that waits for the pass. No hook and no public name tells
-    them.
+    They are in a frame of ``torch.autograd``, in the thread that waits for the pass. There is no public name or hook.
     """
     for frame in list(sys._current_frames().values()):
         while frame is not None:
@@ -151,7 +149,7 @@ def running_roots() -> list[Tensor]:
 
 
 def output_shapes(node: Any) -> list[tuple[int, ...]]:
-    """Return the shapes of the outputs of an operation in a graph. Nothing public tells them."""
+    """Return the shapes of the outputs of an operation in a graph. There is no public name for them."""
     return [tuple(each.shape) for each in getattr(node, "_input_metadata", ())]
 
 
@@ -163,7 +161,7 @@ def num_outputs(node: Any) -> int:
 def saved(node: Any, name: str) -> Any:
     """Return an argument of an operation in a graph, as the dimension of a sum.
 
-    Nothing public tells it.
+    There is no public name for it.
 
     Returns:
         None if it has none of that name, or a backward pass has freed it.
@@ -204,7 +202,7 @@ def kept_by_assignment(node: Any) -> Tensor | None:
 
 
 def is_transformed() -> bool:
-    """Whether a model is being exported, traced or transformed by ``torch.func``, and not trained.
+    """Whether a model is being exported, traced or transformed by ``torch.func`` rather than trained.
 
     Only ``torch.func`` has no public name for it.
     """
@@ -213,10 +211,10 @@ def is_transformed() -> bool:
 
 
 def not_compiled(function: Function) -> Function:
-    """Keep ``torch.compile`` out of ``function``.
+    """Exclude ``function`` from ``torch.compile``.
 
-    The public ``torch.compiler.disable`` imports ``torch._dynamo`` where it decorates, which takes as long as importing
-    torch; this one imports it at the first call.
+    The public ``torch.compiler.disable`` imports ``torch._dynamo`` when it decorates, which doubles the import time of
+    torch; this one imports it in the first call.
     """
     decorated: Function = torch._disable_dynamo(function)  # type: ignore[attr-defined, assignment]
     return decorated
@@ -229,10 +227,10 @@ def compiled_module(module: nn.Module) -> nn.Module | None:
 
 
 def without_compiled_prefixes(name: str) -> str:
-    """Return the name of a parameter without what ``torch.compile(module)`` adds to it."""
+    """Return the name of a parameter without the prefixes of ``torch.compile(module)``."""
     return name.replace("_orig_mod.", "")
 
 
 def version(tensor: Tensor) -> int:
-    """Return how often ``tensor`` was changed in place. To compare values instead would wait for the device."""
+    """Return how often ``tensor`` was changed in place. Comparing values instead would synchronize."""
     return tensor._version

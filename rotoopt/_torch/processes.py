@@ -1,4 +1,4 @@
-"""Distributed training: what makes N processes, each with its share of the batch, equal to one with all of it."""
+"""Distributed training: operations that make N processes, each with part of the batch, equal one with all of it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 class Processes:
     """The processes that train one model on different data, as DistributedDataParallel and FSDP2 do.
 
-    Every method is a collective: all processes call it, in the same order, whatever their data is. What they get
-    has the same bits on each.
+    Every method is a collective: all processes call it, in the same order, whatever their data. The results are
+    bit-identical on all of them.
 
     Args:
-        group: The process group. ``None``: the default group if there is one by the time, else this process alone.
+        group: The process group. ``None``: the default group if it exists at that time, otherwise this process alone.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -29,28 +29,28 @@ class Processes:
 
     @property
     def rank(self) -> int:
-        """Which of the N this process is."""
+        """The rank of this process."""
         return dist.get_rank(self.group)
 
     def gather(self, local: Tensor) -> Tensor:
-        """Return the tensors of all processes, which have one shape. Shape ``(N, *local.shape)``."""
+        """Return the tensors of all processes, which have the same shape. Shape ``(N, *local.shape)``."""
         gathered = [torch.empty_like(local) for _ in range(self.count)]
         dist.all_gather(gathered, local.contiguous(), group=self.group)
         return torch.stack(gathered)
 
     def sum_(self, tensor: Tensor) -> None:
-        """Add up the tensors of all processes, in place."""
+        """Add the tensors of all processes, in place."""
         dist.all_reduce(tensor, group=self.group)
 
     def all(self, own: bool, device: torch.device) -> bool:
-        """Return whether ``own`` is true on all processes; waits for the device."""
+        """Return whether ``own`` is true on all processes; synchronizes with the device."""
         return bool(self.gather(torch.tensor(own, dtype=torch.uint8, device=device)).all())
 
     def mean(self, losses: Tensor, present: Tensor) -> Tensor:
         """Return the mean losses of the tasks over all processes, NaN for a task that is absent on all.
 
-        A task that is absent on some counts as zero there: this is the loss whose gradient
-        DistributedDataParallel computes.
+        A task that is absent on some processes counts as zero there: DistributedDataParallel computes the gradient of
+        this loss.
 
         Args:
             losses: L_k on this process. Shape ``(K,)``.
@@ -60,7 +60,7 @@ class Processes:
         return torch.where(counts > 0, values / self.count, float("nan"))
 
     def shared_seed(self) -> int | None:
-        """Return a random number; None for a process alone, which can draw from its own generator."""
+        """Return a random number; None for a single process, which can use its own generator."""
         if self.count == 1:
             return None
         box = [int(torch.randint(2**31, ()))]
@@ -68,7 +68,7 @@ class Processes:
         return box[0]
 
     def check_same(self, matrices: Tensor) -> None:
-        """Raise, on all processes, unless ``matrices`` are the same on all; waits for the device."""
+        """Raise, on all processes, unless ``matrices`` are equal on all; synchronizes with the device."""
         gathered = self.gather(matrices[:, 0])
         if not torch.equal(gathered, gathered[:1].expand_as(gathered)):
             raise RuntimeError(
@@ -78,4 +78,4 @@ class Processes:
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
-        return Processes(self.group)  # a group belongs to its process and is not copied
+        return Processes(self.group)  # groups cannot be copied

@@ -1,4 +1,4 @@
-"""Warnings that blame the user's line."""
+"""Warnings that refer to the user's line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 
 def warn_user(message: str) -> None:
-    """Warn, and blame the line that called this package, whether or not torch wrapped the call."""
+    """Warn with the location of the call of this package, even if torch wrapped the call."""
     frame, depth = inspect.currentframe(), 1
     while frame is not None and frame.f_globals["__name__"].partition(".")[0] in ("rotoopt", "torch"):
         frame, depth = frame.f_back, depth + 1

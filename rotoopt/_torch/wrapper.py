@@ -14,7 +14,7 @@ from rotoopt._torch.private import make_hook_tables, run_load_state_dict_hooks, 
 
 @dataclass
 class Core:
-    """Everything mutable of a wrapper. One object: proxies such as Lightning's keep what is set on the wrapper.
+    """The mutable state of a wrapper, in one object: proxies such as Lightning's keep attributes set on the wrapper.
 
     Attributes:
         optimizer: The wrapped optimizer.
@@ -32,12 +32,12 @@ class Core:
 
 
 class OptimizerWrapper(Optimizer):
-    """Is an optimizer to schedulers, GradScaler, checkpoints and hooks, and passes all they do to the wrapped one."""
+    """Behaves as an optimizer for schedulers, GradScaler, checkpoints and hooks, and delegates to the wrapped one."""
 
     _core: Core
 
     def _wrap(self, core: Core) -> None:
-        """Stand in for ``Optimizer.__init__``."""
+        """Initialize the wrapper, instead of ``Optimizer.__init__``."""
         self._core = core
         make_hook_tables(self)
 
@@ -46,7 +46,7 @@ class OptimizerWrapper(Optimizer):
         """The wrapped optimizer."""
         return self._core.optimizer
 
-    # Views onto the wrapped optimizer, never copies: `load_state_dict` replaces both objects there.
+    # Views of the wrapped optimizer, never copies: its `load_state_dict` replaces both objects.
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -92,5 +92,5 @@ class OptimizerWrapper(Optimizer):
         run_load_state_dict_hooks(self, self._core.load_state_dict, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Not `__dict__`: a scheduler puts its own `step` there, bound to the original, and a copy would step that.
+        # Not `__dict__`: schedulers put a `step` there that is bound to the original, which a copy would then step.
         return {"_core": self._core}
