@@ -134,9 +134,9 @@ def early_exit(self: Any, z: Tensor) -> Any:
 
 
 LATER, PASSED, OWNED = (
-    "its first layers are not all that z goes through",
-    "no layer takes z as it is",
-    "other modules have",
+    "it uses z not only in its first layers",
+    "no layer reads z directly",
+    "shares its weight with other modules",
 )
 UNFOLDABLE = {
     "activation": Case(lambda: nn.Sequential(nn.ReLU(), nn.Linear(6, 2)), reason=LATER),
@@ -191,11 +191,11 @@ UNFOLDABLE = {
     "experts": Case(
         lambda: Head(experts, gate=nn.Linear(6, 4), **{name: nn.Linear(6, 2) for name in "abcd"}),
         (2, 6),
-        reason=r"[a-d]\.weight, which may meet z, was not used",
+        reason=r"[a-d]\.weight, which may read z, was not used",
     ),
     "early exit": Case(
         lambda: Head(early_exit, a=nn.Linear(6, 5), b=nn.Linear(5, 2), c=nn.Linear(6, 2)),
-        reason=r"c\.weight, which may meet z, was not used",
+        reason=r"c\.weight, which may read z, was not used",
     ),
     "no tensors": Case(
         lambda: Head(lambda self, z: torch.distributions.Normal(self.a(z), 1.0), a=nn.Linear(6, 2)), reason=LATER

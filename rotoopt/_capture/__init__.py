@@ -1,1 +1,1 @@
-"""From the representation through the rotations into the heads, and the gradient of each task on its way back."""
+"""From the representation through the rotations into the heads, and the task gradients on their way back."""

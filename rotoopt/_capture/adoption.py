@@ -1,4 +1,4 @@
-"""Adoption: heads that have rotations already keep them under a new optimizer."""
+"""Adoption: a new optimizer takes over the rotations of a previous one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Hooks = list[tuple[int, int, HeadHook]]
 
 
 def previous_hooks(heads: Sequence[Sequence[nn.Module]], names: Sequence[str]) -> Hooks:
-    """Return the hooks that an optimizer before has put on ``heads``, with task and number of the module.
+    """Return the hooks of a previous optimizer on ``heads``, with task and number of the module.
 
     Raises:
-        ValueError: If there is a rotation that differs from I inside of a head, and not in front of it.
+        ValueError: If a rotation other than I is inside of a head, not in front of it.
     """
     found: Hooks = []
     for task, modules in enumerate(heads):
@@ -25,9 +25,9 @@ def previous_hooks(heads: Sequence[Sequence[nn.Module]], names: Sequence[str]) -
             for inner, hook in hooks_in(module):
                 if inner is not module and inner is not unwrapped(module) and turned([(task, number, hook)]):
                     raise ValueError(
-                        "`heads` must be the modules that an optimizer before had, or modules without a rotation in "
-                        f"them, got {names[task]}, which has one in front of its {type(inner).__name__}. Call fold() "
-                        "on that optimizer first: it makes the rotations part of the heads."
+                        "`heads` must be the modules of the previous optimizer, or modules without rotations, got "
+                        f"{names[task]}, which has one in front of its {type(inner).__name__}. Call fold() on that "
+                        "optimizer first, to merge the rotations into the heads."
                     )
                 found.append((task, number, hook))
     return found
@@ -39,18 +39,18 @@ def turned(hooks: Hooks) -> Hooks:
 
 
 def adopt(hooks: Hooks, capture: Capture, names: Sequence[str]) -> None:
-    """Give ``capture`` the rotations of ``hooks``, and remove these.
+    """Load the rotations of ``hooks`` into ``capture``, and remove the hooks.
 
     Raises:
-        ValueError: If they do not fit. Nothing is removed then.
+        ValueError: If they do not match. In that case nothing is removed.
     """
     for task, number, hook in turned(hooks):
         error = capture.whereabouts.load(task, number, hook.capture.whereabouts.saved(hook.task, hook.part))
         if error is not None:
             raise ValueError(
-                "`heads` must fit the rotations that they have from an optimizer before, got "
-                f"{names[task]}, where {error} Either (a) build this optimizer with options like those of that "
-                "one, or (b) call fold() there: it makes the rotations part of the heads."
+                "`heads` must match their rotations from the previous optimizer, got "
+                f"{names[task]}, where {error} Either (a) build this optimizer with the options of the previous one, "
+                "or (b) call fold() on that one, to merge the rotations into the heads."
             )
     for _, _, hook in hooks:
         hook.remove()

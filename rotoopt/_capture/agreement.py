@@ -1,4 +1,4 @@
-"""How much the samples of a batch agree about what a task asks for: signal adds up over samples, noise does not."""
+"""Agreement of the gradients of the samples in a batch: signal adds up over samples, noise does not."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ NUM_PROJECTIONS = 8  # of z, and of the gradients at z
 
 @dataclass(frozen=True)
 class SampleSums:
-    r"""Sums over the samples b of :math:`A_{kb} = g_{kb} z_b^\top`, the gradient of a matrix in front of head k.
+    r"""Sums over samples b of :math:`A_{kb} = g_{kb} z_b^\top`, the gradient of a matrix in front of head k.
 
-    Linear in the gradients, so that parts of a batch add up, and what a ``GradScaler`` does can be undone.
+    They are linear in the gradients: parts of a batch can be added, and the scale of a ``GradScaler`` divided out.
 
     Attributes:
         sums: Random projections of :math:`\sum_b A_{kb}`. Shape ``(K, 64)``.
@@ -33,7 +33,7 @@ class SampleSums:
 
     @classmethod
     def none(cls, num_tasks: int, like: Tensor) -> SampleSums:
-        """Return the sums over no samples, in the dtype of ``like``."""
+        """Return the sums of an empty batch, in the dtype of ``like``."""
         return cls(like.new_zeros(num_tasks, NUM_PROJECTIONS**2), like.new_zeros(num_tasks))
 
     def scaled(self, factor: Tensor | float) -> SampleSums:
@@ -46,12 +46,12 @@ class SampleSums:
         return SampleSums(self.sums * column, self.lengths * self.scale)
 
     def where(self, usable: Tensor) -> SampleSums:
-        """Return these sums, or those over no samples unless ``usable``. Shape ``()``, bool."""
+        """Return these sums if ``usable``, otherwise those of an empty batch. Shape ``()``, bool."""
         known = self.multiplied()
         return SampleSums(known.sums.masked_fill(~usable, 0.0), known.lengths.masked_fill(~usable, 0.0))
 
     def of_task(self, task: int, num_tasks: int) -> SampleSums:
-        """Return these sums, of one task, as those of ``task`` among ``num_tasks``."""
+        """Return these sums, which are of one task, as those of ``task`` among ``num_tasks``."""
         whole, own = SampleSums.none(num_tasks, self.sums), self.multiplied()
         whole.sums[task], whole.lengths[task] = own.sums[0], own.lengths[0]
         return whole
@@ -84,7 +84,7 @@ class SampleSums:
     def agreement(self) -> Tensor:
         r"""Return :math:`\lVert \sum_b A_{kb} \rVert^2 / \sum_b \lVert A_{kb} \rVert^2`, NaN if unknown. ``(K,)``.
 
-        One on average where samples have nothing in common, and the number of samples where they are all the same.
+        Its expectation is one if samples have nothing in common; it is the number of samples if all are equal.
         """
         return (self.sums / self.lengths[:, None]).square().sum(1)
 
@@ -92,13 +92,13 @@ class SampleSums:
 class Sketch:
     """Random projections of a representation, kept until its gradients come back.
 
-    The first dimension counts the samples, the positions of one are added up. New projections in every step: an error
-    of one step is not that of the next.
+    The first dimension contains the samples; positions within a sample are added. Projections are drawn anew for every
+    measurement, so that their errors are independent.
 
     Args:
         rep: z.
         dims: Its rotated dimensions.
-        seed: That of the projections: one for each step, the same in all processes.
+        seed: Seed of the projections, equal in all processes.
     """
 
     def __init__(self, rep: Tensor, dims: RotatedDims, seed: int) -> None:
@@ -125,7 +125,7 @@ def _drawn(size: int, like: Tensor, seed: int) -> Tensor:
     """Return projections of z and of its gradients. Shape ``(2, size, 8)``."""
     try:
         generator = torch.Generator(like.device)
-    except RuntimeError:  # devices that draw no numbers
+    except RuntimeError:  # devices without random numbers
         generator = torch.Generator()
     shape = 2, size, NUM_PROJECTIONS
     return torch.randn(shape, device=generator.device, generator=generator.manual_seed(seed)).to(like)

@@ -1,4 +1,4 @@
-"""Averages of the model that were made before there were rotations for them to copy."""
+"""Averages of the model that were created before it had rotations to copy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _note(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
         averages.add(module)
 
 
-# Nothing leads from a model to its averages: they are noted when they take their copy of it.
+# A model has no references to its averages: they are recorded when they copy it.
 register_module_module_registration_hook(_note)
 
 
@@ -32,9 +32,9 @@ def warn_of_averages(heads: Sequence[Sequence[nn.Module]]) -> None:
     for averaged in averages:
         if any(_is_bare_copy(part, module) for part in averaged.modules() for module in modules):
             warn_user(
-                f"An average of the model must be made after the optimizer, got a {type(averaged).__name__} from "
-                "before it: it has no rotations in front of its heads, and once those of the model have turned, its "
-                "predictions are wrong. Make it again, and call optimizer.refresh(averaged) before it is used."
+                f"An average of the model must be created after the optimizer, got a {type(averaged).__name__} from "
+                "before it: it has no rotations in front of its heads, so its predictions are wrong once those of the "
+                "model are updated. Create it again, and call optimizer.refresh(averaged) before using it."
             )
             return
 

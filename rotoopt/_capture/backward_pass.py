@@ -1,4 +1,4 @@
-"""The state of one backward pass: what is known before, and what arrives in it."""
+"""The state of one backward pass: what is known before it, and what is measured during it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Met:
-    """The gradients of several tasks that met at one tensor, for the rotations to turn.
+    """The gradients of several tasks that were collected at one tensor, for updating the rotations.
 
     Attributes:
         gradients: The gradients.
         shape: The shape of the tensor.
-        turns: Whether the rotations turn by them.
-        second_moment: That of the tensor, if it was measured. Shape ``(m, m)``.
+        turns: Whether they are used for an update of the rotations.
+        second_moment: Second moment of the tensor, if it was measured. Shape ``(m, m)``.
     """
 
     gradients: TaskGradients
@@ -37,26 +37,26 @@ class Met:
 
 @dataclass
 class BackwardPass:
-    """Made before a backward pass or by its first gradient, filled by it, used by the step, and dropped.
+    """Created before a backward pass or by its first gradient, filled during it, used by the step, and discarded.
 
     Attributes:
-        number: torch's number of the pass; None where we run it, and know when it ends.
-        losses: L_k over the joined batch, NaN for an absent task; None where the user back-propagates them. ``(K,)``.
-        magnified: How many times larger the gradients are than those of the losses over the joined batch, by a
-            ``GradScaler``, and by a mean over processes that is taken afterwards. None: one.
-        weights: The weights, if they are known before the pass; None until the pass has made them. Shape ``(K,)``.
+        number: torch's number of the pass; None if it is run by ``optimizer.backward``, which knows its end.
+        losses: L_k over the joined batch, NaN for an absent task; None if the user called ``backward()``. ``(K,)``.
+        magnified: Factor of the gradients relative to those of the losses over the joined batch, due to a
+            ``GradScaler``, and to a mean over processes that is computed afterwards. None: one.
+        weights: The weights if they are known before the pass; None until the pass has computed them. Shape ``(K,)``.
         lagged: Whether the weights were known before the pass.
-        meets: Whether gradients of several tasks at one tensor wait for each other, although weights are known.
-        combine: What becomes of gradients that waited.
-        known_norms: The latest ||G_k|| that is not zero, with this pass; zero where there was none. Shape ``(K,)``.
-        norm_reference: ||G_k(t0)||, with this pass.
-        loss_reference: |L_k(t0)|, with this pass.
-        expected: The tasks whose losses are back-propagated, if it is known.
+        meets: Whether gradients of several tasks are collected at a tensor although the weights are known.
+        combine: Combines collected gradients.
+        known_norms: The latest nonzero ||G_k||, including this pass; zero if there was none. Shape ``(K,)``.
+        norm_reference: ||G_k(t0)||, including this pass.
+        loss_reference: |L_k(t0)|, including this pass.
+        expected: The tasks whose losses are back-propagated, if known.
         tasks: The tasks whose gradients have arrived.
         norms: Norms of the gradients that have arrived, by task: one for each tensor that entered its heads. Only if
             the weights were known.
-        measured: What was measured, when the pass is over.
-        met: Gradients that have met.
+        measured: The measurements, after the pass.
+        met: Collected gradients.
         sample_sums: Sums over samples, one for each tensor whose agreement is measured.
     """
 
@@ -82,13 +82,13 @@ class BackwardPass:
         assert self.weights is not None
         norm = torch.linalg.vector_norm(grad)
         self.note(task, norm)
-        if sketch is not None:  # of the unit gradient, whose squares neither overflow nor vanish
+        if sketch is not None:  # of the unit gradient, whose squares neither overflow nor underflow
             sums = sketch.sums(torch.where(norm > 0, grad / norm, 0.0)[None])
             self.sample_sums.append(sums.scaled(norm).of_task(task, len(self.weights)))
         return self.weights[task].to(grad.dtype) * grad
 
     def note(self, task: int, norm: Tensor) -> None:
-        """Note the norm of the gradient of one task at one tensor."""
+        """Record the norm of the gradient of one task at one tensor."""
         self.tasks.add(task)
         self.norms.setdefault(task, []).append(norm)
 

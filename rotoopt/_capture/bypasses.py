@@ -1,4 +1,4 @@
-"""Ways around the heads: losses that reach what tasks share without passing a rotation."""
+"""Ways around the heads: losses that reach shared parameters without passing through a rotation."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def check_shared(
     own: Mapping[int, int],
     terms: Sequence[Edge] = (),
 ) -> None:
-    """Raise if a parameter outside of the heads is shared, and a loss reaches it without passing a head.
+    """Raise if a loss reaches a shared parameter outside of the heads without passing through a head.
 
-    There, nothing weighs its gradient. Parameters that only weigh losses, as log-variances do, are none of these, nor
-    are those of which each task reads numbers of its own.
+    Gradients on such a path are not weighted. Exceptions are parameters that only weight losses, such as log-variances,
+    and parameters of which each task reads different entries.
 
     Args:
         dependence: How the losses depend on the outputs of the heads.
-        losses: What made the losses of the present tasks.
-        names: How to call the K tasks in an error.
+        losses: The nodes of the losses of the present tasks.
+        names: Names of the K tasks, for errors.
         own: The tasks by the ids of their parameters.
-        terms: What made terms of a sum of losses, of whatever tasks.
+        terms: The nodes of the terms of a sum of losses, of any tasks.
     """
     check_not_hidden(dependence, [*losses.values(), *terms], names)
     read: dict[int, _Read] = {}
-    beside: dict[int, _Read] = {}  # the losses: their weights, and penalties
+    beside: dict[int, _Read] = {}  # outside of the losses: their weights, and penalties
     of_tasks = [(term, dependence.tasks(term)) for term in terms]
     for task, loss in losses.items():
         found = dependence.terms(loss)
@@ -71,13 +71,13 @@ def check_shared(
 def check_not_bypassed(
     losses: Iterable[Node], taps: Iterable[Node], own: Mapping[int, int], names: Sequence[str]
 ) -> None:
-    """Raise if a loss that passes no tap takes something shared through the parameters of a head.
+    """Raise if a loss that passes no tap reads something shared through the parameters of a head.
 
     Args:
-        losses: Losses that pass no tap, as nodes.
-        taps: Those that other losses pass.
+        losses: Nodes of losses that pass no tap.
+        taps: The taps of other losses.
         own: The tasks by the ids of their parameters.
-        names: How to call the K tasks.
+        names: Names of the K tasks.
     """
     shared = {id(param) for param in leaves(behind(taps))} - own.keys()
     for loss in losses:
@@ -86,7 +86,7 @@ def check_not_bypassed(
         with_shared = reaching(nodes, [node for node in nodes if is_leaf(node) and id(node.variable) in shared])
         for node in with_own & with_shared:
             parts = inputs(node)
-            # A penalty on all parameters adds them up, or puts them together; a layer takes an input and a weight.
+            # A penalty on all parameters adds or concatenates them; a layer has an input and a weight.
             meet = any(p in with_own and q in with_shared for p in parts for q in parts if p is not q)
             if meet and not is_sum(node) and not is_of_each(node):
                 param = next(param for param in leaves(reached([node])) if id(param) in own)
@@ -94,9 +94,9 @@ def check_not_bypassed(
 
 
 def check_not_hidden(dependence: Dependence, terms: Sequence[Edge], names: Sequence[str]) -> None:
-    """Raise if losses reach what a re-entrant checkpoint made without passing a head, and share it.
+    """Raise if losses share the output of a re-entrant checkpoint that they reach without passing through a head.
 
-    Its parameters are not in the graph: by themselves they cannot be found.
+    Its parameters are not in the graph, and cannot be found separately.
     """
     past: dict[Node, set[int]] = {}
     for term in terms:
@@ -108,16 +108,16 @@ def check_not_hidden(dependence: Dependence, terms: Sequence[Edge], names: Seque
     for node, tasks in past.items():
         if tasks and (node in shared or len(tasks) > 1):
             raise RuntimeError(
-                "What tasks share must be reached through their heads, got the output of a re-entrant checkpoint, "
-                f"which the loss of {names[min(tasks)]} reaches without passing a head: nothing weighs its gradient "
-                "there. Put what goes around the head into it, or hand it to the head as an input. If it is shared by "
-                "nothing but a penalty, pass use_reentrant=False to checkpoint(), which shows what it is made of."
+                "Losses must reach shared parameters through their heads, got the output of a re-entrant checkpoint, "
+                f"which the loss of {names[min(tasks)]} reaches without passing through a head: its gradient is not "
+                "weighted there. Move what bypasses the head into it, or pass it to the head as an input. If only a "
+                "penalty shares it, pass use_reentrant=False to checkpoint(), which makes its parameters visible."
             )
 
 
 @dataclass
 class _Read:
-    """A parameter that is read without passing a tap: by which tasks, and which of its numbers, None for all."""
+    """A parameter that is read without passing a tap: by which tasks, and which entry, None for all."""
 
     param: Tensor
     tasks: dict[int, set[int | None]] = field(default_factory=dict)
@@ -127,7 +127,7 @@ class _Read:
 
     @property
     def is_shared(self) -> bool:
-        """Whether several tasks read one number."""
+        """Whether several tasks read one entry."""
         read = [index for indices in self.tasks.values() for index in indices]
         return len(self.tasks) > 1 and (None in read or len(set(read)) < len(read))
 
@@ -150,11 +150,11 @@ def _around_the_heads(read: _Read, names: Sequence[str]) -> str:
 
 
 def not_through_its_head(name: str, others: str) -> str:
-    """Return what to say of a loss that passes through ``others`` instead of the head of ``name``."""
+    """Return the error for a loss that passes through ``others`` instead of the head of ``name``."""
     return (
         f"The loss of {name} must pass through its rotated head, got one that passes through: {others or 'none'}. "
-        "Either (a) `losses` are in another order than the heads, (b) the head was bypassed, as by "
-        "head.forward(z), a submodule of it, or a functional head that was not fed by optimizer.rotate(z), "
+        "Either (a) the order of `losses` is not that of the heads, (b) the head was bypassed, as by "
+        "head.forward(z), a submodule of it, or a functional head that did not read optimizer.rotate(z), "
         "(c) it ran in eval mode, on z.detach(), under paused(), no_grad(), torch.func.vmap() or re-entrant "
         "checkpointing (pass use_reentrant=False), before the optimizer was built, or after remove() or "
         "fold(), or (d) the model was compiled and run before the optimizer was built: build it first, or call "

@@ -1,4 +1,4 @@
-"""Capture: what enters a head is rotated, and what the heads were fed is noted."""
+"""Capture: rotates the inputs of the heads, and keeps track of them."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from rotoopt._torch.subclasses import plain, with_attributes_of
 
 
 class Capture:
-    """Rotates what enters the heads, and captures the gradients on their way back.
+    """Rotates the inputs of the heads, and captures the gradients on their way back.
 
     Args:
         rotations: The rotations to apply.
         dims: The dimensions to rotate.
-        running: Returns the backward pass that runs, which gets the gradients.
-        measures: Returns whether second moments of what is rotated are needed in the present step.
-        seed: Returns that of the projections by which agreement is measured in the present step; None if it is not.
-        is_own: Returns whether a tensor was made of parameters of a task alone.
+        running: Returns the current backward pass, which receives the gradients.
+        measures: Returns whether the current step needs second moments of rotated tensors.
+        seed: Returns the seed of the projections if the current step measures the agreement; otherwise None.
+        is_own: Returns whether a tensor was computed from parameters of a task alone.
 
     Attributes:
-        handles: The handles of the hooks that feed the heads.
-        fed: What the heads were fed since the latest backward pass; a new one, and the next forward pass begins.
+        handles: The handles of the hooks of the heads.
+        fed: The inputs of the heads since the latest backward pass; replaced before the next forward pass.
         places: Which of the tensors that enter the heads are rotated.
         whereabouts: Whether the rotations are those of the weights behind them.
-        shapes: Shapes of what entered latest in training, by task and place.
-        owner: Whose the gradients are; None if they are captured for the module that feeds the heads itself.
+        shapes: Latest shapes of the inputs in training, by task and place.
+        owner: The owner of the gradients; None for a module that calls the heads itself.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Capture:
         return {**self.__dict__, "_forks": None, "fed": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Forks belong to a graph, not to a copy.
+        # Forks belong to a graph, which cannot be copied.
         self.__dict__.update(state, _forks=WeakTensorKeyDictionary(), fed=Fed())
 
     def detach(self) -> None:
@@ -104,15 +104,15 @@ class Capture:
         *,
         training: bool,
     ) -> Inputs:
-        """Return the inputs of a module with every tensor among them fed, however deep in lists, tuples and dicts.
+        """Return the inputs of a module, with all tensors in nested lists, tuples and dicts processed.
 
         Args:
-            args: Those by position.
-            kwargs: Those by keyword.
+            args: Positional inputs.
+            kwargs: Keyword inputs.
             task: k.
-            part: Which of the modules of task k it is.
-            arguments: What it calls its arguments.
-            training: Whether it trains.
+            part: Number of the module among those of task k.
+            arguments: Names of its arguments.
+            training: Whether it is in training mode.
         """
         if len(args) == 1 and not kwargs and is_floating(args[0]):
             place = (part, arguments.by_position(0))
@@ -128,13 +128,13 @@ class Capture:
             found = ", ".join(str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for _, x in pairs)
             raise TypeError(
                 "A floating-point tensor must enter a head, by position or keyword, alone or in lists, tuples and "
-                f"dicts, got {found or 'no input'}. Objects of other classes are not looked into: for such inputs give "
-                "num_tasks=K instead of `heads`, and feed the heads the tensors of optimizer.rotate(z)."
+                f"dicts, got {found or 'no input'}. Objects of other classes are not searched: for such inputs, pass "
+                "num_tasks=K instead of `heads`, and call the heads on the tensors of optimizer.rotate(z)."
             )
         paths = self.places.as_in_training(pairs, task, part, trains=captures)
         fed: list[Any] = []
         for i, (path, (_, leaf)) in enumerate(zip(paths, pairs, strict=True)):
-            # mha(z, z, z) gets one tensor three times, too: its gradient is one.
+            # A tensor that enters several times, as in mha(z, z, z), has one gradient.
             same = next((j for j in range(i) if pairs[j][1] is leaf and is_floating(leaf)), None)
             if same is not None:
                 if captures:
@@ -159,15 +159,15 @@ class Capture:
         training: bool = True,
         own: bool = False,
     ) -> Tensor:
-        """Return R_k z, and capture its gradient if z is being trained.
+        """Return R_k z, and capture its gradient in training.
 
         Args:
             rep: z, which enters head k.
             task: k.
             place: Where it enters.
             alone: Whether no other floating-point tensor enters.
-            training: Whether the head trains.
-            own: Whether the head may change what it gets in place, and must get a copy then.
+            training: Whether the head is in training mode.
+            own: Whether the head may change its input in place, and must then get a copy.
         """
         if rep.layout != torch.strided or rep.is_nested:
             return self._not_dense(rep, task, place)
@@ -188,15 +188,15 @@ class Capture:
         matrix = self.places.matrix_for(rep, task, place, alone=alone, trains=False)
         if matrix is not None:
             return with_attributes_of(rep, rotated(rep, matrix, self.dims))
-        may_be_z = alone or (task, place) in self.shapes  # and no mask or condition, by the looks of it
+        may_be_z = alone or (task, place) in self.shapes  # apparently neither a mask nor a condition
         copies = own and may_be_z and self._in_place.may_change((task, place))
         return with_attributes_of(rep, rep.clone()) if copies else rep
 
     @not_compiled
     def _capture(self, rep: Tensor, task: int, place: Place, alone: bool, own: bool) -> Tensor:
-        """Return R_k z and capture its gradient, unless no backward pass of ours can come.
+        """Return R_k z and capture its gradient, unless no backward pass of this optimizer can follow.
 
-        A graph break: a fork is filled in the backward pass, where torch.compile cannot follow.
+        A graph break: a fork is filled in the backward pass, which torch.compile cannot trace.
         """
         if is_transformed():
             return self._rotate(rep, task, place, alone, own)
@@ -205,11 +205,11 @@ class Capture:
     def _captured(self, rep: Tensor, task: int, place: Place, alone: bool, own: bool) -> Tensor:
         matrix = self.places.matrix_for(rep, task, place, alone=alone, trains=True)
         own_place = not self._paused and (task, place) in self.places.own
-        if own_place and not self._is_own(rep, task):  # the backbone was frozen, and is no more
+        if own_place and not self._is_own(rep, task):  # the backbone was frozen, but is no longer
             self.places.own.discard((task, place))
             own_place = False
         unowned = self.owner is not None and self.owner.is_gone
-        let_pass = self._paused or unowned or own_place  # with the true gradient, whatever it is
+        let_pass = self._paused or unowned or own_place  # with the true gradient
         if own_place:
             self.fed.tasks.setdefault(task, False)
         elif not let_pass:
@@ -230,12 +230,12 @@ class Capture:
 
     def _fork(self, rep: Tensor) -> Fork:
         fork: Fork | None = self._forks.get(rep)  # type: ignore[no-untyped-call]
-        # A tensor that was changed in place since is another one, behind another operation.
+        # A tensor that was changed in place since is another one, computed by another operation.
         if fork is None or (fork.version != version(rep) and not rep.is_leaf):
-            # Checkpointing makes graphs inside backward. A leaf there is a copy, cut off from the rest of its graph.
+            # Checkpointing builds graphs in the backward pass. A leaf there is a copy without the rest of its graph.
             if backward_pass_id() != -1 and rep.is_leaf:
                 raise RuntimeError(
-                    "A head must get the representation itself, got a detached copy that was made inside backward. "
+                    "A head must get the representation itself, got a detached copy from inside a backward pass. "
                     "Likely cause: re-entrant checkpointing around a head; pass use_reentrant=False to checkpoint()."
                 )
             fork = self._forks[rep] = Fork(rep, len(self.rotations), self._running)
@@ -250,11 +250,11 @@ class Capture:
         return fork
 
     def _sketch(self, rep: Tensor) -> Sketch | None:
-        """Return projections of ``rep``, if agreement is measured in this step; one sample has nobody to agree with."""
+        """Return projections of ``rep`` if the agreement is measured in this step and there are several samples."""
         seed = self._seed()
         if seed is None or rep.ndim < 2 or not self.dims.exist_in(rep.shape):
             return None
         if len(rep) < 2 or 0 in self.dims.resolve(rep.shape):
             return None
-        # One seed for all tensors, so that a batch per task is measured like one of all.
+        # One seed for all tensors, so that a batch per task is measured like one batch with all of them.
         return Sketch(plain(rep), self.dims, seed)

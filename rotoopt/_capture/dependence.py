@@ -1,4 +1,4 @@
-"""Dependence: which tasks a loss is made of, whether their outputs are mixed in it, and which parameters it reads."""
+"""Dependence: which tasks a loss depends on, whether it mixes their outputs, and which parameters it reads."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ PRODUCTS = {"Mul", "Div", "Dot", "Mv", "Mm", "Bmm"}
 
 @dataclass
 class Terms:
-    """What a loss was made of.
+    """The terms of a loss.
 
     Attributes:
-        of_tasks: Those that depend on tasks: each of its numbers on one.
-        of_none: Those that depend on no task, as penalties and weights of losses.
-        mixed: Those whose numbers depend on several tasks.
+        of_tasks: Terms that depend on tasks, with each entry depending on one.
+        of_none: Terms that depend on no task, such as penalties and weights of losses.
+        mixed: Terms with entries that depend on several tasks.
     """
 
     of_tasks: list[Edge] = field(default_factory=list)
@@ -47,21 +47,21 @@ class Terms:
 
 
 class Dependence:
-    """How losses depend on the outputs of the heads, as far as the graph tells.
+    """How losses depend on the outputs of the heads, according to the graph.
 
-    A sum of what single tasks have made keeps them apart: of ``((out - y) ** 2).mean()`` every head gets its own
-    gradient, also where ``out`` is made of the outputs of several. So does any function of losses. The distance between
-    two outputs mixes them.
+    A sum of terms that each depend on one task keeps the tasks apart: with ``((out - y) ** 2).mean()`` every head gets
+    its own gradient, even if ``out`` is made of the outputs of several. The same holds for any function of losses. A
+    distance between two outputs mixes them.
 
     Args:
-        roots: What made the losses.
+        roots: The nodes of the losses.
     """
 
     def __init__(self, roots: Iterable[Edge]) -> None:
         self._order = _from_taps([node for node, _ in roots if node is not None])
         self._masks: dict[Node, int] = {}  # the tasks, as bits
-        self._labels: dict[Node, list[Tensor]] = {}  # of those that depend on several tasks
-        self._numbers: set[Node] = set()  # losses, or vectors of them
+        self._labels: dict[Node, list[Tensor]] = {}  # for nodes that depend on several tasks
+        self._numbers: set[Node] = set()  # losses, or vectors of losses
         for node in self._order:
             self._masks[node] = self._mask(node)
             if self._is_joint(node):
@@ -70,7 +70,7 @@ class Dependence:
                 self._numbers.add(node)
 
     def tasks(self, root: Edge) -> set[int]:
-        """Return the tasks whose outputs ``root`` reads."""
+        """Return the tasks whose outputs ``root`` depends on."""
         node, output = root
         mask = self._masks.get(node, 0)
         if node in self._labels:
@@ -80,12 +80,12 @@ class Dependence:
         return {task for task in range(mask.bit_length()) if mask >> task & 1}
 
     def is_mixed(self, root: Edge) -> bool:
-        """Whether a number of ``root`` depends on several tasks."""
+        """Whether an entry of ``root`` depends on several tasks."""
         node, output = root
         return node in self._labels and bool((self._labels[node][output] == MIXED).any())
 
     def terms(self, root: Edge) -> Terms:
-        """Return what a sum of losses, or another function of them, was made of."""
+        """Return the terms of a sum of losses, or of another function of them."""
         found, seen, stack = Terms(), {root}, [root]
         while stack:
             each = node, _ = stack.pop()
@@ -111,8 +111,8 @@ class Dependence:
     def parameters(self, term: Edge, task: int) -> Iterator[tuple[Tensor, int | None]]:
         """Yield the parameters that ``task`` reads in ``term`` without passing a tap.
 
-        Each comes with the index of the only number that is read, None for all of them. Not those with a number for
-        each task, as one for each column of what the heads have made.
+        Each comes with the index of the only entry that is read, None for all. Parameters with an entry for each task,
+        for example for each column of concatenated outputs, are left out.
         """
         stack, seen = [term], {term}
         while stack:
@@ -144,7 +144,7 @@ class Dependence:
         return self._masks[node].bit_count() > 1
 
     def _label(self, edge: Edge) -> Tensor:
-        """Return the labels of what comes along ``edge``."""
+        """Return the labels of the tensor at ``edge``."""
         node, output = edge
         if node in self._labels:
             return self._labels[node][output]
@@ -161,13 +161,13 @@ class Dependence:
         )
 
     def _is_number(self, node: Node) -> bool:
-        """Whether ``node`` made a loss or several, by adding up samples: not an output of a head for one sample."""
+        """Whether ``node`` computes one or several losses by adding over samples; not the output of a head."""
         name, shapes = operation(node), output_shapes(node)
         if is_tap(node) or not shapes or any(len(shape) > 1 for shape in shapes):
             return False
         if name in ELEMENTWISE | REARRANGING | ALONG | WRITES | {"Stack", "Cat"}:
             return all(part in self._numbers for part, _ in edges(node) if self._masks.get(part, 0))
-        if shapes[0]:  # errors that were averaged over the samples, one for each task
+        if shapes[0]:  # errors averaged over the samples, one for each task
             return name in REDUCING and self._is_joint(node) and not self.is_mixed((node, 0))
         return True
 
@@ -184,7 +184,7 @@ class Dependence:
     # ------------------------------------------------------------------ parameters
 
     def _parameters_beside(self, node: Node, part: Edge) -> Iterator[tuple[Tensor, int | None]]:
-        """Yield what ``part``, which depends on no task, brings into ``node``, which does."""
+        """Yield the parameters that ``part``, which depends on no task, brings into ``node``, which does."""
         param, index = _from_parameter(part)
         if param is not None and index is not None:
             yield param, index
@@ -192,7 +192,7 @@ class Dependence:
             yield from ((leaf, None) for leaf in leaves(reached([part[0]])))
 
     def _is_apart_in(self, node: Node, part: Edge) -> bool:
-        """Whether each number of ``part`` meets one task in ``node``."""
+        """Whether each entry of ``part`` is combined with one task in ``node``."""
         shape = _shape(part)
         if node not in self._labels or operation(node) not in ELEMENTWISE or shape is None:
             return False
@@ -203,12 +203,12 @@ class Dependence:
 
 
 def is_python_function(node: Node) -> bool:
-    """Whether ``node`` is a ``torch.autograd.Function``, as that of a compiled graph is."""
+    """Whether ``node`` is a ``torch.autograd.Function``, such as that of a compiled graph."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
 def _from_taps(roots: Sequence[Node]) -> list[Node]:
-    """Return the nodes between ``roots`` and the taps, these and the leaves first."""
+    """Return the nodes between ``roots`` and the taps, in topological order, starting with taps and leaves."""
     order: list[Node] = []
     seen: set[Node] = set()
     stack = [(root, False) for root in roots]
@@ -233,7 +233,7 @@ def _shape(edge: Edge) -> tuple[int, ...] | None:
 
 
 def _from_parameter(edge: Edge) -> tuple[Tensor | None, int | None]:
-    """Return the parameter that ``edge`` was made of number by number, and which of them it is, None for all."""
+    """Return the parameter that ``edge`` was computed from elementwise, and the index of an entry, None for all."""
     index = None
     node, output = edge
     while not is_leaf(node):

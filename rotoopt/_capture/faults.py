@@ -1,4 +1,4 @@
-"""Faults of the wiring: losses that do not pass through their heads, or through several."""
+"""Wiring errors: losses that do not pass through their heads, or through several."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from rotoopt.weighting import Weighting
 def check_losses(
     losses: Mapping[int, Edge], fed: Fed, names: Sequence[str], own: Mapping[int, int], backbone: Edge | None
 ) -> None:
-    """Raise unless every loss was computed by its own head, for the first time, and all of them share through heads.
+    """Raise unless every loss was computed by its own head, for the first time, and shares only what enters the heads.
 
-    Walks the graph of every loss back to the leaves. That costs some microseconds per node, so it is done once for
-    every way in which a model was wired.
+    Walks the graph of every loss back to the leaves. This costs some microseconds per node, so it is done once for
+    every way in which a model is wired.
 
     Args:
-        losses: What made the losses of the present tasks.
-        fed: What the heads were fed.
-        names: How to call the K tasks in an error.
+        losses: The nodes of the losses of the present tasks.
+        fed: The inputs of the heads.
+        names: Names of the K tasks, for errors.
         own: The tasks by the ids of their parameters.
-        backbone: What made a loss that must not pass through any head.
+        backbone: The node of a loss that must not pass through any head.
     """
     dependence = Dependence(losses.values())
     for task, loss in losses.items():
@@ -49,11 +49,11 @@ def check_losses(
 
 
 def check_sum(roots: Sequence[Edge], names: Sequence[str], own: Mapping[int, int]) -> set[Node]:
-    """The same for a sum of losses, as far as it can be taken apart. Return its taps.
+    """The same check for a sum of losses, as far as its terms can be found. Return its taps.
 
     Args:
-        roots: What a backward pass began from.
-        names: How to call the K tasks in an error.
+        roots: The nodes that a backward pass started from.
+        names: Names of the K tasks, for errors.
         own: The tasks by the ids of their parameters.
     """
     dependence = Dependence(roots)
@@ -71,7 +71,7 @@ def check_sum(roots: Sequence[Edge], names: Sequence[str], own: Mapping[int, int
 
 
 def check_heads_apart(taps: set[Node], names: Sequence[str]) -> None:
-    """Raise if a head reads what another one made: its gradient would be weighted once for each of them."""
+    """Raise if a head reads the output of another one: its gradient would be weighted by both."""
     if not any(map(is_tap, behind(taps))):
         return
     for tap in taps:
@@ -79,14 +79,14 @@ def check_heads_apart(taps: set[Node], names: Sequence[str]) -> None:
             if other.task == tap.task:
                 raise RuntimeError(
                     f"The modules of {names[tap.task]} must be the first ones that belong to it alone, got one that "
-                    "reads what another one, or an earlier call of it, has made. List the first one only; a loop that "
-                    "calls a head on its own output belongs inside of the head."
+                    "reads the output of another one, or of an earlier call. List the first one only; a loop that calls a "
+                    "head on its own output should be inside of the head."
                 )
             raise RuntimeError(
-                f"Heads must read the backbone, got {names[tap.task]}, which reads what the head of "
-                f"{names[other.task]} has made: its gradient would be given two weights. Either (a) detach() it on its "
-                f"way, or (b) make what {names[tap.task]} reads a part of the backbone: in `heads`, give only the "
-                f"layers of {names[other.task]} behind it."
+                f"Heads must read the backbone, got {names[tap.task]}, which reads an output of the head of "
+                f"{names[other.task]}: its gradient would be given two weights. Either (a) detach() that output, or "
+                f"(b) make what {names[tap.task]} reads a part of the backbone: in `heads`, list only the later layers "
+                f"of {names[other.task]}."
             )
 
 
@@ -95,8 +95,8 @@ def check_weighting(weighting: Weighting, fed: Fed, names: Sequence[str], *, one
     if weighting.needs_one_tensor and not one_tensor:
         raise RuntimeError(
             f"The weighting {weighting!r} must see the gradients of all tasks at one tensor, got several "
-            f"({fed.described(names)}). Either (a) do what stands between them and one z inside of the heads, or once "
-            "before all of them, or (b) take a weighting that adds the gradients up: ProgressWeighting(), "
+            f"({fed.described(names)}). Either (a) move the layers between one z and these into the heads, or apply "
+            "them once before all heads, or (b) use a weighting that adds the gradients: ProgressWeighting(), "
             "RotoGradWeighting(), GradNorm() or EqualWeighting()."
         )
 

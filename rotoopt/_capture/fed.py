@@ -1,4 +1,4 @@
-"""What the heads were fed since the latest backward pass."""
+"""The inputs of the heads since the latest backward pass."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rotoopt._capture.fork import Fork
 
 @dataclass
 class Fed:
-    """What the heads were fed since the latest backward pass.
+    """The inputs of the heads since the latest backward pass.
 
     Attributes:
-        tasks: Whether anything that entered its heads required grad, by task.
-        forks: The forks of all tensors whose graphs are still there.
-        addresses: Where the memory of everything begins that entered.
+        tasks: Whether any input of its heads required grad, by task.
+        forks: The forks of all tensors whose graphs still exist.
+        addresses: Memory addresses of all inputs.
     """
 
     tasks: dict[int, bool] = field(default_factory=dict)
@@ -27,25 +27,25 @@ class Fed:
     addresses: set[int] = field(default_factory=set)
 
     def note(self, rep: Tensor, task: int) -> None:
-        """Note that ``rep`` enters the head of ``task``."""
+        """Record that ``rep`` enters the head of ``task``."""
         self.tasks[task] = self.tasks.get(task, False) or rep.requires_grad
         self.addresses.add(address(rep))
 
     def only_fork(self) -> Fork | None:
-        """Return the fork of the only tensor that was fed and not used up yet; None if there are none or several."""
+        """Return the fork of the only input whose gradient has not arrived yet; None if there are none or several."""
         unused = [fork for fork in self.forks if not fork.used]
         return unused[0] if len(unused) == 1 else None
 
     def trained(self) -> frozenset[int]:
-        """Return the tasks whose heads were fed something that requires grad."""
+        """Return the tasks whose heads had an input that requires grad."""
         return frozenset(task for task, requires_grad in self.tasks.items() if requires_grad)
 
     def is_frozen(self, tasks: Iterable[int]) -> bool:
-        """Whether the heads of ``tasks`` were fed, and nothing that requires grad."""
+        """Whether the heads of ``tasks`` ran, and no input required grad."""
         return all(self.tasks.get(task) is False for task in tasks)
 
     def described(self, names: Sequence[str]) -> str:
-        """Return what entered the heads of each task: shapes, and what made them."""
+        """Describe the inputs of the heads of each task: shapes, and operations."""
         found: dict[int, list[str]] = {}
         for fork in self.forks:
             for task in fork.tasks:
@@ -54,5 +54,5 @@ class Fed:
 
 
 def address(tensor: Tensor) -> int:
-    """Return where the memory of ``tensor`` begins, by which a view is known; zero if it has no plain memory."""
+    """Return the memory address of ``tensor``, which identifies views of it; zero if it has no ordinary storage."""
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0

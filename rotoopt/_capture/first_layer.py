@@ -1,4 +1,4 @@
-"""The first layer of a head: along which dimension of ``(B, C, T)`` it looks for features."""
+"""The first layer of a head, which shows along which dimension of ``(B, C, T)`` the features are."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class FirstLayer:
     """The first layer with parameters of a head.
 
     Attributes:
-        name: What it is.
-        size: How many features it takes.
-        needs_z: Whether it may take these from elsewhere, if z is not all that enters the head.
+        name: Its description.
+        size: Number of its input features.
+        needs_z: Whether other inputs of the head may provide these.
     """
 
     name: str
@@ -32,7 +32,7 @@ class FirstLayer:
 
     @classmethod
     def of(cls, head: nn.Module) -> FirstLayer | None:
-        """Return the first layer of ``head``, None if it does not tell how many features it takes."""
+        """Return the first layer of ``head``, None if its number of input features is unknown."""
         first = next((each for each in head.modules() if next(each.parameters(recurse=False), None) is not None), None)
         if isinstance(first, nn.Linear):
             return cls("Linear", first.in_features, needs_z=True)
@@ -40,10 +40,10 @@ class FirstLayer:
         return None if name is None else cls(type(first).__name__, getattr(first, name), needs_z=False)
 
     def check(self, shape: torch.Size, dims: RotatedDims, *, alone: bool) -> None:
-        """Raise if the features of a representation of ``shape`` are not where nobody said that they are.
+        """Raise if ``dim`` was not given, and the features of a representation of ``shape`` are elsewhere.
 
         Args:
-            shape: The shape of what enters the head.
+            shape: The shape of the input of the head.
             dims: The rotated dimensions.
             alone: Whether no other floating-point tensor enters.
         """

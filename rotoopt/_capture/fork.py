@@ -1,11 +1,11 @@
-"""The backward pass, from the heads to what entered them: rotations, and the fork where gradients meet.
+"""The backward pass, from the heads to their inputs: rotations, and the fork where gradients are collected.
 
-In the forward pass every tensor z that enters head k passes a tap, which hands R_k z on. In the backward pass the
-gradient at z, R_k^T g_k, goes one of two ways. Where the weight of the task is known, the gradient goes on at once,
-times the weight. Where the weights need the gradients of this pass, or the rotations turn, it waits at the fork
-instead of being added to that of the other tasks; when all have arrived, a hook on z hands their combination on. So
-one ordinary ``sum(losses).backward()`` does it all, and everything that works with an ordinary backward (DDP,
-checkpointing, compile) goes on working.
+In the forward pass every tensor z that enters head k passes a tap, which returns R_k z. In the backward pass the
+gradient at z, R_k^T g_k, is handled in one of two ways. If the weight of the task is known, the gradient is multiplied
+by it and passed on immediately. If the weights depend on the gradients of this pass, or the rotations are updated, it
+is collected at the fork instead of being added to those of other tasks; when all have arrived, a hook on z passes their
+combination on. So one ordinary ``sum(losses).backward()`` is enough, and everything that works with an ordinary
+backward pass (DDP, checkpointing, compile) continues to work.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ from rotoopt._torch.subclasses import plain
 
 SPENT = (
     "The losses of one forward pass must be back-propagated together and once, got a second backward pass. Either (a) "
-    "step(losses) or backward(losses) came after your own sum(losses).backward(), which it replaces, or (b) every "
-    "task has a backward() or torch.autograd.grad() of its own: the gradients of single tasks are in "
-    "optimizer.last_step."
+    "step(losses) or backward(losses) was called after your own sum(losses).backward(), which it replaces, or (b) "
+    "every task has its own backward() or torch.autograd.grad(): optimizer.last_step contains measurements of the "
+    "gradients of single tasks."
 )
 
 SECOND_ORDER = (
     "Gradients through heads must not be differentiated again, got create_graph=True. They are weighted outside of "
     "autograd. Either (a) detach the gradients of the inner steps, as first-order MAML does, and compute them under "
-    "optimizer.paused(), or (b) where the loss is one of derivatives, as in MAML or of the residual of a differential "
-    "equation, run forward and backward under optimizer.paused(), and then optimizer.step() without losses: the true "
-    "gradients train the model, and no task is weighted."
+    "optimizer.paused(), or (b) if the loss depends on derivatives, as in MAML or the residual of a differential "
+    "equation, run forward and backward under optimizer.paused(), and then optimizer.step() without losses: the model "
+    "is then trained by the true gradients, without weighting."
 )
 
 
 class Fork:
-    """The point where one tensor goes to the heads, and where their gradients come back.
+    """The point where one tensor branches into heads, and where their gradients come back.
 
     Args:
         rep: The tensor z.
         num_tasks: K.
-        running: Returns the backward pass that runs.
+        running: Returns the current backward pass.
 
     Attributes:
         shape: The shape of z.
-        version: How often z had been changed in place.
-        made_by: The operation that made z, for those who ask why there are several.
+        version: The version counter of z.
+        made_by: The operation that computed z, for errors about several tensors.
         is_leaf: Whether z is a parameter.
         taps: How often z enters the heads of each task.
-        rotated: Whether z is rotated on its way into them.
-        second_moment: That of z, where the rotations are to turn by it. Shape ``(m, m)``.
-        sketch: Projections of z, where agreement is measured.
-        used: The tasks whose gradients came back in the latest backward pass in which they waited for each other.
+        rotated: Whether z is rotated in front of them.
+        second_moment: Second moment of z, if it is needed to update the rotations. Shape ``(m, m)``.
+        sketch: Projections of z, if the agreement is measured.
+        used: The tasks whose gradients came back in the latest backward pass that collected them.
     """
 
     def __init__(self, rep: Tensor, num_tasks: int, running: Callable[[], BackwardPass]) -> None:
@@ -75,7 +75,7 @@ class Fork:
         self._waiting: Tensor | None = None  # G, shape (K, *shape)
         self._arrived: set[int] = set()
         self._of: BackwardPass | None = None
-        # A hook of the user's, as one that scales or clips the gradient at z, is for the sum of all.
+        # A hook of the user, which may scale or clip the gradient at z, applies to the sum of all.
         register_first_hook(rep, self._join)
 
     @property
@@ -84,14 +84,14 @@ class Fork:
         return self.taps.keys()
 
     def _waits(self, this: BackwardPass) -> bool:
-        """Whether gradients wait for each other: those of several tasks, or for one norm those of one task."""
+        """Whether gradients are collected: those of several tasks, or those of one task for a joint norm."""
         return not this.lagged or (this.meets and len(self.taps) > 1) or max(self.taps.values()) > 1
 
     def arrive(self, task: int, grad: Tensor, *, is_there: bool = False) -> Tensor | None:
-        """Return what of the gradient of ``task`` goes on to z now; None where nothing does.
+        """Return the part of the gradient of ``task`` that goes on to z now; None if nothing does.
 
-        Autograd calls the hook on z only if something arrives there: the first gradient that waits is followed by one
-        zero, which takes no memory.
+        Autograd calls the hook on z only if a gradient arrives there: for the first gradient that is collected, one
+        zero is passed on, which takes no memory.
 
         Args:
             task: k.
@@ -125,13 +125,13 @@ class Fork:
         return self._waiting
 
     def _join(self, grad: Tensor) -> Tensor:
-        """Add the combination of the task gradients to ``grad``, what all other uses of z contribute."""
+        """Add the combination of the task gradients to ``grad``, the gradient from all other uses of z."""
         if self._waiting is None:
             return grad
         grads, tasks = self._waiting, tuple(sorted(self._arrived))
         self._waiting, self._arrived, self._of = None, set(), None
         this = self._running()
-        if not this.lagged:  # else no gradient needs the others
+        if not this.lagged:  # otherwise the gradients are independent
             if self.used not in ((), tasks):
                 raise RuntimeError(SPENT)
             self.used = tasks
@@ -141,7 +141,7 @@ class Fork:
 
 
 class Rotate(torch.autograd.Function):
-    """R_k z forward; backward, the gradient R_k^T g_k goes to the fork, in float32 or float64."""
+    """Forward: R_k z. Backward: passes the gradient R_k^T g_k, in float32 or float64, to the fork."""
 
     @staticmethod
     def forward(
@@ -150,12 +150,12 @@ class Rotate(torch.autograd.Function):
         """Return R_k z; z itself for a task that is not rotated."""
         ctx.save_for_backward(matrix)
         ctx.dims, ctx.fork, (ctx.task, ctx.place) = dims, fork, key
-        # Detached, so that autograd takes it for no view, and a head may begin with an in-place ReLU.
+        # Detached, so that autograd does not treat it as a view, and a head may begin with an in-place ReLU.
         return rep.view_as(rep) if matrix is None else rotated(rep, matrix, dims).detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        """Return what the fork lets pass."""
+        """Return the gradient that the fork passes on."""
         if torch.is_grad_enabled():
             raise RuntimeError(SECOND_ORDER)
         (matrix,) = ctx.saved_tensors

@@ -1,4 +1,4 @@
-"""Autograd graphs: what a loss was computed from, in front of the taps and behind them."""
+"""Autograd graphs: what a loss was computed from, before and after the taps."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 from rotoopt._capture.fork import Fork
 
 Node = Any  # torch.autograd.graph.Node, whose attributes depend on the operation
-Edge = tuple[Node, int]  # what made a tensor, and which of its outputs that is
+Edge = tuple[Node, int]  # the operation that computed a tensor, and the index of that output
 
-# What adds numbers up, multiplies them or puts them together, as a penalty on all parameters does.
+# Operations that add, multiply or concatenate, as in a penalty on all parameters.
 SUMS = {"Add", "Sub", "Rsub", "Neg", "Mul", "Div", "Sum", "Mean", "Stack", "Cat", "Unbind", "Select"}
 SUMS |= {"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Clone", "ToCopy", "Expand"}
-# What DistributedDataParallel lets all outputs pass, and FSDP all inputs, each by itself.
+# DistributedDataParallel passes all outputs through this, and FSDP all inputs, each one unchanged.
 HANDED_ON = {"_DDPSink", "RegisterPostBackwardFunction"}
 
 
 def reached(roots: Iterable[Node | None], *, stop_at_taps: bool = False) -> set[Node]:
-    """Return the nodes of a graph from ``roots`` back to the leaves, or back to the taps and these included."""
+    """Return the nodes of a graph from ``roots`` back to the leaves, or back to the taps (included)."""
     found: set[Node] = set()
     stack = list(roots)
     while stack:
@@ -39,7 +39,7 @@ def taps_of(roots: Iterable[Node | None]) -> set[Node]:
 
 
 def in_heads(loss: Tensor) -> set[Node]:
-    """Return the nodes between ``loss`` and the taps: those of its head, and of whatever goes around it."""
+    """Return the nodes between ``loss`` and the taps: those of its head, and of any bypass."""
     return {node for node in reached([loss.grad_fn], stop_at_taps=True) if not is_tap(node)}
 
 
@@ -54,32 +54,32 @@ def behind_taps(loss: Tensor) -> set[Node]:
 
 
 def is_tap(node: Node) -> bool:
-    """Whether ``node`` is where a tensor enters a head; it has the attributes ``task`` and ``fork`` then."""
+    """Whether ``node`` is the tap of a head; it then has the attributes ``task`` and ``fork``."""
     return isinstance(getattr(node, "fork", None), Fork)
 
 
 def is_leaf(node: Node) -> bool:
-    """Whether ``node`` stands for a parameter, or another leaf that requires grad."""
+    """Whether ``node`` represents a parameter, or another leaf that requires grad."""
     return hasattr(node, "variable")
 
 
 def is_checkpoint(node: Node) -> bool:
-    """Whether ``node`` is a re-entrant checkpoint, whose graph is made in the backward pass."""
+    """Whether ``node`` is a re-entrant checkpoint, whose graph is built in the backward pass."""
     return operation(node) == "CheckpointFunction"
 
 
 def is_sum(node: Node) -> bool:
-    """Whether ``node`` adds numbers up, multiplies them, or puts them together."""
+    """Whether ``node`` adds, multiplies or concatenates tensors."""
     return operation(node) in SUMS
 
 
 def is_of_each(node: Node) -> bool:
-    """Whether ``node`` treats each of a list of tensors by itself, as ``torch._foreach_norm`` does."""
+    """Whether ``node`` processes each tensor of a list separately, as ``torch._foreach_norm`` does."""
     return operation(node).startswith("Foreach")
 
 
 def operation(node: Node) -> str:
-    """Return the name of the operation, as ``"Addmm"``."""
+    """Return the name of the operation, such as ``"Addmm"``."""
     name: str = node.name()
     return name.partition("Backward")[0]
 
@@ -90,34 +90,34 @@ def leaves(nodes: Iterable[Node]) -> list[Tensor]:
 
 
 def inputs(node: Node) -> list[Node | None]:
-    """Return the nodes that made the inputs of ``node``."""
+    """Return the nodes that computed the inputs of ``node``."""
     return [node for node, _ in edges(node)]
 
 
 def edges(node: Node) -> list[Edge]:
-    """Return what made the inputs of ``node``, and which of its outputs they are."""
+    """Return the edges of the inputs of ``node``."""
     return [source(*edge) for edge in node.next_functions]
 
 
 def made_by(loss: Tensor) -> Edge:
-    """Return what made ``loss``."""
+    """Return the edge of ``loss``."""
     return source(loss.grad_fn, loss.output_nr)
 
 
 def source(node: Node | None, output: int) -> tuple[Node | None, int]:
-    """Return ``node`` and ``output``, the number of its output; what it got there if it only hands tensors on."""
+    """Return ``node`` and the index ``output``, or those of the input if the node only passes tensors through."""
     while node is not None and operation(node) in HANDED_ON:
         node, output = node.next_functions[output]
     return node, output
 
 
 def is_handed_on(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a copy that only hands on what another one is, as an output of DistributedDataParallel."""
+    """Whether ``tensor`` only passes another one through, as an output of DistributedDataParallel does."""
     return tensor.grad_fn is not None and operation(tensor.grad_fn) in HANDED_ON
 
 
 def reaching(nodes: Iterable[Node], targets: Iterable[Node]) -> set[Node]:
-    """Return those of ``nodes`` that ``targets`` are reached from, and these."""
+    """Return those of ``nodes`` from which ``targets`` can be reached, and these."""
     users: dict[Node, list[Node]] = {}
     for node in nodes:
         for part in filter(None, inputs(node)):

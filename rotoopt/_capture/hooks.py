@@ -1,4 +1,4 @@
-"""Hooks of a head that is a module: they rotate what enters it, and send the rotation where its weights go."""
+"""Hooks of a head module: they rotate its inputs, and keep the rotation with its weights."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class HeadHook:
     """The hooks of one module of a head.
 
     Args:
-        capture: What rotates.
+        capture: Rotates the inputs.
         task: k.
-        part: Which of the modules of task k it is.
-        arguments: What it calls its arguments.
+        part: Number of the module among those of task k.
+        arguments: Names of its arguments.
 
     Attributes:
-        handles: What removes the hooks.
+        handles: Handles that remove the hooks.
         lost: Whether weights were loaded without the rotation that they need.
-        origin: What this is a copy of; None for no copy, and for one that is trained itself.
+        origin: The original, if this is a copy that is not trained itself; otherwise None.
     """
 
     def __init__(self, capture: Capture, task: int, part: int, arguments: Arguments) -> None:
@@ -48,12 +48,12 @@ class HeadHook:
         self._awaits_gradients = False
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Inputs:
-        """Feed the head."""
+        """Rotate the inputs of the head."""
         if kwargs is None:
             raise RuntimeError(
-                f"A head must be the module that was given in `heads`, got a {type(head).__name__} that took over its "
-                "hooks, as quantize_dynamic() and prepare_qat() make one. Call optimizer.fold() before: it makes the "
-                "rotations a part of the weights."
+                f"A head must be the module that was given in `heads`, got a {type(head).__name__} with its hooks, as "
+                "created by quantize_dynamic() and prepare_qat(). Call optimizer.fold() first, to merge the rotations "
+                "into the weights."
             )
         if self.lost or self.origin is not None:
             self._warn(head)
@@ -76,7 +76,7 @@ class HeadHook:
             warn_user(STALE)
 
     def _await_gradients(self) -> None:
-        """Note when the weights of this copy get gradients: it is trained itself then, with the rotations it has."""
+        """Detect gradients of the weights of this copy: it is then trained itself, with its own rotations."""
         handles: list[RemovableHandle] = []
 
         def trained(_: Tensor) -> None:
@@ -97,9 +97,9 @@ class HeadHook:
     # ------------------------------------------------------------------ where the weights go
 
     def save(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-        """Add the rotation to what a state dict has beside its keys: ``state_dict._metadata``."""
+        """Add the rotation to the metadata of a state dict, ``state_dict._metadata``."""
         numbers = checksums(state_dict, prefix)
-        if numbers is not None:  # else on every process others, and rotations must be the same on all
+        if numbers is not None:  # otherwise they differ between processes, and rotations must not
             metadata[ENTRY] = {**self.capture.whereabouts.saved(self.task, self.part), "checksums": numbers}
 
     def load(
@@ -130,24 +130,24 @@ class HeadHook:
             self.origin.renew([state_dict[name] for name in names] if is_whole else None)
 
     def load_part(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Note that weights of a part of the head come without its rotation: only the whole head has that."""
+        """Record that weights of a part of the head are loaded without its rotation, which only the whole head has."""
         if not prefix and not _changes_nothing(module, state_dict):
             self.lost = self.capture.whereabouts.are_lost(self.task, None)
 
     def renew_origin(self) -> None:
-        """Take the rotation for that of the weights of now."""
+        """Treat the rotation as that of the current weights."""
         if self.origin is not None:
             self.origin.renew(self._weights)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadHook:
         copied = HeadHook.__new__(HeadHook)
-        memo[id(self)] = copied  # first: on its way a copy of the capture comes here again
+        memo[id(self)] = copied  # first, since copying the capture leads here again
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         copied.origin = Origin(self.capture.rotations, self._weights)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "origin": None, "_awaits_gradients": False}  # a process of its own has no original
+        return {**self.__dict__, "origin": None, "_awaits_gradients": False}  # another process has no original
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -156,7 +156,7 @@ class HeadHook:
 
 
 def _changes_nothing(module: nn.Module, state_dict: dict[str, Any], prefix: str = "") -> bool:
-    """Whether there is nothing to load, or ``module.state_dict()`` itself, which has followed the weights."""
+    """Whether there is nothing to load, or ``module.state_dict()`` itself, which shares the memory of the weights."""
     own = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
     given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     values = {name: value for name, value in given.items() if isinstance(value, Tensor)}
@@ -165,7 +165,7 @@ def _changes_nothing(module: nn.Module, state_dict: dict[str, Any], prefix: str 
 
 
 def _is_same(value: Tensor, own: Tensor | None) -> bool:
-    """Whether ``value`` is the memory of ``own``, so that to load it changes nothing."""
+    """Whether ``value`` shares the memory of ``own``, so that loading it changes nothing."""
     if own is None or not (is_here(value) and is_here(own)):
         return False
     return value.data_ptr() == own.data_ptr() and value.shape == own.shape
@@ -175,15 +175,15 @@ def attach(capture: Capture, head: nn.Module, task: int, part: int, name: str) -
     """Put rotation ``task`` in front of ``head``, which is module number ``part`` of the task ``name``.
 
     Raises:
-        TypeError: If ``head`` takes no hooks.
+        TypeError: If ``head`` does not accept hooks.
     """
     inner = unwrapped(head)
     hook = HeadHook(capture, task, part, Arguments.of(inner))
     capture.whereabouts.heads[task, part] = head
     try:
-        # First of all hooks: wrappers such as FSDP's hand every head a tensor of its own, which is no longer z.
+        # Before all other hooks: wrappers such as FSDP's pass another tensor than z to every head.
         hook.handles.append(head.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
-        # Partial: torch sets an attribute of these.
+        # Partial, because torch sets an attribute of the hook.
         hook.handles += [
             inner.register_state_dict_post_hook(partial(hook.save)),  # type: ignore[no-untyped-call]
             inner.register_load_state_dict_pre_hook(partial(hook.load)),  # type: ignore[no-untyped-call]
@@ -194,7 +194,7 @@ def attach(capture: Capture, head: nn.Module, task: int, part: int, name: str) -
                 hook.handles.append(loaded)
     except RuntimeError as error:
         raise TypeError(
-            f"`heads` must be modules that take hooks, got a {type(head).__name__} for {name}: {error}. Give the "
+            f"`heads` must be modules that accept hooks, got a {type(head).__name__} for {name}: {error}. Pass the "
             "module as it was before torch.jit.script, and script it after fold()."
         ) from error
     finally:
@@ -203,7 +203,7 @@ def attach(capture: Capture, head: nn.Module, task: int, part: int, name: str) -
 
 
 def hook_of(head: nn.Module) -> HeadHook | None:
-    """Return the hook of ``head``, None where there is no rotation in front of it."""
+    """Return the hook of ``head``, None if there is no rotation in front of it."""
     return next((hook for hook in forward_pre_hooks(head) if isinstance(hook, HeadHook)), None)
 
 

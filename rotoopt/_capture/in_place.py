@@ -1,4 +1,4 @@
-"""Heads that change what they get in place: z is shared, so these must get a copy of their own."""
+"""Heads that change their input in place: z is shared, so they must get a copy."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Key = tuple[int, Place]  # the task, and where the tensor enters
 
 
 class InPlaceHeads:
-    """Finds out at first use whether a head changes what it gets in place."""
+    """Detects in the first call whether a head changes its input in place."""
 
     def __init__(self) -> None:
         self._changes: dict[Key, bool] = {}
-        self._probes: dict[Key, tuple[Tensor, int]] = {}  # what it got first, and how often that had been changed
+        self._probes: dict[Key, tuple[Tensor, int]] = {}  # the first input, and its version counter
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_probes": {}}
 
     def may_change(self, key: Key) -> bool:
-        """Whether the head changes what it gets, or nobody knows yet."""
+        """Whether the head changes its input, or it is not known yet."""
         return self._changes.get(key) is not False
 
     def own_copy(self, rep: Tensor, key: Key) -> Tensor:
-        """Return a copy of ``rep`` for a head that changes what it gets, else ``rep``; at first, look which it is."""
+        """Return a copy of ``rep`` for a head that changes its input, otherwise ``rep``; the first call detects it."""
         if key not in self._changes and key in self._probes:
             probe, count = self._probes.pop(key)
             self._changes[key] = version(probe) > count
@@ -35,5 +35,5 @@ class InPlaceHeads:
             return rep
         copy = rep.clone()
         if key not in self._changes:
-            self._probes[key] = copy.detach(), version(copy)  # which share the count of changes
+            self._probes[key] = copy.detach(), version(copy)  # both share the version counter
         return copy

@@ -1,4 +1,4 @@
-"""Inputs of a head: the tensors among them, however deep in lists, tuples and dicts."""
+"""Inputs of a head: the tensors in nested lists, tuples and dicts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _collect(value: Any, path: Path, found: list[tuple[Path, Any]]) -> None:
             _collect(each, (*path, index), found)
     elif value is None or isinstance(value, Tensor | int | float | str):
         found.append((path, value))
-    else:  # a class that says to torch what is inside
+    else:  # a class that is registered with torch's pytree
         for keys, leaf in tree_flatten_with_path(value)[0]:
             found.append(((*path, *[_entry(key) for key in keys]), leaf))
 
@@ -52,7 +52,7 @@ def _entry(key: Any) -> str | int:
 def rebuilt(inputs: Inputs, leaves: list[Any]) -> Inputs:
     """Return ``inputs`` with other leaves, in containers of the same types.
 
-    A container in which nothing changes is the same: a head may write to it.
+    A container without changes is returned itself: a head may write to it.
     """
     rest = iter(leaves)
     args = [_rebuilt(value, rest)[0] for value in inputs[0]]
@@ -60,15 +60,15 @@ def rebuilt(inputs: Inputs, leaves: list[Any]) -> Inputs:
 
 
 def _rebuilt(given: Any, rest: Iterator[Any]) -> tuple[Any, bool]:
-    """Return ``given`` with the next of ``rest`` as leaves, and whether they are those that it has."""
-    # Whether something changed is handed up, and lists are made of it: torch.compile compares no tuples by identity,
-    # and traces no generators.
+    """Return ``given`` with its leaves replaced by the next ones of ``rest``, and whether nothing changed."""
+    # Flags are returned, and lists are built from them, because torch.compile can neither compare tuples by identity
+    # nor trace generators.
     if isinstance(given, dict):
         items = {key: _rebuilt(given[key], rest) for key in given}
         if all([same for _, same in items.values()]):  # noqa: C419
             return given, True
         return _dict_like(given, {key: item for key, (item, _) in items.items()}), False
-    if isinstance(given, (list, tuple)):  # torch.compile before 2.9 knows no `A | B`
+    if isinstance(given, (list, tuple)):  # torch.compile before 2.9 cannot trace `A | B`
         parts = [_rebuilt(each, rest) for each in given]
         if all([same for _, same in parts]):  # noqa: C419
             return given, True
@@ -93,8 +93,8 @@ def _dict_like(given: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
             again[key] = items[key]
     except Exception as error:
         raise TypeError(
-            "A dict that a head gets tensors in must be one that copy.copy() copies, and whose items can be set, got a "
-            f"{type(given).__name__} ({error}). Give the head dict(...) of it."
+            "A dict with inputs of a head must support copy.copy() and setting items, got a "
+            f"{type(given).__name__} ({error}). Pass dict(...) of it to the head."
         ) from error
     return again
 
@@ -110,5 +110,5 @@ def _list_like(given: list[Any] | tuple[Any, ...], entries: list[Any]) -> Any:
         return again
     if kind is tuple:
         return tuple(entries)
-    # Named tuples, also of classes with another __new__; those of torch.
+    # Named tuples, including classes with another __new__; those of torch.
     return tuple.__new__(kind, entries) if hasattr(kind, "_fields") else kind(entries)

@@ -1,7 +1,7 @@
-"""Labels: which task each number of a tensor depends on, operation by operation, as far as a graph tells.
+"""Labels: which task each entry of a tensor depends on, operation by operation, as far as a graph shows.
 
-The labels of a tensor are a tensor with its dimensions, each of the same size, or of size one where the label is the
-same all along it. A label is the number of a task, or one of those below.
+The labels of a tensor are a tensor with its dimensions, each of the same size, or of size one if the label is constant
+along it. A label is the number of a task, or one of those below.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from rotoopt._torch.private import output_shapes, saved
 
 NONE = -1  # depends on no task
 MIXED = -2  # depends on several tasks
-UNTOLD = -3  # one output of many of a function that the graph does not look into, as of a compiled graph
+UNTOLD = -3  # unknown: one of many outputs of a function without a rule, such as a compiled graph
 
 Shape = tuple[int, ...]
 
-# One number of the output for one number of each input, broadcast.
+# One output entry for one entry of each input, broadcast.
 ELEMENTWISE = {"Add", "Sub", "Rsub", "Neg", "Mul", "Div", "Pow", "Exp", "Expm1", "Log", "Log1P", "Log2", "Log10"}
 ELEMENTWISE |= {"Sqrt", "Rsqrt", "Reciprocal", "Abs", "Sgn", "Sign", "Sin", "Cos", "Tanh", "Sigmoid", "LogSigmoid"}
 ELEMENTWISE |= {"Erf", "Relu", "LeakyRelu", "PreluKernel", "Elu", "Gelu", "Silu", "Mish", "Softplus", "Hardtanh"}
@@ -32,26 +32,26 @@ RESHAPING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"}
 REARRANGING = RESHAPING | {"Select", "Slice", "Split", "SplitWithSizes", "Unbind", "Permute", "Transpose", "T"}
 REDUCING = {"Sum", "Mean", "LinalgVectorNorm", "Norm", "Amax", "Amin", "Max", "Min", "Logsumexp", "Var", "Std", "Prod"}
 REDUCING |= {"Nansum"}
-ALONG = {"Softmax", "LogSoftmax", "Cumsum"}  # of all numbers along a dimension, which stays
-# Losses of single numbers, and of a number for each class, which are added up unless `reduction` is none.
+ALONG = {"Softmax", "LogSoftmax", "Cumsum"}  # of all entries along a dimension, which is kept
+# Elementwise losses, and losses with an entry for each class, which are added up unless `reduction` is none.
 LOSSES = {"MseLoss", "SmoothL1Loss", "HuberLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits"}
 LOSSES |= {"SoftMarginLoss"}
 CLASS_LOSSES = {"NllLoss", "NllLoss2D"}
 
 
 def whole(label: int, shape: Shape) -> Tensor:
-    """Return ``label`` for all numbers of a tensor of ``shape``."""
+    """Return ``label`` for all entries of a tensor of ``shape``."""
     return torch.full((1,) * len(shape), label, dtype=torch.int16, device="cpu")
 
 
 def together(parts: Sequence[Tensor]) -> Tensor:
-    """Return the labels of what was made number by number of tensors with labels ``parts``, broadcast."""
+    """Return the labels of an elementwise function of tensors with labels ``parts``, broadcast."""
     alike = torch.broadcast_tensors(*parts)  # type: ignore[no-untyped-call]
     return reduced(torch.stack(alike), (0,), keepdim=False)
 
 
 def reduced(labels: Tensor, dims: Sequence[int], *, keepdim: bool) -> Tensor:
-    """Return the labels of what was made of all numbers along ``dims``."""
+    """Return the labels of a function of all entries along ``dims``."""
     if not dims or not labels.numel():
         return labels
     of_tasks = labels >= 0
@@ -70,9 +70,9 @@ def labels_of_outputs(
 
     Args:
         node: The operation in a graph.
-        operation: Its name, as ``"Addmm"``.
-        parts: The labels of its inputs; those of an input without gradient are of no dimension.
-        shapes: The shapes of its inputs, None where that is not known.
+        operation: Its name, such as ``"Addmm"``.
+        parts: The labels of its inputs; those of an input without gradient have no dimension.
+        shapes: The shapes of its inputs, None if unknown.
     """
     out_shapes = output_shapes(node)
     found = _labels(node, operation, parts, shapes, out_shapes)
@@ -83,7 +83,7 @@ def labels_of_outputs(
 
 
 def labels_of_sum(node: Any, operation: str, parts: Sequence[Tensor]) -> Tensor | None:
-    """Return the labels of what a loss function has added up; None if it is no loss function."""
+    """Return the labels of the terms that a loss function adds up; None if it is not a loss function."""
     if operation in LOSSES:
         return together(parts)
     if operation in CLASS_LOSSES:
@@ -107,7 +107,7 @@ def _fits(labels: Tensor, shape: Shape) -> bool:
 def _labels(
     node: Any, operation: str, parts: Sequence[Tensor], shapes: Sequence[Shape | None], out_shapes: Sequence[Shape]
 ) -> list[Tensor]:
-    """Return the labels of all outputs, an empty list where no rule tells."""
+    """Return the labels of all outputs, an empty list if there is no rule."""
     moved = _moved(node, operation, parts, shapes, out_shapes[0]) if operation in CHOICES | PICKS | WRITES else None
     if moved is not None:
         return [moved]
@@ -172,7 +172,7 @@ def _joined(
         parts = [part.unsqueeze(dim) for part in parts]
     else:
         rest = out_shape[dim] - sum(shape[dim] for shape in known)
-        if len(shapes) - len(known) > 1 and rest:  # tensors without gradient, whose sizes nobody tells
+        if len(shapes) - len(known) > 1 and rest:  # several tensors without gradient, of unknown sizes
             return []
         sizes = [rest if shape is None else shape[dim] for shape in shapes]
         parts = [part.reshape((1,) * (len(out_shape) - part.ndim) + part.shape) for part in parts]

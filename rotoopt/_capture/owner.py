@@ -1,4 +1,4 @@
-"""Owner: is the optimizer still there that steps on what is captured?"""
+"""Owner: whether the optimizer that uses the captured gradients still exists."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class Owner:
-    """Leads from what captures gradients to the optimizer that needs them.
+    """A reference from a capture of gradients to the optimizer that uses them.
 
-    A copy has no owner until the optimizer is copied with it, in one ``copy.deepcopy`` or pickle. This object leads
-    nowhere else, and so is complete in the copy before either of the two, in whatever order they come.
+    A copy has no owner until the optimizer is copied with it, in one ``copy.deepcopy`` or pickle. This object has no
+    other references, and so is complete in the copy before either of the two, in any order.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Owner:
 
     @property
     def is_gone(self) -> bool:
-        """Whether there is none: gradients are nobody's, and must be those that autograd computes."""
+        """Whether there is none: gradients must then be those that autograd computes."""
         return self._core is None or self._core() is None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Paths: what a tensor among the inputs of a head is called, and which one of training it stands for in evaluation."""
+"""Paths: names of the tensors among the inputs of a head, and how those in evaluation correspond to training."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Z: Path = ("0",)  # z in head(z)
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a module calls its arguments, so that ``head(z, mask)`` and ``head(mask=mask, z=z)`` are the same.
+    """Names of the arguments of a module, so that ``head(z, mask)`` and ``head(mask=mask, z=z)`` are equivalent.
 
     Attributes:
-        names: Those that have names, in order.
+        names: Named arguments, in order.
         num_positional: How many of these can be given by position.
         hands_on: Whether it takes ``*args`` and ``**kwargs``, which are arguments of another module.
     """
@@ -33,7 +33,7 @@ class Arguments:
         """Return the arguments of ``module.forward``."""
         try:
             parameters = inspect.signature(module.forward).parameters.values()
-        except (TypeError, ValueError):  # it is compiled code
+        except (TypeError, ValueError):  # compiled code has no signature
             return cls()
         kinds = {each.kind for each in parameters}
         positional = [each.name for each in parameters if each.kind <= each.POSITIONAL_OR_KEYWORD]
@@ -44,11 +44,11 @@ class Arguments:
         )
 
     def by_position(self, index: int) -> Path:
-        """Return the path of the argument at ``index``; entries of ``*args`` are those of a list."""
+        """Return the path of the argument at ``index``; entries of ``*args`` are treated like those of a list."""
         return (str(index),) if self.hands_on or index < self.num_positional else ("*", index)
 
     def by_keyword(self, key: str) -> Path:
-        """Return the path of the argument ``key``; entries of ``**kwargs`` are those of a dict."""
+        """Return the path of the argument ``key``; entries of ``**kwargs`` are treated like those of a dict."""
         if key in self.names:
             return (str(self.names.index(key)),)
         return (key,) if self.hands_on else ("**", key)
@@ -61,15 +61,15 @@ def as_in_training(
     *,
     trains: bool = False,
 ) -> list[Path]:
-    """Return the paths of inputs, each replaced by one of training that it stands for where training had not this one.
+    """Return the paths of inputs, with those that did not exist in training replaced by corresponding ones.
 
-    So it is where a list is longer, a dict has another key, a mask is given that was not, or z comes by keyword.
+    For example if a list is longer, a dict has another key, a mask is added, or z is given by keyword.
 
     Args:
-        pairs: Everything among the inputs, with its path.
-        noted: The paths of training, and whether what comes there is rotated; None where it had no gradient.
+        pairs: All inputs with their paths.
+        noted: The paths in training, and whether the input there is rotated; None if it had no gradient.
         fits: Whether a tensor has the size of the rotations.
-        trains: Whether the head trains: what has a gradient stands for itself then.
+        trains: Whether the head is in training mode; inputs with a gradient are then not replaced.
     """
     found = [
         _of_training(path, leaf, noted, fits) if _is_floating(leaf) and not (trains and leaf.requires_grad) else path
@@ -83,8 +83,8 @@ def as_in_training(
         return found
     if len(fitting) > 1 or len(rotated) > 1:
         raise ValueError(
-            "A head must get its inputs in evaluation as in training, got tensors in other arguments, or more of them. "
-            "It cannot be told which is rotated."
+            "The inputs of a head in evaluation must correspond to those in training, got tensors in other arguments, "
+            "or more of them. It is ambiguous which is rotated."
         )
     return [rotated[0] if i == fitting[0] else path for i, path in enumerate(found)]
 
@@ -99,21 +99,21 @@ def _of_training(path: Path, leaf: Tensor, noted: Mapping[Path, bool | None], fi
         return others[0] if others else path
     if rotated and any(noted[other] is None for other in others):
         raise ValueError(
-            "A list or dict that a head gets must have the entries of training, if only some had a gradient there, got "
-            f"{described(path)}, which was not in it. Give the head what has no gradient as an argument of its own."
+            "A list or dict of inputs must have the same entries as in training, if only some of them had a gradient, "
+            f"got {described(path)}, which was not in it. Pass inputs without gradient as separate arguments."
         )
     return rotated[0] if rotated else others[0]
 
 
 def siblings(path: Path, paths: Iterable[Path]) -> list[Path]:
-    """Return those of ``paths`` that differ from ``path`` in positions in lists; failing these, in keys, too."""
+    """Return those of ``paths`` that differ from ``path`` only in list positions; if there are none, also in keys."""
     alike = [other for other in paths if len(other) == len(path) > 1 and other[0] == path[0] and other != path]
     pattern = _without_positions(path)
     return [other for other in alike if _without_positions(other) == pattern] or alike
 
 
 def described(path: Path) -> str:
-    """Return ``path`` in words."""
+    """Describe ``path`` for an error."""
     return f"argument {path[0]}" + "".join([f"[{entry!r}]" for entry in path[1:]])
 
 

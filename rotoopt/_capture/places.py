@@ -18,24 +18,24 @@ from rotoopt._torch.warn import warn_user
 if TYPE_CHECKING:
     from rotoopt._capture.fork import Fork
 
-# A module of a task, by number, and a path through its arguments, lists and dicts.
+# Number of a module of a task, and a path through its arguments, lists and dicts.
 Place = tuple[int, Path]
 
 
 class Places:
     """Which of the tensors that enter the heads are rotated: those of the size of the rotations.
 
-    That is noted in training, where a tensor enters with a gradient, and holds in evaluation. What a head has read
-    without a gradient, and so unrotated, stays unrotated if the gradient comes after the rotations have turned.
+    This is decided in training, when a tensor enters with a gradient, and holds in evaluation. An input that a head
+    has read without a gradient, and so without rotation, stays so if it gets a gradient after updates of the rotations.
 
     Args:
         rotations: The K rotations.
         dims: The rotated dimensions.
 
     Attributes:
-        noted: By task, the places that were noted, and whether they are rotated; None where no gradient came yet.
-        first_layers: The first layers of the modules of heads, by task and number; None where they tell nothing.
-        own: Tasks and places where a tensor enters that was made of parameters of the task alone, as an embedding.
+        noted: By task, the known places, and whether they are rotated; None if there was no gradient yet.
+        first_layers: The first layers of the modules of heads, by task and number; None if unknown.
+        own: Tasks and places of inputs that were computed from parameters of the task alone, such as an embedding.
     """
 
     def __init__(self, rotations: Rotations, dims: RotatedDims) -> None:
@@ -44,24 +44,24 @@ class Places:
         self.first_layers: dict[tuple[int, int], FirstLayer | None] = {}
         self.own: set[tuple[int, Place]] = set()
         self._proposed: int | None = None
-        self._sizes: dict[tuple[int, Place], int] = {}  # of what has a gradient, by task and place
-        self._fresh: int | None = None  # how often the rotations had been changed when the first z decided
+        self._sizes: dict[tuple[int, Place], int] = {}  # of inputs with a gradient, by task and place
+        self._fresh: int | None = None  # version of the rotations when the first z determined their size
         self._warned = False
         self.noted: list[dict[Place, bool | None]] = [{} for _ in range(len(rotations))]
 
     def matrix_for(self, rep: Tensor, task: int, place: Place, *, alone: bool, trains: bool) -> Tensor | None:
-        """Return R_k if ``rep`` is rotated, None if it is not; make the rotations where this is the first one.
+        """Return R_k if ``rep`` is rotated, otherwise None; create the rotations at the first representation.
 
         Args:
-            rep: What enters the head.
+            rep: The input of the head.
             task: k.
             place: Where it enters.
             alone: Whether no other floating-point tensor enters.
-            trains: Whether the head trains, so that it is noted what holds for this place.
+            trains: Whether the head is in training mode, so that the decision for this place is stored.
         """
         if not self._rotations.rotate[task]:
             if not any(self._rotations.rotate) and self._rotations.size is None and self._dims.exist_in(rep.shape):
-                self._settle(self._dims.size(rep.shape), rep.device)  # to be looked at
+                self._settle(self._dims.size(rep.shape), rep.device)  # so that they can be read
             return None
         noted = self.noted[task]
         fits = noted.get(place)
@@ -86,7 +86,7 @@ class Places:
 
     @not_compiled
     def _with_the_most(self, rep: Tensor, task: int, place: Place) -> bool | None:
-        """Return whether ``rep`` is rotated, after the size that most tasks read has won over that of the first one."""
+        """Return whether ``rep`` is rotated, after replacing the size of the first head by the most frequent one."""
         noted, m = self.noted, self._rotations.size
         if not self._rotations.covers_all or not self._dims.exist_in(rep.shape):
             return noted[task].get(place)
@@ -107,46 +107,46 @@ class Places:
         elif not self._warned and readers.get(m):
             self._warned = True
             warn_user(
-                f"The rotations should have the size of what most heads read, got {m} features, of the head that ran "
-                f"first, and {len(readers[most])} heads that read {most} and are not rotated. Give `rotate` one flag "
-                "per task, False for the heads of another size."
+                f"The rotations should have the size that most heads read, got {m} features, as in the head that ran "
+                f"first, and {len(readers[most])} heads that read {most} and are not rotated. Pass `rotate` with one "
+                "flag per task, False for the heads of another size."
             )
         return noted[task].get(place)
 
     def _check_dim(self, rep: Tensor, task: int, place: Place, *, alone: bool) -> None:
-        """Raise if the features of ``rep`` are not, or may not be, where nobody said that they are."""
+        """Raise if ``dim`` was not given, and the features of ``rep`` are, or may be, in another dimension."""
         if alone and self._dims.may_be_samples(rep.shape) and not is_transformed():
             raise ValueError(
                 "`dim` must be given for a representation of one dimension, got none for shape "
-                f"{tuple(rep.shape)}. Give dim=-1 if these are the features of one sample. If they are samples, (B,), "
-                "then one number for each leaves nothing to rotate: give rotate=False."
+                f"{tuple(rep.shape)}. Pass dim=-1 if these are the features of one sample. If they are samples, (B,), "
+                "one number per sample cannot be rotated: pass rotate=False."
             )
         first_layer = self.first_layers.get((task, place[0]))
         if first_layer is not None:
             first_layer.check(rep.shape, self._dims, alone=alone)
 
     def _was_unrotated(self, task: int, place: Place) -> bool:
-        """Whether the head was trained on what enters there, or beside it in a list, without R_k, which is not I."""
+        """Whether the head was trained on this input, or on others in the same list, without R_k, which is not I."""
         noted, (part, path) = self.noted[task], place
         beside = siblings(path, [other for number, other in noted if number == part])
         others = [place] if place in noted else [(part, other) for other in beside]
         return bool(others) and not any(noted[other] for other in others) and self._rotations.is_turned(task)
 
     def as_in_training(self, pairs: Sequence[tuple[Path, Any]], task: int, part: int, *, trains: bool) -> list[Path]:
-        """Return the paths of inputs of a module, as those that they stand for of what was noted.
+        """Return the paths of the inputs of a module, replaced by the corresponding ones in training.
 
-        In training, what has a gradient stands for itself.
+        In training mode, inputs with a gradient are not replaced.
         """
         noted = {path: fits for (number, path), fits in self.noted[task].items() if number == part}
         return as_in_training(pairs, noted, self._has_size, trains=trains)
 
     def note_same(self, place: Place, as_: Place, task: int) -> None:
-        """Note that what enters at ``place`` is what enters at ``as_``."""
+        """Record that the input at ``place`` corresponds to that at ``as_``."""
         if as_ in self.noted[task]:
             self.noted[task][place] = self.noted[task][as_]
 
     def _fits(self, rep: Tensor, *, alone: bool) -> bool | None:
-        """Whether ``rep`` has the size of the rotations; None where that is not decided yet. The first z decides."""
+        """Whether ``rep`` has the size of the rotations; None if that is not determined yet. The first z does."""
         if not alone and self._dims.may_be_samples(rep.shape):
             return False
         m, first = self._rotations.size, not any(any(noted.values()) for noted in self.noted)
@@ -163,7 +163,7 @@ class Places:
         return m is not None and self._dims.fit(rep.shape, m, all_of_them=self._rotations.covers_all)
 
     def propose(self, forks: Iterable[Fork]) -> None:
-        """Note the size of what most heads read, ``forks``, in case that no head gets z alone."""
+        """Store the size that most heads read, given ``forks``, in case that no head reads z alone."""
         if self._rotations.size is None and any(self._rotations.rotate):
             read = [
                 (sum(self._rotations.rotate[task] for task in each.tasks), self._dims.size(each.shape))
@@ -174,27 +174,27 @@ class Places:
             self._proposed = max(read)[1] if read else None
 
     def decide(self) -> None:
-        """Make the rotations that were proposed. Not in a backward pass, where checkpointing runs heads once more."""
+        """Create the proposed rotations. Not in a backward pass, in which checkpointing reruns heads."""
         if self._rotations.size is None and self._proposed is not None:
             self._settle(self._proposed, self._rotations.device)
-        self._fresh = None  # what turns the rotations has their size from now on
+        self._fresh = None  # the rotation step has their size from now on
 
     def _misfit(self, rep: Tensor) -> str:
         m = self._rotations.size
         rule = f"have {m} features" if self._rotations.covers_all else f"have at least rotation_size={m} features"
         return (
             f"The representation must {rule} along dim={self._dims.dim}, got {self._dims.size(rep.shape)} in shape "
-            f"{tuple(rep.shape)}. Either (a) `dim` names the wrong dimension, (b) the head was fed something else than "
-            "the representation, or (c) its size changes between batches: rotate a dimension that does not."
+            f"{tuple(rep.shape)}. Either (a) `dim` is the wrong dimension, (b) the input of the head is not "
+            "the representation, or (c) its size changes between batches: rotate a dimension of constant size."
         )
 
     @not_compiled
     def _settle(self, size: int, device: torch.device) -> None:
-        """Make the rotations at the first representation; follow a model that was moved."""
+        """Create the rotations at the first representation; move them with the model."""
         if is_transformed():
             raise RuntimeError(
                 "The rotations must exist on the device of the model before it is exported, traced or transformed by "
-                "torch.func, got none there. They are made, or moved, when the model runs: run it once before."
+                "torch.func, got none there. They are created, or moved, when the model runs: run it once before."
             )
         with torch.inference_mode(False):  # a check before training may be the first forward pass
             self._rotations.to(device)
@@ -203,10 +203,10 @@ class Places:
                 self._fresh = version(self._rotations.matrices)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was noted."""
+        """Return the known places."""
         return {"noted": [dict(noted) for noted in self.noted], "own": sorted(self.own, key=str)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned."""
+        """Load what :meth:`state_dict` returned."""
         self.noted = [dict(each) for each in state_dict["noted"]]
         self.own = set(state_dict["own"])

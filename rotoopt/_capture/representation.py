@@ -1,4 +1,4 @@
-"""Which dimensions of the representation are rotated, the ``(L, d, P)`` view that all maths uses, and R z."""
+"""Which dimensions of the representation are rotated, the ``(L, d, P)`` view for all computations, and R z."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ class RotatedDims:
     """The dimensions of a representation that a rotation mixes.
 
     A representation of any shape is seen as ``(L, d, P)``: ``d`` features (the dimensions ``dim``, flattened in
-    row-major order), ``L`` leading and ``P`` trailing positions. Every position is one sample. The view copies
-    nothing when the rotated dimensions lie side by side, as in ``dim=-1`` (tokens) or ``dim=1`` (channels).
+    row-major order), ``L`` leading and ``P`` trailing positions. Every position is one sample. The view does not copy
+    if the rotated dimensions are adjacent, as with ``dim=-1`` (tokens) or ``dim=1`` (channels).
 
     Args:
-        dim: The rotated dimension or dimensions, negative ones counted from the end. ``None``: the last one, of two
-            or three.
+        dim: The rotated dimension or dimensions, negative ones counted from the end. ``None``: the last one, if there
+            are two or three.
 
     Attributes:
         dim: The same as a tuple.
-        assumed: Whether nobody has said which.
+        assumed: Whether ``dim`` was None.
     """
 
     def __init__(self, dim: int | Sequence[int] | None) -> None:
@@ -56,7 +56,7 @@ class RotatedDims:
         return all(-len(shape) <= i < len(shape) for i in self.dim) and not (self.assumed and len(shape) > 3)
 
     def may_be_samples(self, shape: torch.Size) -> bool:
-        """Whether nobody has said that the only dimension of ``shape`` is that of the features."""
+        """Whether ``dim`` was not given, and ``shape`` has a single dimension, which may contain samples."""
         return self.assumed and len(shape) == 1
 
     def fit(self, shape: torch.Size, size: int, *, all_of_them: bool) -> bool:
@@ -67,7 +67,7 @@ class RotatedDims:
 
     def size(self, shape: torch.Size) -> int:
         """Return ``d``, the number of features along the rotated dimensions of a representation of ``shape``."""
-        return math.prod([shape[i] for i in self.resolve(shape)])  # a list: torch.compile traces no generator
+        return math.prod([shape[i] for i in self.resolve(shape)])  # a list, since torch.compile traces no generator
 
     def view(self, rep: Tensor) -> Tensor:
         """Return ``rep`` as ``(L, d, P)``."""
@@ -128,7 +128,7 @@ def second_moment(rep: Tensor, like: Tensor, dims: RotatedDims) -> Tensor:
 
 
 def _apply(matrix: Tensor, features: Tensor, out: Tensor | None) -> Tensor:
-    """Rotate the first ``m`` of the ``d`` features and pass the rest through.
+    """Rotate the first ``m`` of the ``d`` features; the others do not change.
 
     Args:
         matrix: R. Shape ``(m, m)`` with ``m <= d``, in the dtype of ``features``.

@@ -1,4 +1,4 @@
-"""Whereabouts: is a rotation still the one that the weights behind it were trained with?"""
+"""Whereabouts: whether a rotation is still the one that the weights behind it were trained with."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from rotoopt._torch.private import version
 
 ENTRY = "rotoopt"  # in the metadata of a module in a state dict
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-CHUNK = 1 << 24  # numbers that are cast at a time: the head of a language model would not fit once more
+CHUNK = 1 << 24  # entries that are cast at a time, to save memory for large heads
 
 LOST = (
-    "Weights of a head should be loaded with the rotation that they were trained with, got a state dict without, after "
-    "the rotations had turned. Predictions differ from those of the model that was saved. Either (a) only its items "
-    "were kept, or changed: copy.deepcopy(model.state_dict()) has the rotations, or (b) the state of the optimizer was "
-    "not loaded: optimizer.load_state_dict(...)."
+    "Weights of a head should be loaded with the rotation that they were trained with, got a state dict without it, "
+    "after updates of the rotations. Predictions differ from those of the model that was saved. Either (a) only its "
+    "items were kept, or changed: copy.deepcopy(model.state_dict()) has the rotations, or (b) the state of the "
+    "optimizer was not loaded: optimizer.load_state_dict(...)."
 )
 STALE = (
-    "A copy of the model should have the rotations that its weights were trained with, got one whose weights have "
-    "changed since, and its rotations have not, while those of the model turned. Predictions differ from what the copy "
-    "stands for. Call optimizer.refresh(model_copy) after its weights were brought up to date, or "
+    "A copy of the model should have the rotations that its weights were trained with, got one whose weights were "
+    "updated, but not its rotations, while those of the model were. Its predictions are wrong. Call "
+    "optimizer.refresh(model_copy) after updating its weights, or "
     "model_copy.load_state_dict(model.state_dict())."
 )
 
 
 class Whereabouts:
-    """Sends the rotations where the weights of their heads go, and says whether they have come from there.
+    """Stores the rotations with the weights of their heads, and checks that they were loaded together.
 
     Args:
         rotations: The K rotations.
         places: Where they are applied.
 
     Attributes:
-        heads: What they are applied in front of: module number ``part`` of ``task``, by ``(task, part)``.
+        heads: The modules that they are applied in front of, by ``(task, part)``.
     """
 
     def __init__(self, rotations: Rotations, places: Places) -> None:
@@ -54,18 +54,18 @@ class Whereabouts:
         return own or [weight for head in self.heads.values() for weight in head.parameters()]
 
     def saved(self, task: int, part: int) -> dict[str, Any]:
-        """Return what belongs to the weights of a module of a head: its rotation, None for I, and where it rotates."""
+        """Return the state for the weights of a module of a head: its rotation, None for I, and where it rotates."""
         matrix = self._rotations[task].clone() if self._rotations.is_turned(task) else None
         noted = self._places.noted[task].items()
         return {"rotation": matrix, "places": {path: fits for (number, path), fits in noted if number == part}}
 
     def load(self, task: int, part: int, saved: dict[str, Any]) -> str | None:
-        """Load what :meth:`saved` returned; return why not, where it does not fit."""
+        """Load what :meth:`saved` returned; return the reason if it does not match."""
         matrix, rotations = saved["rotation"], self._rotations
         if matrix is not None and not rotations.rotate[task]:
             return "the weights need a rotation, and the task has rotate=False."
         if matrix is not None and rotations.size not in (None, len(matrix)):
-            return f"the weights need a rotation of {len(matrix)} features, and those here have {rotations.size}."
+            return f"the weights need a rotation of {len(matrix)} features, and the current ones have {rotations.size}."
         if matrix is None and rotations.size is not None:
             matrix = torch.eye(rotations.size)
         if matrix is not None:
@@ -74,32 +74,32 @@ class Whereabouts:
         return None
 
     def mark_as_loaded(self) -> None:
-        """Note that the rotations are those of weights that were, or will be, loaded beside them."""
+        """Record that the rotations belong to weights that were, or will be, loaded with them."""
         self._loaded = changes_of(self._rotations)
 
     def are_loaded(self) -> bool:
-        """Whether the rotations are those that were loaded beside the weights."""
+        """Whether the rotations are those that were loaded with the weights."""
         return self._loaded == changes_of(self._rotations)
 
     def are_lost(self, task: int, saved: dict[str, Any] | None) -> bool:
-        """Whether weights of ``task`` that came without their rotation need another one than it has now.
+        """Whether weights of ``task`` that were loaded without their rotation need another one than the current one.
 
         Args:
             task: k.
-            saved: What :meth:`saved` returned for other weights than came, if that is known.
+            saved: What :meth:`saved` returned for weights other than those loaded, if known.
         """
         needs_one = saved is not None and saved["rotation"] is not None
         return not self.are_loaded() and (needs_one or self._rotations.is_turned(task))
 
 
 def checksums(state_dict: Mapping[str, Any], prefix: str) -> Tensor | None:
-    """Return numbers for the weights below ``prefix``: as they are, and cast to every dtype. Shape ``(5,)``, int64.
+    """Return checksums of the weights below ``prefix``: as they are, and cast to every dtype. Shape ``(5,)``, int64.
 
-    The metadata of a state dict stays as it was where weights are written into it, as averaging and
-    torch.distributed.checkpoint do, and where they are cast, which leaves them those of their rotation.
+    The metadata of a state dict remains if its weights are overwritten, as averaging and
+    torch.distributed.checkpoint do, or cast, in which case they still belong to their rotation.
 
     Returns:
-        None where the weights are not here.
+        None if the weights are not on this process.
     """
     tensors = [each for key, each in state_dict.items() if key.startswith(prefix) and isinstance(each, Tensor)]
     if any(hasattr(each, "to_local") or each.is_meta for each in tensors):
@@ -115,12 +115,12 @@ def checksums(state_dict: Mapping[str, Any], prefix: str) -> Tensor | None:
 
 
 def is_here(tensor: Tensor) -> bool:
-    """Whether the values of ``tensor`` are all on this process."""
+    """Whether all values of ``tensor`` are on this process."""
     return not hasattr(tensor, "to_local") and not tensor.is_meta and tensor.layout == torch.strided
 
 
 def sum_of_bits(tensor: Tensor) -> Tensor:
-    """Return the sum of ``tensor`` as integers, which no device and no order rounds. Shape ``()``, int64."""
+    """Return the sum of ``tensor`` as integers, which is exact on all devices, in any order. Shape ``()``, int64."""
     tensor = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     if tensor.is_floating_point() and tensor.itemsize in kinds:
@@ -129,22 +129,22 @@ def sum_of_bits(tensor: Tensor) -> Tensor:
 
 
 class Origin:
-    """The model that a head was copied from, and what held when the rotations of both were the same.
+    """The original of a copied head, and the state in which their rotations were equal.
 
     Args:
-        rotations: Those of the model.
-        weights: Those of the head there, which its copy has.
+        rotations: The rotations of the original.
+        weights: The weights of the original, and of its copy.
     """
 
     def __init__(self, rotations: Rotations, weights: Sequence[Tensor]) -> None:
-        self._rotations = weakref.ref(rotations)  # if they still are
+        self._rotations = weakref.ref(rotations)  # if they still exist
         self._turned = self._looked = changes_of(rotations)
         self._sums: list[tuple[torch.dtype, Tensor] | None] | None = None
         self._note(weights)
-        self._versions = 0  # of the copy
+        self._versions = 0  # version counters of the copy
 
     def renew(self, weights: Sequence[Tensor] | None) -> None:
-        """Take the rotations of the copy for those of ``weights``; None: of those that it runs with next."""
+        """Treat the rotations of the copy as those of ``weights``; None: of those that it runs with next."""
         rotations = self._rotations()
         self._turned = self._turned if rotations is None else changes_of(rotations)
         self._sums = None
@@ -152,17 +152,17 @@ class Origin:
             self._note(weights)
 
     def _note(self, weights: Sequence[Tensor]) -> None:
-        """Note what ``weights`` are, without waiting for the device."""
+        """Record the present ``weights``, without synchronization."""
         self._versions = _versions_of(weights)
         self._sums = [(each.dtype, sum_of_bits(each)) if is_here(each) else None for each in weights]
 
     def has_moved_on(self, weights: Sequence[Tensor], *, waits: bool) -> bool:
-        """Whether the weights of the copy have changed, and the rotations of the model, too.
+        """Whether the weights of the copy have changed, and the rotations of the model as well.
 
         Args:
             weights: The weights of the copy.
-            waits: Whether the device may be waited for every time. Else it is once after every turn: what is written
-                into ``param.data`` shows in no count of changes.
+            waits: Whether to synchronize every time. Otherwise once after every update of the rotations: writing to
+                ``param.data`` does not change the version counter.
         """
         if self._sums is None:
             self._note(weights)
@@ -177,7 +177,7 @@ class Origin:
 
 
 def changes_of(rotations: Rotations) -> int:
-    """Return how often ``rotations`` have been changed."""
+    """Return the version counter of ``rotations``."""
     return -1 if rotations.size is None else version(rotations.matrices)
 
 
@@ -186,7 +186,7 @@ def _versions_of(weights: Sequence[Tensor]) -> int:
 
 
 def _differs(weight: Tensor, noted: tuple[torch.dtype, Tensor] | None) -> bool:
-    """Whether ``weight`` has changed since; a cast leaves it what it was."""
+    """Whether ``weight`` has changed since; a cast does not count."""
     if noted is None or not is_here(weight) or weight.dtype != noted[0]:
         return False
     return not torch.equal(sum_of_bits(weight).to(noted[1].device), noted[1])

@@ -1,4 +1,4 @@
-"""Wiring: how the losses of a model hang together, looked at once for every set of tasks, and now and then again."""
+"""Wiring: how the losses depend on the heads, checked once for every set of tasks, and occasionally again."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LOOK_EVERY = 17  # a prime, which meets every step of a cycle, as of labelled an
 
 
 class Wiring:
-    """How the losses of a model hang together: checked once for every set of tasks, and remembered.
+    """How the losses depend on the heads: checked once for every set of tasks, and cached.
 
     Args:
-        names: How to call the K tasks.
-        heads: What belongs to each task alone, if it is known.
+        names: Names of the K tasks.
+        heads: The modules and parameters of each task alone, if known.
         places: Where tensors enter the heads.
     """
 
@@ -36,8 +36,8 @@ class Wiring:
         self._num_known: Counter[frozenset[int]] = Counter()
 
     def check(self, losses: Mapping[int, Tensor], fed: Fed, backbone_loss: Tensor | None) -> bool:
-        """Return whether ``losses`` reach one tensor through their heads, and no other; raise if wired wrongly."""
-        tasks = frozenset(losses) & fed.trained()  # others have a loss of their head alone
+        """Return whether ``losses`` reach one tensor through their heads, and no other; raise if wired incorrectly."""
+        tasks = frozenset(losses) & fed.trained()  # the other losses only train their heads
         given = losses.values() if backbone_loss is None else [*losses.values(), backbone_loss]
         made_by_now = [operation(loss.grad_fn) for loss in given if loss.grad_fn is not None]
         known = self._known(tasks, fed)
@@ -51,21 +51,21 @@ class Wiring:
         return self._remember(tasks, taps_of(node for node, _ in made.values()))
 
     def check_running(self, fed: Fed) -> bool:
-        """The same for a backward pass that the user calls, as far as a sum of losses tells."""
+        """The same check for a backward pass that the user calls, as far as a sum of losses allows."""
         tasks = fed.trained()
         known = self._known(tasks, fed)
         if known is not None:
             return known
         self._one_tensor.pop(tasks, None)
         taps = check_sum([made_by(root) for root in running_roots()], self._names, self._own_parameters())
-        if not taps:  # where torch does not tell what the pass began from
+        if not taps:  # torch does not show what the pass started from
             return fed.only_fork() is not None
         return self._remember(tasks, taps)
 
     def _known(self, tasks: frozenset[int], fed: Fed) -> bool | None:
-        """Return whether ``tasks`` share one tensor, if that can be told without looking at graphs.
+        """Return whether ``tasks`` share one tensor, if known without searching graphs.
 
-        These are looked at now and then nevertheless: a loss may change on its way, as terms come in one by one.
+        Graphs are searched again occasionally: a loss may change during training, e.g. when terms are added.
         """
         self._num_known[tasks] += 1
         if self._num_known[tasks] % LOOK_EVERY == 0:
@@ -82,12 +82,12 @@ class Wiring:
         for tap in taps if has_own else ():
             made_of = leaves(behind([tap]))
             if made_of and all(own.get(id(param)) == tap.task for param in made_of):
-                self._places.own.add((tap.task, tap.place))  # nothing to weigh there
+                self._places.own.add((tap.task, tap.place))  # there is nothing to weight
         self._one_tensor[tasks] = len({tap.fork for tap in taps}) == 1
         return self._one_tensor[tasks]
 
     def is_own(self, rep: Tensor, task: int) -> bool:
-        """Return whether ``rep`` was made of parameters of ``task`` alone, as an embedding."""
+        """Return whether ``rep`` was computed from parameters of ``task`` alone, such as an embedding."""
         own = self._own_parameters()
         made_of = [rep] if rep.is_leaf else leaves(reached([rep.grad_fn]))
         return all(own.get(id(param)) == task for param in made_of)

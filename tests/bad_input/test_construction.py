@@ -62,7 +62,7 @@ CASES: Cases = {
     "optimizer is None": (TypeError, f"{BUILT} a NoneType.", around(lambda model: None)),
     "optimizer without parameters": (
         ValueError,
-        "`optimizer` must hold at least one parameter, got none. Pass it model.parameters().",
+        "`optimizer` must have at least one parameter, got none. Pass it model.parameters().",
         around(lambda model: SGD([{"params": []}], lr=0.1)),
     ),
     "differentiable": (
@@ -85,7 +85,7 @@ CASES: Cases = {
     ),
     "heads are names": (
         TypeError,
-        "`heads` must be modules, got a str for heads[0]. For functional heads give num_tasks=K",
+        "`heads` must be modules, got a str for heads[0]. For functional heads, pass num_tasks=K",
         with_heads(lambda model: ["left", "right"]),
     ),
     "heads are classes": (TypeError, "got the class Linear for heads[0].", with_heads(lambda model: [nn.Linear])),
@@ -96,7 +96,7 @@ CASES: Cases = {
     ),
     "head in a head": (
         ValueError,
-        "`heads` must lie apart, got a module of heads[0] that is part of one of heads[1].",
+        "`heads` must be separate, got a module of heads[0] that is part of one of heads[1].",
         with_heads(lambda model: [model.heads["left"], nn.Sequential(model.heads["left"], nn.Linear(1, 2))]),
     ),
     "heads are outputs": (TypeError, "got a Tensor for heads[0].", with_heads(lambda model: [torch.zeros(2)])),

@@ -127,17 +127,17 @@ MISFITS: dict[str, tuple[Builder, Builder, str]] = {
     "size": (
         lambda: wrap(rotation_size=4),
         lambda: wrap(rotation_size=5),
-        "must hold rotations of 5 features, got 4. Build the optimizer with the representation and `rotation_size`",
+        "must have rotations of 5 features, got 4. Build the optimizer with the representation and `rotation_size`",
     ),
     "size after a forward pass": (
         lambda: wrap(rotation_size=4),
         wrap,
-        "must hold rotations of 6 features, got 4.",
+        "must have rotations of 6 features, got 4.",
     ),
     "rotate": (
         lambda: wrap(turn_every=1),
         lambda: wrap(rotate=[True, False]),
-        "must hold R = I where rotate=False, got a turned one for task 1. Build the optimizer with the `rotate` flags",
+        "must have R = I where rotate=False, got another one for task 1. Build the optimizer with the `rotate` flags",
     ),
     "weighting": (
         wrap,

@@ -245,7 +245,7 @@ def test_first_layer_of_two_heads() -> None:
     model.heads = nn.ModuleDict({"left": nn.Sequential(shared), "right": nn.Sequential(nn.Identity(), shared)})
     optimizer = trained(model)
     before = predict(model, X)
-    with pytest.warns(UserWarning, match=f"{KEEPS}.*left: another head has its first layer, too; right: another head"):
+    with pytest.warns(UserWarning, match=f"{KEEPS}.*left: another head shares its first layer; right: another head"):
         optimizer.fold()
     assert_same(predict(model, X), before)
 

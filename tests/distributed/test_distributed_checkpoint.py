@@ -94,7 +94,7 @@ def test_setting_without_the_entry_warns_and_names_it() -> None:
 def test_misfit_is_refused() -> None:
     (_, saved), (model, optimizer) = wrap(rotation_size=4), wrap(rotation_size=5)
     before = snapshot(model, optimizer)
-    with pytest.raises(ValueError, match="must hold rotations of 5 features, got 4"):
+    with pytest.raises(ValueError, match="must have rotations of 5 features, got 4"):
         optimizer.rotograd_state.load_state_dict(saved.rotograd_state.state_dict())
     assert_same(snapshot(model, optimizer), before)
 

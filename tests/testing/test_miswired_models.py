@@ -86,7 +86,7 @@ FAULTS = {
     "functional head called with z itself": Fault(
         forward(miswired.one_fed_with_z, num_tasks=2),
         LOSSES,
-        rf"loss of task 1 {NOT_THROUGH} none.*not fed by optimizer.rotate\(z\)",
+        rf"loss of task 1 {NOT_THROUGH} none.*did not read optimizer.rotate\(z\)",
     ),
     "skip connection around a head": Fault(
         forward(miswired.around_the_head),
