@@ -137,15 +137,15 @@ def _around_the_heads(read: _Read, names: Sequence[str]) -> str:
     who = f"the {'losses' if several else 'loss'} of {' and '.join(sorted(names))}"
     return (
         f"A parameter that tasks share must be reached through their heads, got {name_of(read.param)}, which "
-        f"{who} {'reach' if several else 'reaches'} without passing a head: nothing weighs its gradient there. "
-        "Likely causes: (a) a skip connection goes around a head: put it into the head, or hand what it "
-        "carries to the head as an input, (b) a head is called as head.forward(z), (c) a head reads something "
-        "that was stored and not handed to it, is complex, or is in an object of a class of its own, (d) a penalty on "
-        "the backbone is part of a loss: pass it as backbone_loss, or (e) a layer is applied to the outputs of "
-        "several heads: give every task a copy of its own, in `heads`. A loss that was computed from gradients, as in "
-        "MAML, cannot be weighted: run its forward and backward under optimizer.paused(), and then optimizer.step() "
-        "without losses. If the parameter belongs to one task, list it "
-        "there: heads={'task': (head, parameter)}. To weigh losses by it, multiply the losses, and not their errors."
+        f"{who} {'reach' if several else 'reaches'} without passing through a head: its gradient is not weighted "
+        "there. Likely causes: (a) a skip connection goes around a head: move it into the head, or pass it to the "
+        "head as an input, (b) a head is called as head.forward(z), (c) a head reads something that is stored in it, "
+        "is complex, or is inside an object of a custom class: pass it as an input, (d) a penalty on the backbone is "
+        "part of a loss: pass it as backbone_loss, or (e) a layer is applied to the outputs of several heads: give "
+        "every task its own copy, in `heads`. A loss that was computed from gradients, as in MAML, cannot be weighted: "
+        "run its forward and backward pass under optimizer.paused(), and then optimizer.step() without losses. If the "
+        "parameter belongs to one task, list it there: heads={'task': (head, parameter)}. To weight losses by it, "
+        "multiply the losses, not their errors."
     )
 
 

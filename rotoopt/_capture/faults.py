@@ -79,8 +79,8 @@ def check_heads_apart(taps: set[Node], names: Sequence[str]) -> None:
             if other.task == tap.task:
                 raise RuntimeError(
                     f"The modules of {names[tap.task]} must be the first ones that belong to it alone, got one that "
-                    "reads the output of another one, or of an earlier call. List the first one only; a loop that calls a "
-                    "head on its own output should be inside of the head."
+                    "reads the output of another one, or of an earlier call. List the first one only; a loop that "
+                    "calls a head on its own output should be inside of the head."
                 )
             raise RuntimeError(
                 f"Heads must read the backbone, got {names[tap.task]}, which reads an output of the head of "
@@ -105,8 +105,8 @@ def _mixed(tasks: Sequence[int], names: Sequence[str]) -> str:
     first, second = names[tasks[0]], names[tasks[1]]
     return (
         f"The loss of {first} must be computed from the output of its own head, got one that passes through that "
-        f"of {second}, too: its gradient would be given two weights. Either (a) give each head a loss of its own that "
-        f"the others are added to, or detach() the output of {second} in the loss of {first}, (b) in your own "
+        f"of {second}, too: its gradient would be given two weights. Either (a) give each head its own loss, to "
+        f"which the others may be added, or detach() the output of {second} in the loss of {first}, (b) in your own "
         "sum(losses).backward(), where an index or a mask picked one task for each sample, call backward(losses) with "
         "the loss of each task instead, which knows what was picked, or (c) where the loss trains something else, as "
         "an actor through its critics, run its forward pass under optimizer.paused()."

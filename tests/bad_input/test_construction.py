@@ -102,7 +102,7 @@ CASES: Cases = {
     "heads are outputs": (TypeError, "got a Tensor for heads[0].", with_heads(lambda model: [torch.zeros(2)])),
     "a head takes no hooks": (
         TypeError,
-        "`heads` must be modules that take hooks, got a RecursiveScriptModule for heads[1]: register_forward_pre_hook",
+        "`heads` must be modules that accept hooks, got a RecursiveScriptModule for heads[1]: register_forward_pre",
         with_heads(lambda model: [model.heads["left"], torch.jit.script(model.heads["right"])]),
     ),
     "no heads": (ValueError, "`heads` must have at least one module, got none.", with_options(heads=[])),
@@ -202,9 +202,9 @@ def test_a_constructor_that_fails_leaves_the_rotations_of_the_optimizer_before()
     predictions = [output.detach() for output in model(x)]
     weighting = GradNorm()
     scripted = torch.jit.script(nn.Linear(6, 2))
-    with pytest.raises(TypeError, match="take hooks"):
+    with pytest.raises(TypeError, match="accept hooks"):
         RotoGradOptimizer(optimizer_of(model), [*model.heads.values(), scripted], weighting=weighting)
-    with pytest.raises(ValueError, match="fit the rotations"):
+    with pytest.raises(ValueError, match="match their rotations"):
         RotoGradOptimizer(optimizer_of(model), model.heads, rotation_size=4)
     assert_same(snapshot(model, optimizer), before)
     assert_same([output.detach() for output in model(x)], predictions)

@@ -16,14 +16,14 @@ from tests.contract.models import TwoTasks, assert_same, snapshot, train, wrap
 NO_FORWARD, NO_ROTATIONS, NO_LAYERS, COPY_WITHOUT = (
     f"^{re.escape(message)}$"
     for message in (
-        "fold() must know the shape of the representation, got heads that did not run in training mode yet. After a "
-        "checkpoint was loaded, too, run one forward pass: model.train(); model(x).",
+        "fold() must know the shape of the representation, got heads that did not run in training mode yet. Run one "
+        "forward pass, also after loading a checkpoint: model.train(); model(x).",
         "fold() must find the rotations in front of the heads, got heads without. Either (a) fold() was called before, "
-        "and the model is ready, or (b) remove() was, and it computes without rotations.",
-        "fold() must be used with `heads`, got an optimizer with num_tasks=K. It knows no layers to fold into: "
+        "and the model is ready, or (b) remove() was called, and the model runs without rotations.",
+        "fold() must be used with `heads`, got an optimizer with num_tasks=K. There are no layers to fold into: "
         "multiply by optimizer.rotations[k] in front of head k.",
         "`model_copy` must have rotations in front of its heads, got a module without. Either (a) the model was copied "
-        "before the optimizer was built, or after remove() or fold(), or (b) its heads are functions that are fed by "
+        "before the optimizer was built, or after remove() or fold(), or (b) its heads are functions that read "
         "optimizer.rotate(z), which is up to date.",
     )
 )
@@ -151,7 +151,7 @@ def test_a_head_with_an_attribute_of_that_name() -> None:
     with torch.no_grad():
         before = model(model.inputs(1)), snapshot(model, optimizer)
         with pytest.raises(
-            RuntimeError, match=r"free to add a buffer `rotation` to right.*: rename it.*: its first la"
+            RuntimeError, match=r"free to add a buffer `rotation` to right.*: rename it.*: it uses z not"
         ):
             optimizer.fold()
         assert_same((model(model.inputs(1)), snapshot(model, optimizer)), before)
@@ -164,7 +164,7 @@ def test_quantization_of_a_wrapped_model_says_to_fold_it_first() -> None:
     model, optimizer = wrap()
     train(model, optimizer, 0)
     quantized = quantize(model.eval(), {nn.Linear})
-    message = r"^A head must be the module .* got a \w*Linear that took over its hooks, .* Call optimizer\.fold\(\)"
+    message = r"^A head must be the module .* got a \w*Linear with its hooks, .* Call optimizer\.fold\(\) first"
     with pytest.raises(RuntimeError, match=message):
         quantized(model.inputs(0))
     optimizer.fold()

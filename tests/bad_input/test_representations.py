@@ -20,7 +20,7 @@ FLOAT = "A floating-point tensor must enter a head, by position or keyword, alon
 REPRESENTATIONS = {
     "other size": Case(
         ValueError,
-        r"The representation must have 6 features along dim=\(-1,\), got 5 in shape \(5, 5\). Either \(a\) `dim` names",
+        r"The representation must have 6 features along dim=\(-1,\), got 5 in shape \(5, 5\). Either \(a\) `dim` is",
         lambda m, o: lambda: left(m)(representation(m)[:, :5]),
         first=False,
     ),
@@ -47,8 +47,8 @@ REPRESENTATIONS = {
     ),
     "one dimension without dim": Case(
         ValueError,
-        r"`dim` must be given for a representation of one dimension, got none for shape \(5,\)\. Give dim=-1 if .*"
-        r"\(B,\), then one number for each leaves nothing to rotate: give rotate=False\.",
+        r"`dim` must be given for a representation of one dimension, got none for shape \(5,\)\. Pass dim=-1 if .*"
+        r"\(B,\), one number per sample cannot be rotated: pass rotate=False\.",
         lambda m, o: lambda: left(m)(representation(m)[:, 0]),
         later=False,
         fatal=True,
@@ -167,7 +167,7 @@ def test_tokens_need_no_dim(make: Callable[[], nn.Module]) -> None:
 
 def test_rotations_before_the_first_forward_pass() -> None:
     _, optimizer = wrap()
-    message = "`rotations` must exist before they are read, got none. They are made in the first training forward"
+    message = "`rotations` must exist before they are read, got none. They are created in the first forward pass"
     with pytest.raises(RuntimeError, match=message):
         _ = optimizer.rotations.matrices
     with pytest.raises(RuntimeError, match=message):
@@ -178,7 +178,7 @@ def test_rotations_before_the_first_transformation() -> None:
     model, optimizer = wrap()
     message = (
         "^The rotations must exist on the device of the model before it is exported, traced or transformed by "
-        r"torch\.func, got none there\. They are made, or moved, when the model runs: run it once before\.$"
+        r"torch\.func, got none there\. They are created, or moved, when the model runs: run it once before\.$"
     )
     with pytest.raises(RuntimeError, match=message):
         torch.func.vmap(left(model))(torch.randn(5, 6))

@@ -18,7 +18,7 @@ from tests.contract.models import TwoTasks, back_propagate, wrap
 
 BYPASSED = "The loss of right must pass through its rotated head, got one that passes through: none"
 MIXED = "The loss of left must be computed from the output of its own head, got one that passes through that of right"
-CASCADE = "Heads must read the backbone, got right, which reads what the head of left has made"
+CASCADE = "Heads must read the backbone, got right, which reads an output of the head of left"
 AROUND = (
     r"A parameter that tasks share must be reached through their heads, got .*weight.*, which the loss of right reaches"
 )
@@ -148,7 +148,7 @@ CASES = {
     "other head": Case(RuntimeError, rf"{BYPASSED}.*\(b\) the head was bypassed", steps_on(other_head)),
     "swapped losses": Case(
         RuntimeError,
-        "loss of left must pass through its rotated head, got one that passes through: right.*in another order",
+        "loss of left must pass through its rotated head, got one that passes through: right.*order of `losses`",
         steps_on(lambda model: model.losses(5)[0][::-1]),
         later=False,  # walking through the graph takes time, so it is done where something has changed
     ),
@@ -187,7 +187,7 @@ CASES = {
     ),
     "view for a callable": Case(
         RuntimeError,
-        rf"{ONE_TENSOR}\(5, 6\) made by .*; right: \(5, 6\) made by View\). Either \(a\) do what stands between",
+        rf"{ONE_TENSOR}\(5, 6\) made by .*; right: \(5, 6\) made by View\). Either \(a\) move the layers between",
         steps_on(apart(same, as_view)),
         {"weighting": lambda: mean},
     ),
@@ -199,7 +199,7 @@ CASES = {
     "same losses again": Case(RuntimeError, SPENT, after_step),
     # Weights that are known before a backward pass serve several of them.
     "one after the other": Case(
-        RuntimeError, rf"{SPENT}.*every task has a backward", one_after_the_other, {"weighting": RotoGradWeighting}
+        RuntimeError, rf"{SPENT}.*task has its own backward", one_after_the_other, {"weighting": RotoGradWeighting}
     ),
     "one after the other, plain backward": Case(
         RuntimeError, f"{SPENT}.*last_step", plain_backward_of_each, {"weighting": RotoGradWeighting}, inside=True

@@ -144,9 +144,7 @@ def test_a_dict_that_cannot_be_copied_is_refused_if_it_would_change() -> None:
     heads = [Head(lambda x: x["z"]), Head(lambda x: x["z"])]
     optimizer = RotoGradOptimizer(SGD(nn.ModuleList(heads).parameters(), lr=0.1), heads, init="haar", rotation_size=D)
     z = torch.randn(4, D, requires_grad=True)
-    with pytest.raises(
-        TypeError, match=r"^A dict that .* got a Frozen \(it is frozen\)\. Give the head dict"
-    ) as raised:
+    with pytest.raises(TypeError, match=r"^A dict with .* got a Frozen \(it is frozen\)\. Pass dict") as raised:
         heads[0](Frozen(z=z))
     assert_reads_well(str(raised.value))
     masks, names = Frozen(mask=torch.ones(4, 1)), [deque(["first"])]

@@ -133,7 +133,7 @@ def test_entries_of_which_nobody_can_tell_are_refused() -> None:
     with torch.no_grad():
         heads[0](features)
         heads[0](features[:1])
-        message = r"A list or dict that a head gets must have the entries of training.*got argument 0\[2\], which"
+        message = r"A list or dict of inputs must have the same entries as in training.*got argument 0\[2\], which"
         with pytest.raises(ValueError, match=message):
             heads[0]([*features, features[0]])
 
@@ -305,7 +305,7 @@ def test_too_late_for_the_size_that_most_tasks_read_is_a_warning() -> None:
         optimizer.step({"auxiliary": heads["auxiliary"](backbones["auxiliary"](torch.randn(4, 5))).square().mean()})
         z = backbones["first"](torch.randn(4, 5))
         heads["first"](z)
-        message = r"^The rotations should have the size of what most heads read, got 4 .* and 2 heads that read 6 and"
+        message = r"^The rotations should have the size that most heads read, got 4 .* and 2 heads that read 6 and"
         with pytest.warns(UserWarning, match=message) if flags[0] else nullcontext():
             heads["second"](z)
         assert optimizer.rotations.size == (4 if flags[0] else D)

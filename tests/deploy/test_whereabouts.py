@@ -91,12 +91,12 @@ def test_rotations_that_do_not_fit_are_an_error(rotated: str) -> None:
     model, optimizer = wrap(**OPTIONS)
     train(model, optimizer, 0)
     options: dict[str, Any] = {"rotation_size": 4} if rotated == "size" else {"rotate": False}
-    message = {"size": "a rotation of 6 features, and those here have 4", "rotate": "the task has rotate=False"}[
+    message = {"size": "a rotation of 6 features, and the current ones have 4", "rotate": "the task has rotate=False"}[
         rotated
     ]
     with pytest.raises(RuntimeError, match=message):
         wrap(**options)[0].load_state_dict(model.state_dict())
-    with pytest.raises(ValueError, match=f"fit the rotations that they have .* got left, where .*{message}"):
+    with pytest.raises(ValueError, match=f"match their rotations from .* got left, where .*{message}"):
         RotoGradOptimizer(sgd(model.parameters()), model.heads, **options)
     train(model, optimizer, 1)
 

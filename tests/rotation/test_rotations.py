@@ -192,8 +192,8 @@ def test_casts_below_single_precision_stop_there(
 def test_rotations_that_do_not_exist_yet() -> None:
     rotations = Rotations(2, None, rotate=[True, True], init="haar", device=torch.device("cpu"), dtype=torch.float32)
     message = (
-        "^`rotations` must exist before they are read, got none. They are made in the first training forward, "
-        "when the size of the representation is known; give `rotation_size` to have them from the start.$"
+        "^`rotations` must exist before they are read, got none. They are created in the first forward pass "
+        "in training mode, which determines their size; pass `rotation_size` to create them at construction.$"
     )
     with pytest.raises(RuntimeError, match=message):
         _ = rotations.matrices

@@ -79,7 +79,7 @@ FAULTS = {
     "z computed outside of losses": Fault(
         miswired.z_from_before, REPEAT, "must run the whole model .* got the z of an earlier"
     ),
-    "losses swapped": Fault(forward(miswired.swapped), LOSSES, f"loss of left {NOT_THROUGH} right.*another order"),
+    "losses swapped": Fault(forward(miswired.swapped), LOSSES, f"loss of left {NOT_THROUGH} right.*order of `losses`"),
     "tensors of rotate(z) swapped": Fault(
         forward(miswired.tensors_swapped, num_tasks=2), LOSSES, f"loss of task 0 {NOT_THROUGH} task 1"
     ),
@@ -91,10 +91,10 @@ FAULTS = {
     "skip connection around a head": Fault(
         forward(miswired.around_the_head),
         LOSSES,
-        "backbone.* which the loss of right reaches without passing a head.*a skip connection",
+        "backbone.* which the loss of right reaches without passing through a head.*a skip connection",
     ),
     "skip connection around a head, equal weights": Fault(
-        forward(miswired.around_the_head, weighting=EqualWeighting()), LOSSES, "right reaches without passing a head"
+        forward(miswired.around_the_head, weighting=EqualWeighting()), LOSSES, "right reaches without passing through"
     ),
     "output of a head detached": Fault(
         forward(outputs_of(called, lambda head, z: called(head, z).detach() + z[:, :2])),
