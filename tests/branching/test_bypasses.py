@@ -65,7 +65,7 @@ def test_what_losses_share_behind_their_heads_is_named(name: str, own: bool) -> 
     if own and name == "norm of the backbone":
         back_propagate([torch.stack(losses).sum()])  # there, a penalty is a term like any other
         return
-    with pytest.raises(RuntimeError, match=rf"{PAST} .*, which the losses of left and right reach without passing a"):
+    with pytest.raises(RuntimeError, match=rf"{PAST} .*, which the losses of left and right reach without passing"):
         back_propagate([torch.stack(losses).sum()]) if own else optimizer.step(losses)
 
 

@@ -191,7 +191,7 @@ def test_a_call_in_another_way_is_refused_if_several_inputs_are_rotated() -> Non
     backbone, heads, optimizer = wrapped(OneOrTwo)
     z = backbone(torch.randn(4, 5))
     step(optimizer, [head([z, backbone(torch.randn(4, 5))]) for head in heads])
-    with torch.no_grad(), pytest.raises(ValueError, match=r"in evaluation as in training.* which is rotated"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"in evaluation must correspond.* which is rotated"):
         heads[0].eval()(z, 2)
 
 

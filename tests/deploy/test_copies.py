@@ -226,7 +226,7 @@ def test_an_average_from_before_the_optimizer_is_reported(of: str, kind: Callabl
     copied = {"the model": model, "another model": nn.Linear(2, 2), "nothing": None}[of]
     averaged = None if copied is None else kind(copied)
     name = getattr(kind, "__name__", "")
-    message = f"An average of the model must be made after the optimizer, got a {name} from before"
+    message = f"An average of the model must be created after the optimizer, got a {name} from before"
     with pytest.warns(UserWarning, match=message) if of == "the model" else nullcontext():
         RotoGradOptimizer(sgd(model.parameters()), model.heads)
     del averaged
