@@ -74,8 +74,8 @@ def _check_loss(loss: Tensor, name: str) -> None:
     if not loss.requires_grad:
         raise ValueError(
             f"Every loss must have a graph, got one without for {name}. Either (a) it was detached or read with "
-            ".item(), (b) the forward pass ran under no_grad(), (c) it depends on no trainable parameter, or (d) it stands for a "
-            "task that is absent from this batch: put None there."
+            ".item(), (b) the forward pass ran under no_grad(), (c) it has no trainable parameter, or (d) its task "
+            "is absent from this batch: pass None instead."
         )
 
 
