@@ -1,5 +1,6 @@
 """The metric of turns: what is measured of the representation, and that its scale and bad batches do not matter."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from rotoopt._capture.representation import RotatedDims, second_moment
 from rotoopt._rotation.metric import DAMPING, MEMORY, Metric
 from rotoopt._torch.processes import Processes
 from tests.asserts import assert_same_bits, eps
+from tests.contract.models import assert_same
 from tests.oracle import Metric as Oracle
 from tests.oracle import layout
 from tests.samplers import DTYPES, LAYOUTS, SEEDS, SIZES, Bench, Layout, Sampler, rotation_gradient, unusable
+from tests.weighting.processes import together
 
 
 def observe(metric: Metric, z: Tensor) -> Tensor:
@@ -59,6 +62,24 @@ def test_what_says_nothing_is_not_remembered(bad: float, *, first: bool) -> None
     assert_close(observe(metric, bad * z), before)
     if first:
         assert_close(observe(metric, z), observe(Metric(Processes()), z))
+
+
+@given(count=st.integers(1, 3), m=SIZES, seed=SEEDS, dtype=DTYPES, own=DTYPES)
+def test_processes_have_the_metric_of_their_joined_batch_in_the_dtype_of_the_rotations(
+    count: int, m: int, seed: int, dtype: torch.dtype, own: torch.dtype
+) -> None:
+    """And leave the moments as they are."""
+    sampler = Sampler(seed, dtype)
+    z, (units, target) = sampler.normal(count, 4, m), sampler.directions(2, 4, m)
+    gradients, like = [rotation_gradient(units, target, each) for each in z], z.new_zeros(2, m, m).to(own)
+    before = copy.deepcopy(gradients)
+    factors = together(count, lambda processes: Metric(processes).factor([gradients[processes.rank]], like))
+    second = z.flatten(0, 1).double().mT @ z.flatten(0, 1).double()
+    expected = m * second / second.trace() + DAMPING * torch.eye(m).double()
+    for factor in factors:
+        assert factor.dtype == own
+        assert_close((factor @ factor.mT).double(), expected, rtol=0, atol=100 * m * max(eps(own), eps(dtype)))
+    assert_same([each.second_moment for each in gradients], [each.second_moment for each in before])
 
 
 def test_a_moment_that_is_not_positive_does_not_spoil_anything() -> None:
