@@ -1,41 +1,19 @@
 """How many operations a step adds to a plain one: on a GPU each is a launch, whatever its size."""
 
-import re
 import statistics
-from collections import Counter
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotoopt import RotoGradOptimizer
+from tests.operations import Count
 
-# Views, allocations without a value, and marks for the profiler launch nothing.
-FREE = re.compile(
-    "view|reshape|_unsafe_view|expand|t|transpose|permute|movedim|unsqueeze|squeeze|select|slice|detach|alias|as_strided|"
-    "empty|empty_like|empty_strided|new_empty|new_empty_strided|split|split_with_sizes|unbind|diagonal|flatten|unflatten|"
-    "_record_function_.*"
-)
 # Four per task: times R and R^T, its norm, its weight. The rest is on K numbers, or where all tasks meet.
 MEDIAN, PER_TASK = 40, 4
 # One more per task than in a plain step: R^T g_k is written to where the gradients meet, and autograd adds up none.
 WORST, FIRST, PER_TURNING_TASK = 155, 231, 1
-
-
-class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations that launch something."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        self.found[name] += FREE.fullmatch(name) is None
-        return func(*args, **(kwargs or {}))
 
 
 def operations(num_tasks: int, *, wrapped: bool) -> list[int]:

@@ -106,8 +106,8 @@ class CayleyStep:
             return None
         matrices = self.rotations.matrices
         m = matrices.shape[-1]
-        gradient = self._skew(gradients, m)
-        ascent = gradient.in_metric(self._metric.factor(gradients, matrices))
+        factor = self._metric.factor(gradients, matrices)
+        ascent = self._skew(gradients, m).in_metric(factor)  # which frees S
         norm = ascent.skew.half_squared_norm()
         least = torch.minimum(torch.minimum(ascent.rise, ascent.change), ascent.clarity)
         rests = (least > 0) <= self.rotations.rests  # not greater than: unless it can turn, and is not to rest

@@ -197,3 +197,22 @@ MAPS = Case(
     partial(conv, 64, 64, 1),
     dim=1,
 )
+TOKENS = Case(
+    "transformer encoder of 2 layers, representation (B, T, d) = (16, 64, 256), K = 4, linear heads on every token",
+    (16, 64, 128),
+    4,
+    lambda: nn.Sequential(
+        nn.Linear(128, 256),
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(256, 4, 512, dropout=0.0, batch_first=True), 2),
+    ),
+    partial(nn.Linear, 256, OUTPUTS),
+    partial(nn.Linear, 256, 256, bias=False),
+)
+NAMED = {
+    "ResNet-18, d = 512": RESNET18,
+    "MLP, d = 1024": STRESS,
+    **{f"growth, d = {d}": case for d, case in GROWTH.items()},
+    "K = 40, d = 512": MANY,
+    "maps, d = 64": MAPS,
+    "tokens, d = 256": TOKENS,
+}

@@ -25,7 +25,7 @@ import torch
 from tests.benchmarks import cases
 from tests.benchmarks.cases import FLOOR, PLAIN, ROTOOPT, TORCHJD, Case, Training
 from tests.benchmarks.official_rotograd import OfficialRotograd, make_environment
-from tests.benchmarks.timing import machine, peak_bytes, seconds_per_step, synchronization, take_turns
+from tests.benchmarks.timing import machine, seconds_per_step, synchronization, take_turns
 
 CASES: dict[str, list[Case]] = {
     "resnet18": [cases.RESNET18],
@@ -33,10 +33,12 @@ CASES: dict[str, list[Case]] = {
     "growth": list(cases.GROWTH.values()),
     "many": [cases.MANY],
     "maps": [cases.MAPS],
+    "tokens": [cases.TOKENS],
 }
 OFFICIAL = "rotograd 0.1.6.0"
 OFFICIAL_ROUNDS = 3  # of one step: it takes seconds
-FLOAT_BYTES = 4
+TORCHJD_ROUNDS, TORCHJD_STEPS = 3, 4  # every step does the same, and takes longer
+LIMIT = 1.5  # times the floor
 
 
 @dataclass(frozen=True)
@@ -98,16 +100,19 @@ def measure(case: Case, args: argparse.Namespace, *, autocast: bool) -> Result:
     trainings = {variant: Training(case, variant, device, autocast=autocast) for variant in case.variants}
     timer = partial(seconds_per_step, steps=args.block, cpu_time=args.cpu_time)
     timers: dict[str, Callable[[], float]] = {name: partial(timer, training) for name, training in trainings.items()}
+    at_most = {TORCHJD: TORCHJD_ROUNDS}
+    if TORCHJD in timers:
+        timers[TORCHJD] = partial(timer, trainings[TORCHJD], steps=TORCHJD_STEPS)
     result = Result(case.description + (", bfloat16 autocast" if autocast else ""), {})
     if TORCHJD in timers:
         result.notes.append(f"{TORCHJD}: mtl_backward and {type(cases.torchjd_aggregator()).__name__}.")
     official = start_official(trainings[PLAIN], args, result.notes) if case is cases.STRESS and not autocast else None
     if official is None:
-        result.seconds = take_turns(timers, args.rounds, {})
+        result.seconds = take_turns(timers, args.rounds, at_most)
     else:
         with official:
             timers[OFFICIAL] = partial(official.seconds_per_step, 1)
-            result.seconds = take_turns(timers, args.rounds, {OFFICIAL: OFFICIAL_ROUNDS})
+            result.seconds = take_turns(timers, args.rounds, {**at_most, OFFICIAL: OFFICIAL_ROUNDS})
     if device.type == "cuda":
         result.notes.append(f"Synchronization in step(losses, rep): {synchronization(trainings[ROTOOPT], args.block)}.")
     return result
@@ -130,27 +135,17 @@ def start_official(plain: Training, args: argparse.Namespace, notes: list[str]) 
 def bars(name: str, results: list[Result], args: argparse.Namespace) -> list[Bar]:
     """Return what the step times of a case must meet."""
     result = results[-1]
+    floor = [Bar(f"added / added by {FLOOR}", math.exp(result.log_added(ROTOOPT) - result.log_added(FLOOR)), LIMIT)]
     if name == "resnet18":
-        return [Bar("rotoopt / plain", statistics.median(result.ratios(ROTOOPT)), 1.05)]
+        return [*floor, Bar("rotoopt / plain", statistics.median(result.ratios(ROTOOPT)), 1.05)]
     if name == "growth":
         added = [result.log_added(ROTOOPT) for result in results]
         slope = statistics.linear_regression([math.log(d) for d in cases.GROWTH], added).slope
-        return [Bar("exponent of the added time in d", slope, 2.1)]
-    if name == "stress":
-        limits = {FLOOR: 1.5, OFFICIAL: 1 / 60}
-        own, others = result.log_added(ROTOOPT), [name for name in limits if name in result.seconds]
-        ratios = [Bar(f"added / added by {o}", math.exp(own - result.log_added(o)), limits[o]) for o in others]
-        return [*ratios, memory_bar(args)]
-    return []
-
-
-def memory_bar(args: argparse.Namespace) -> Bar:
-    """Compare peaks of the stress case: rotations and all temporary tensors of a step, less the plain peak."""
-    case, device = cases.STRESS, torch.device(args.device)
-    added = peak_bytes(case, ROTOOPT, device, 2 * args.block) - peak_bytes(case, PLAIN, device, 2 * args.block)
-    rep = Training(case, PLAIN, device).forward()[1]
-    floats = case.num_tasks * (3 * rep.shape[-1] ** 2 + 2 * rep.numel())  # R and two more; R_k z and its gradient
-    return Bar("peak memory added, MB", added / 1e6, FLOAT_BYTES * floats / 1e6)
+        return [*floor, Bar("exponent of the added time in d", slope, 2.1)]
+    if OFFICIAL in result.seconds:
+        ratio = math.exp(result.log_added(ROTOOPT) - result.log_added(OFFICIAL))
+        floor.append(Bar(f"added / added by {OFFICIAL}", ratio, 1 / 60))
+    return floor
 
 
 def parse_args() -> argparse.Namespace:
