@@ -134,6 +134,25 @@ def test_channels_before_time_need_dim(make: Callable[[], nn.Module], options: d
     assert trained(make, (4, 8, 20), rotate=False).last_step.finite
 
 
+class Beside(nn.Module):
+    """Begins with a layer that takes another input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Linear(8, 2)
+
+    def forward(self, z: Tensor, other: Tensor) -> Tensor:
+        out: Tensor = z.mean() * self.scale(other)
+        return out
+
+
+def test_a_first_layer_that_may_take_another_input_tells_nothing() -> None:
+    z, heads = nn.Parameter(torch.randn(4, 8, 20)), [Beside(), Beside()]
+    optimizer = RotoGradOptimizer(SGD([z, *nn.ModuleList(heads).parameters()], lr=0.1), heads)
+    optimizer.step([head(z, torch.randn(4, 8)).square().mean() for head in heads])
+    assert optimizer.rotations.size == 20
+
+
 def test_a_single_sample_needs_no_dim_in_evaluation() -> None:
     optimizer = trained(lambda: nn.Linear(8, 2), (4, 8), init="haar")
     head, z = optimizer._core.heads[0][0].eval(), torch.randn(8)

@@ -46,6 +46,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "branching/test_bypasses.py",
         "branching/test_changes.py",
         *(f"contract/test_{name}.py" for name in ("accumulation", "amp", "calls", "copies")),
+        "distributed/test_distributed_checkpoint.py",
     ),
     "_deploy": (),
     "comparison": (),

@@ -17,6 +17,7 @@ from torch.optim import SGD
 from torch.testing import assert_close
 
 from rotoopt import RotoGradOptimizer
+from rotoopt._capture.paths import Arguments, Path, siblings
 from tests.contract.models import assert_same
 from tests.samplers import SEEDS
 
@@ -136,6 +137,26 @@ def test_entries_of_which_nobody_can_tell_are_refused() -> None:
         message = r"A list or dict of inputs must have the same entries as in training.*got argument 0\[2\], which"
         with pytest.raises(ValueError, match=message):
             heads[0]([*features, features[0]])
+
+
+class HandsOn(nn.Module):
+    """Hands all that it gets on to another module."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+def test_arguments_that_are_handed_on_are_those_of_another_module() -> None:
+    handed_on, own = Arguments.of(HandsOn()), Arguments.of(Positional())
+    assert [handed_on.by_position(1), handed_on.by_keyword("z")] == [("1",), ("z",)]
+    assert [own.by_position(1), own.by_keyword("z")] == [("*", 1), ("**", "z")]
+
+
+def test_siblings_are_other_entries_of_one_argument() -> None:
+    others: list[Path] = [("0", 0, "a"), ("0", 0, "b"), ("0", "c", "a"), ("0", 1), ("0",), ("1", 1, "a")]
+    assert siblings(("0", 1, "a"), others) == [("0", 0, "a")]
+    assert siblings(("0", 2), others) == [("0", 1)]
+    assert siblings(("0", "x", "y"), others) == others[:3]
+    assert siblings(("2",), others) == siblings(("1", 1), others) == []
 
 
 class Decoder(nn.Module):

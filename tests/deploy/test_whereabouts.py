@@ -131,6 +131,15 @@ def test_weights_without_rotations_are_reported_if_any_has_turned(init: Any, los
     predict(model, x)
 
 
+def test_weights_without_rotations_are_reported_if_a_state_without_any_was_loaded() -> None:
+    model, optimizer = wrap(**OPTIONS)
+    optimizer.load_state_dict(optimizer.state_dict())
+    predict(model, model.inputs(9))  # makes the rotations
+    model.load_state_dict(items_of(model.state_dict()))
+    with pytest.warns(UserWarning, match=LOST):
+        predict(model, model.inputs(9))
+
+
 @pytest.mark.parametrize("turned", [True, False])
 def test_weights_of_a_part_of_a_head_are_reported(turned: bool) -> None:
     """A state dict for every layer: none of them has the rotation of their head."""
