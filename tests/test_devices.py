@@ -6,6 +6,7 @@ The device is "meta", where tensors have a shape and no values: whatever would c
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
+from torch.testing import assert_close
 
 from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer
 
@@ -28,6 +30,7 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "rotation_size": lambda: {"rotation_size": 5},
     "haar": lambda: {"init": "haar", "rotation_size": 5},
     "rotate": lambda: {"rotate": [True, False, True]},
+    "rotate=False": lambda: {"rotate": False},
     "Adam": lambda: {"rotation_optimizer": partial(Adam, lr=0.1), "rotation_size": 8},
 }
 
@@ -121,3 +124,23 @@ def test_steps_on_a_gpu_are_those_on_the_cpu(options: str) -> None:
             optimizer.step(losses, rep)
         matrices.append(optimizer.rotations.matrices.cpu())
     torch.testing.assert_close(*matrices, rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"init": "haar"}, {"init": "identity"}, {"rotate": False}], ids=str)
+def test_the_default_device_may_be_another_one(options: dict[str, Any]) -> None:
+    """As after torch.set_default_device("cuda") for a model on the CPU, which the state of a model is compared on."""
+    results = []
+    for default in (torch.device("cpu"), META):
+        torch.manual_seed(0)
+        backbone, heads = nn.Linear(5, 6), nn.ModuleList(nn.Linear(6, 2) for _ in range(2))
+        model, x = nn.ModuleList([backbone, heads]), torch.randn(4, 5)
+        with default:
+            optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), heads, rotation_lr=0.3, **options)
+            for _ in range(18):
+                optimizer.zero_grad()
+                optimizer.step([(head(backbone(x)) - 1).square().mean() for head in heads])
+            model.load_state_dict(copy.deepcopy(model.state_dict()))
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.fold()
+        results.append([*model.parameters(), optimizer.task_weights])
+    assert_close(results[1], results[0])

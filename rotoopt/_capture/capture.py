@@ -18,7 +18,7 @@ from rotoopt._capture.fork import Fork, Rotate
 from rotoopt._capture.in_place import InPlaceHeads
 from rotoopt._capture.inputs import Inputs, is_floating, paths_and_leaves, rebuilt
 from rotoopt._capture.owner import Owner
-from rotoopt._capture.paths import Arguments, Z
+from rotoopt._capture.paths import Arguments, Path, Z
 from rotoopt._capture.places import Place, Places
 from rotoopt._capture.representation import RotatedDims, rotated, second_moment
 from rotoopt._capture.whereabouts import Whereabouts
@@ -124,6 +124,8 @@ class Capture:
     def _feed_each(self, inputs: Inputs, task: int, part: int, arguments: Arguments, captures: bool) -> Inputs:
         pairs = paths_and_leaves(inputs, arguments)
         num_floating = sum([is_floating(leaf) for _, leaf in pairs])
+        if not num_floating and self._looks_up(pairs, task):
+            return inputs
         if not num_floating:
             found = ", ".join(str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for _, x in pairs)
             raise TypeError(
@@ -146,6 +148,11 @@ class Capture:
             else:
                 fed.append(leaf)
         return rebuilt(inputs, fed)
+
+    def _looks_up(self, pairs: list[tuple[Path, Any]], task: int) -> bool:
+        """Whether a module that a task has beside others gets indices alone, as an embedding does."""
+        several = sum([other == task for other, _ in self.whereabouts.heads]) > 1
+        return several and all([isinstance(leaf, Tensor) and not leaf.is_complex() for _, leaf in pairs])  # noqa: C419
 
     _capture_each = not_compiled(_feed_each)  # one graph break for all
 

@@ -18,6 +18,7 @@ from rotoopt._torch.warn import warn_user
 if TYPE_CHECKING:
     from rotoopt._capture.fork import Fork
 
+LARGE = 4096  # features: a rotation of 64 MiB
 # Number of a module of a task, and a path through its arguments, lists and dicts.
 Place = tuple[int, Path]
 
@@ -60,8 +61,8 @@ class Places:
             trains: Whether the head is in training mode, so that the decision for this place is stored.
         """
         if not self._rotations.rotate[task]:
-            if not any(self._rotations.rotate) and self._rotations.size is None and self._dims.exist_in(rep.shape):
-                self._settle(self._dims.size(rep.shape), rep.device)  # so that they can be read
+            if not any(self._rotations.rotate):
+                self._rest(rep)
             return None
         noted = self.noted[task]
         fits = noted.get(place)
@@ -196,11 +197,31 @@ class Places:
                 "The rotations must exist on the device of the model before it is exported, traced or transformed by "
                 "torch.func, got none there. They are created, or moved, when the model runs: run it once before."
             )
-        with torch.inference_mode(False):  # a check before training may be the first forward pass
-            self._rotations.to(device)
-            if self._rotations.size is None:
+        self._follow(device)
+        if self._rotations.size is None:
+            if size > LARGE:
+                warn_user(
+                    f"Rotations should be small next to the network, got {size} features: each of "
+                    f"{sum(self._rotations.rotate)} rotations has {size} x {size} numbers. Give rotation_size=512 to "
+                    "rotate the first ones only, or rotate=False."
+                )
+            with torch.inference_mode(False):  # a check before training may be the first forward pass
                 self._rotations.create(size)
-                self._fresh = version(self._rotations.matrices)
+            self._fresh = version(self._rotations.matrices)
+
+    def _rest(self, rep: Tensor) -> None:
+        """Create rotations that stay I, so that they can be read, unless they would be large."""
+        if rep.device != self._rotations.device:
+            self._follow(rep.device)
+        unseen = self._rotations.size is None and not is_transformed()
+        if unseen and self._dims.exist_in(rep.shape) and self._dims.size(rep.shape) <= LARGE:
+            self._settle(self._dims.size(rep.shape), rep.device)
+
+    @not_compiled
+    def _follow(self, device: torch.device) -> None:
+        """Move the rotations, and with them what is remembered, to where the model is."""
+        with torch.inference_mode(False):
+            self._rotations.to(device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the known places."""

@@ -67,7 +67,7 @@ class Whereabouts:
         if matrix is not None and rotations.size not in (None, len(matrix)):
             return f"the weights need a rotation of {len(matrix)} features, and the current ones have {rotations.size}."
         if matrix is None and rotations.size is not None:
-            matrix = torch.eye(rotations.size)
+            matrix = torch.eye(rotations.size, device="cpu")
         if matrix is not None:
             rotations.load_matrix(task, matrix)
         self._places.noted[task].update({(part, path): fits for path, fits in saved["places"].items()})
@@ -105,7 +105,7 @@ def checksums(state_dict: Mapping[str, Any], prefix: str) -> Tensor | None:
     if any(hasattr(each, "to_local") or each.is_meta for each in tensors):
         return None
     weights = [each for each in tensors if each.layout == torch.strided and (each.ndim or each.is_floating_point())]
-    total = torch.zeros(1 + len(DTYPES), dtype=torch.int64)
+    total = torch.zeros(1 + len(DTYPES), dtype=torch.int64, device="cpu")
     for weight in weights:
         for part in torch.split(weight.detach().reshape(-1), CHUNK):
             here = part.cpu() if part.device.type == "mps" else part  # it has no float64

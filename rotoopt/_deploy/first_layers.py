@@ -77,8 +77,8 @@ def find_first_layers(head: nn.Module, shape: torch.Size, dims: RotatedDims, lik
     if any(type(param) is not nn.Parameter for param in head.parameters()) or _is_sharded(head):
         raise UnfoldableError("its parameters are sharded or quantized")
     generator = torch.Generator().manual_seed(0)  # the same result in all processes of a group
-    z = wide(torch.randn(shape, generator=generator).to(like.device))
-    matrix = wide(torch.randn(like.shape, generator=generator).to(like.device)) / len(like) ** 0.5
+    z = wide(torch.randn(shape, generator=generator, device="cpu").to(like.device))
+    matrix = wide(torch.randn(like.shape, generator=generator, device="cpu").to(like.device)) / len(like) ** 0.5
     tensors = {
         name: wide(tensor) if tensor.is_floating_point() else tensor.clone()
         for name, tensor in (*head.named_parameters(), *head.named_buffers())

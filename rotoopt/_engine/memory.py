@@ -108,7 +108,7 @@ class Memory:
             if rotations.size not in (None, matrices.shape[-1]):
                 rule, found = f"have rotations of {rotations.size} features", str(matrices.shape[-1])
                 raise misfit(rule, found, "representation and `rotation_size`")
-            turned = (matrices != torch.eye(matrices.shape[-1]).to(matrices)).flatten(1).any(dim=1).tolist()
+            turned = (matrices != torch.eye(matrices.shape[-1], device=matrices.device)).flatten(1).any(dim=1).tolist()
             for task, rotate in enumerate(rotations.rotate):
                 if turned[task] and not rotate:
                     raise misfit("have R = I where rotate=False", f"another one for task {task}", "`rotate` flags")

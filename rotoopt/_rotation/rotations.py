@@ -111,7 +111,7 @@ class Rotations(nn.Module):
                     torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would also seed every GPU
                 self._assign(_haar(self.num_tasks, size))
         else:
-            self._assign(torch.eye(size))
+            self._assign(torch.eye(size, device=self.device))
 
     def _allocate(self, size: int) -> None:
         with torch.device("meta"):  # otherwise geotorch draws K Haar matrices: slow, and uses random numbers
@@ -145,14 +145,14 @@ class Rotations(nn.Module):
         """Set R_k of ``task`` to ``matrix``, shape ``(m, m)``; the others are I if they do not exist yet."""
         if self.manifold is None:
             self._allocate(len(matrix))
-            self._assign(torch.eye(len(matrix)))
+            self._assign(torch.eye(len(matrix), device=self.device))
         self.matrices[task].copy_(matrix)
 
     def is_turned(self, task: int) -> bool:
         """Whether R_k differs from I; synchronizes with the device."""
         if not self.rotate[task] or self.size is None:
             return False
-        return not torch.equal(self[task], torch.eye(self.size).to(self[task]))
+        return not torch.equal(self[task], torch.eye(self.size, device=self.device, dtype=self[task].dtype))
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         matrices = state_dict.get(f"{prefix}manifold.base")
@@ -171,6 +171,7 @@ def _haar(num_tasks: int, size: int) -> Tensor:
     One by one: geotorch uses ``torch.det`` for the sign, which MKL computes incorrectly for a batch of large matrices
     on several threads (pytorch#142815), and which underflows to zero for a large matrix.
     """
-    matrices = torch.stack([uniform_init_(torch.empty(size, size, dtype=torch.float64)) for _ in range(num_tasks)])
+    shape = (num_tasks, size, size)
+    matrices = torch.stack([uniform_init_(each) for each in torch.empty(shape, dtype=torch.float64, device="cpu")])
     matrices[determinant_signs(matrices) < 0, :, 0] *= -1
     return matrices

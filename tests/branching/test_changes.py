@@ -246,3 +246,28 @@ def test_a_constant_stands_in_for_an_absent_task(other: str) -> None:
         optimizer.step([left, right], backbone_loss=zero)
     assert optimizer.last_step is not None
     assert optimizer.last_step.present.tolist() == [True, other != "loss"]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_module_of_a_task_may_look_up_indices(own: bool) -> None:
+    """An embedding that a task has beside its decoder. Its gradient is its own; what else gets no z is an error."""
+    torch.manual_seed(0)
+    backbone, embedding = nn.Linear(5, 6), nn.Embedding(3, 6)
+    decoder, other = nn.Bilinear(6, 6, 2), nn.Linear(6, 2)
+    params = nn.ModuleList([backbone, embedding, decoder, other]).parameters()
+    optimizer = RotoGradOptimizer(SGD(params, lr=1e-3), {"a": (decoder, embedding), "b": other}, rotate=False)
+    labels = torch.arange(4) % 3
+    for _ in range(3):
+        z = backbone(torch.randn(4, 5))
+        losses = [100 * decoder(z, embedding(labels)).square().mean(), other(z).square().mean()]
+        looked_up = F.embedding(labels, embedding.weight)
+        same = 100 * F.bilinear(z, looked_up, decoder.weight, decoder.bias).square().mean()
+        (expected,) = torch.autograd.grad(same, embedding.weight, retain_graph=True)
+        optimizer.zero_grad()
+        back_propagate(losses) if own else optimizer.backward(losses)
+        assert_close(embedding.weight.grad, expected)
+        optimizer.step()
+    with pytest.raises(TypeError, match="A floating-point tensor must enter a head"):
+        other(labels)
+    with pytest.raises(TypeError, match="A floating-point tensor must enter a head"):
+        embedding(None)

@@ -330,3 +330,18 @@ def test_too_late_for_the_size_that_most_tasks_read_is_a_warning() -> None:
         with pytest.warns(UserWarning, match=message) if flags[0] else nullcontext():
             heads["second"](z)
         assert optimizer.rotations.size == (4 if flags[0] else D)
+
+
+def test_rotations_that_would_be_large_are_a_warning_and_none_are_made_that_are_not_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rotoopt._capture.places.LARGE", D - 1)
+    message = rf"^Rotations should be small next to the network, got {D} features: each of 2 rotations has {D} x {D}"
+    for options, size in (({}, D), ({"rotation_size": D - 1}, D - 1), ({"rotate": False}, None)):
+        backbone, heads, optimizer = wrapped(lambda: nn.Linear(D, 2), **{"rotation_size": None, **options})
+        with nullcontext() if options else pytest.warns(UserWarning, match=message) as warned:
+            for _ in range(2):
+                z = backbone(torch.randn(4, 5))
+                step(optimizer, [head(z) for head in heads])
+        assert warned is None or len(warned) == 1
+        assert optimizer.rotations.size == size
