@@ -47,6 +47,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "branching/test_changes.py",
         *(f"contract/test_{name}.py" for name in ("accumulation", "amp", "calls", "copies")),
         "distributed/test_distributed_checkpoint.py",
+        "test_equals_oracle.py",
     ),
     "_deploy": (),
     "comparison": (),

@@ -1,5 +1,6 @@
 """Weights where gradients cannot wait for each other: those that the paper's formula makes of the step before."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +9,7 @@ from torch.optim import SGD
 from torch.testing import assert_close
 
 from rotoopt import RotoGradOptimizer, RotoGradWeighting
+from tests.contract.models import back_propagate, wrap
 from tests.oracle import References, scale, shares
 from tests.samplers import NUM_TASKS, SEEDS, Sampler
 
@@ -58,3 +60,15 @@ def test_weights_are_those_of_the_norms_of_the_step_before(K: int, seed: int, da
         expected = torch.ones(K).double()
         if seen.any():
             expected[seen] = scale(known[seen], shares(known[seen], references.values[seen]))
+
+
+def test_losses_of_two_forward_passes_in_one_backward_pass_are_refused() -> None:
+    """Where the first one came before the latest backward pass, so that nobody expects its gradients any more."""
+    model, optimizer = wrap(weighting=RotoGradWeighting())
+    back_propagate(model.losses(0)[0])
+    optimizer.step()
+    old = model.losses(1)[0]
+    back_propagate(model.losses(2)[0])
+    message = r"read the same tensor .* got two tensors in one pass: .* call optimizer\.backward\(losses\)\.$"
+    with pytest.raises(RuntimeError, match=message):
+        back_propagate([*old, *model.losses(3)[0]])

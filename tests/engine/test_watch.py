@@ -111,6 +111,9 @@ def test_steps_of_another_optimizer_are_reported_once(num_passes: int, changed_a
                 head.weight.add_(1.0)
     assert len(found) == (changed_after < FOREIGN_PASSES < num_passes)
     assert all(message.startswith("The optimizer whose heads a loss passes through must make") for message in found)
+    assert all(
+        message.endswith("called on the wrapped optimizer: call it on the RotoGradOptimizer.") for message in found
+    )
 
 
 def test_backward_passes_that_nobody_steps_on() -> None:
