@@ -16,6 +16,7 @@ from rotoopt._capture.labels import (
     NONE,
     REARRANGING,
     REDUCING,
+    RESHAPING,
     UNTOLD,
     labels_of_outputs,
     labels_of_sum,
@@ -241,7 +242,7 @@ def _from_parameter(edge: Edge) -> tuple[Tensor | None, int | None]:
         name = operation(node)
         if name == "Unbind" or (name == "Select" and len(saved(node, "self_sym_sizes")) == 1):
             index = output if name == "Unbind" else saved(node, "index")
-        elif name not in ELEMENTWISE:
+        elif name not in ELEMENTWISE | RESHAPING:
             return None, None
         if len(parts) != 1:
             return None, None

@@ -110,7 +110,7 @@ def _labels(
     """Return the labels of all outputs, an empty list if there is no rule."""
     moved = _moved(node, operation, parts, shapes, out_shapes[0]) if operation in CHOICES | PICKS | WRITES else None
     if moved is not None:
-        return [moved]
+        return [moved] * len(out_shapes)
     if operation in ELEMENTWISE:
         labels = together(parts)
         return [labels.reshape((1,) * (len(out_shapes[0]) - labels.ndim) + labels.shape)]

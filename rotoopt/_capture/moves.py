@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rotoopt._torch.private import ASSIGNMENT, kept_by_assignment, saved
 
-PICKS = {"Index", "IndexSelect", "Gather", "MaskedSelect"}
+PICKS = {"Index", "IndexSelect", "Gather", "MaskedSelect", "Sort", "Topk", "Flip", "Roll"}
 CHOICES = {"Where", "MaskedFill"}
 WRITES = {"IndexPut", ASSIGNMENT}
 
@@ -27,10 +27,14 @@ def picked(node: Any, operation: str, labels: Tensor) -> Tensor | None:
     if operation == "MaskedSelect":
         mask = saved(node, "mask")
         return None if mask is None else labels.masked_select(mask.cpu())
-    dim, index = saved(node, "dim"), saved(node, "index")
+    if operation == "Flip":
+        return labels.flip(saved(node, "dims"))
+    if operation == "Roll":
+        return labels.roll(saved(node, "shifts"), saved(node, "dims"))
+    dim, index = saved(node, "dim"), saved(node, "indices" if operation in {"Sort", "Topk"} else "index")
     if index is None:
         return None
-    return labels.gather(dim, index.cpu()) if operation == "Gather" else labels.index_select(dim, index.cpu())
+    return labels.index_select(dim, index.cpu()) if operation == "IndexSelect" else labels.gather(dim, index.cpu())
 
 
 def chosen(node: Any, operation: str, parts: Sequence[Tensor], nothing: Tensor) -> Tensor | None:

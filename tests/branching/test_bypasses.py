@@ -103,7 +103,10 @@ def test_weights_of_losses_are_nobodys_business(kind: str, way: str) -> None:
         assert optimizer.last_step.present.all()
 
 
-@pytest.mark.parametrize("kind", ["of samples", "unbound", "of columns", "of columns, as losses"])
+KINDS = ["of samples", "unbound", "of columns", "of columns, as losses", "of rows, by a view", "unsqueezed"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("own", [False, True])
 def test_tasks_may_read_numbers_of_their_own_from_one_parameter(kind: str, own: bool) -> None:
     """A log-variance or a scale for each task, in one vector: what each number gets is its own."""
@@ -118,6 +121,10 @@ def test_tasks_may_read_numbers_of_their_own_from_one_parameter(kind: str, own: 
         if kind == "unbound":
             scales = s.exp().unbind()
             return [(scale * out.square()).mean() for scale, out in zip(scales, outputs, strict=True)]
+        if kind in ("of rows, by a view", "unsqueezed"):
+            scales = s.exp().view(1, 2, 1) if kind == "of rows, by a view" else s[:, None].exp()
+            errors = (torch.stack(outputs, 1) * scales).square()
+            return [errors[:, k].mean() for k in range(2)]
         errors = (torch.cat(outputs, 1) * s.exp()).square()
         return [errors[:, k].mean() for k in range(2)] if kind == "of columns" else list(errors.mean(0))
 
@@ -127,12 +134,13 @@ def test_tasks_may_read_numbers_of_their_own_from_one_parameter(kind: str, own: 
     assert_close(s.grad, expected)
 
 
-def test_one_number_for_the_outputs_of_all_tasks_is_named() -> None:
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (1, 1, 1)])
+def test_one_number_for_the_outputs_of_all_tasks_is_named(shape: tuple[int, ...]) -> None:
     model, s = TwoTasks(), nn.Parameter(torch.ones(1))
     optimizer = RotoGradOptimizer(SGD([*model.parameters(), s], lr=0.1), model.heads)
     outputs = [each.mean(1, keepdim=True) for each in model(model.inputs(0))]
     with pytest.raises(RuntimeError, match=PAST):
-        back_propagate([(torch.cat(outputs, 1) * s - 1).square().mean()])
+        back_propagate([(torch.cat(outputs, 1) * s.view(shape) - 1).square().mean()])
     assert optimizer.last_step is None
 
 

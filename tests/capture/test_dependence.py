@@ -85,6 +85,10 @@ TOLD: dict[str, Callable[[Tensor], Tensor]] = {  # of these the graph tells ever
     "masked_select": lambda x: x.masked_select(every_second(x)),
     "gathered": lambda x: x.gather(-1, torch.arange(x.numel()).reshape(x.shape) % x.shape[-1]),
     "one of two": lambda x: torch.where(every_second(x), x, x[torch.arange(len(x) - 1, -1, -1)]),
+    "flipped": lambda x: x.flip(0),
+    "rolled": lambda x: x.roll(1, -1),
+    "sorted": lambda x: x.sort(0).values,
+    "largest": lambda x: x.topk(1, -1).values,
     "filled": lambda x: x.masked_fill(every_second(x), 3.0),
     "filled by one": lambda x: x.masked_fill(every_second(x), x.flatten()[0]),
     "put": lambda x: put(torch.zeros_like(x), every_second(x), x[every_second(x)]),
@@ -96,7 +100,6 @@ UNTOLD: dict[str, Callable[[Tensor], Tensor]] = {  # of these not, and then too 
     "part added to": lambda x: changed(x, Tensor.add_),
     "part times a constant": lambda x: changed(x, lambda part, _: part.mul_(2.0)),
     "part without gradient": lambda x: changed(x, lambda part, _: part.zero_()),
-    "flipped": lambda x: x.flip(0),
     "repeated": lambda x: x.repeat(*[2] * x.ndim),
 }
 OPERATIONS = TOLD | UNTOLD
