@@ -122,8 +122,8 @@ def test_tasks_may_read_numbers_of_their_own_from_one_parameter(kind: str, own: 
             scales = s.exp().unbind()
             return [(scale * out.square()).mean() for scale, out in zip(scales, outputs, strict=True)]
         if kind in ("of rows, by a view", "unsqueezed"):
-            scales = s.exp().view(1, 2, 1) if kind == "of rows, by a view" else s[:, None].exp()
-            errors = (torch.stack(outputs, 1) * scales).square()
+            each = s.exp().view(1, 2, 1) if kind == "of rows, by a view" else s[:, None].exp()
+            errors = (torch.stack(outputs, 1) * each).square()
             return [errors[:, k].mean() for k in range(2)]
         errors = (torch.cat(outputs, 1) * s.exp()).square()
         return [errors[:, k].mean() for k in range(2)] if kind == "of columns" else list(errors.mean(0))
