@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD
@@ -100,6 +100,7 @@ def test_parameters_of_heads_that_nobody_updates_are_named_after_some_steps(fate
             assert found == []
 
 
+@example(num_passes=FOREIGN_PASSES + 1, changed_after=0)
 @given(num_passes=st.integers(1, 2 * FOREIGN_PASSES), changed_after=st.integers(0, 2 * FOREIGN_PASSES))
 def test_steps_of_another_optimizer_are_reported_once(num_passes: int, changed_after: int) -> None:
     head = nn.Linear(2, 2)
