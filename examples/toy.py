@@ -1,4 +1,4 @@
-"""The toy problem of the RotoGrad paper: two tasks want one point in opposite corners of the plane.
+"""The toy problem of the RotoGrad paper: one point, and two tasks with minima in opposite corners of the plane.
 
 Each task has one global minimum (loss -6) and many local ones. Without rotations, no point is near both global minima.
 With rotations, each task sees the point in its own rotated plane, and one point can be optimal for both tasks.
