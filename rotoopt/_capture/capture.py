@@ -246,14 +246,13 @@ class Capture:
                     "Likely cause: re-entrant checkpointing around a head; pass use_reentrant=False to checkpoint()."
                 )
             fork = self._forks[rep] = Fork(rep, len(self.rotations), self._running)
-            self.fed.forks.add(fork)
             fork.sketch = self._sketch(rep)
         elif rep.is_leaf and fork.used:  # z is a parameter, the same tensor in every forward pass
             fork.used = ()
             fork.taps.clear()
             fork.second_moment = None
-            self.fed.forks.add(fork)
             fork.sketch = self._sketch(rep)
+        self.fed.forks.add(fork)
         return fork
 
     def _sketch(self, rep: Tensor) -> Sketch | None:

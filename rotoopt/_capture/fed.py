@@ -41,8 +41,9 @@ class Fed:
         return frozenset(task for task, requires_grad in self.tasks.items() if requires_grad)
 
     def is_frozen(self, tasks: Iterable[int]) -> bool:
-        """Whether the heads of ``tasks`` ran, and no input required grad."""
-        return all(self.tasks.get(task) is False for task in tasks)
+        """Whether the heads of ``tasks`` ran, and no input required grad whose graph still exists."""
+        live = {task for fork in self.forks for task in fork.tasks}  # without a trial before the backbone was frozen
+        return all(task in self.tasks and task not in live for task in tasks)
 
     def described(self, names: Sequence[str]) -> str:
         """Describe the inputs of the heads of each task: shapes, and operations."""

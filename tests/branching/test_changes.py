@@ -271,3 +271,21 @@ def test_a_module_of_a_task_may_look_up_indices(own: bool) -> None:
         other(labels)
     with pytest.raises(TypeError, match="A floating-point tensor must enter a head"):
         embedding(None)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("num_tasks", [1, 2])
+@pytest.mark.filterwarnings("ignore:The representation should require grad")
+def test_a_trial_before_the_backbone_is_frozen_leaves_no_trace(own: bool, num_tasks: int) -> None:
+    """A forward pass for the shapes, and then heads are trained alone at first."""
+    model, optimizer = wrap()
+    model(model.inputs(0))
+    model.backbone.requires_grad_(False)
+    for batch in range(3):
+        before = [param.detach().clone() for param in model.heads.parameters()]
+        losses = model.losses(batch)[0][:num_tasks]
+        optimizer.zero_grad()
+        back_propagate(losses) if own else optimizer.backward([*losses, *[None] * (2 - num_tasks)])
+        optimizer.step()
+        changed = [not torch.equal(*pair) for pair in zip(before, model.heads.parameters(), strict=True)]
+        assert sum(changed) == num_tasks * len(changed) // 2
