@@ -392,7 +392,7 @@ class RotoGradOptimizer(OptimizerWrapper):
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """Names of the tasks, by which losses may be given: the keys of ``heads``, or what stands for them."""
+        """Names of the tasks, for losses given by name: the keys of ``heads``, or e.g. ``heads[0]``."""
         return self._core.engine.names
 
     @property

@@ -92,8 +92,8 @@ class SampleSums:
 class Sketch:
     """Random projections of a representation, kept until its gradients come back.
 
-    The first dimension contains the samples; positions within a sample are added. Projections are drawn anew for every
-    measurement, so that their errors are independent.
+    The first dimension contains the samples; positions within a sample are added. Projections are drawn again after
+    every update of the rotations, so that their errors are independent.
 
     Args:
         rep: z.

@@ -106,8 +106,8 @@ def _mixed(tasks: Sequence[int], names: Sequence[str]) -> str:
     return (
         f"The loss of {first} must be computed from the output of its own head, got one that passes through that "
         f"of {second}, too: its gradient would be given two weights. Either (a) give each head its own loss, to "
-        f"which the others may be added, or detach() the output of {second} in the loss of {first}, (b) in your own "
-        "sum(losses).backward(), where an index or a mask picked one task for each sample, call backward(losses) with "
-        "the loss of each task instead, which knows what was picked, or (c) where the loss trains something else, as "
-        "an actor through its critics, run its forward pass under optimizer.paused()."
+        f"which the others may be added, or detach() the output of {second} in the loss of {first}, (b) if an "
+        "index or a mask selects one task for each sample in your own sum(losses).backward(), call backward(losses) "
+        "with the loss of each task instead, or (c) if the loss trains something else, as an actor through its "
+        "critics, run its forward pass under optimizer.paused()."
     )

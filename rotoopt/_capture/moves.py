@@ -1,4 +1,4 @@
-"""Moves: labels of what picks numbers, chooses between them or writes them somewhere: indices, masks, assignments."""
+"""Moves: labels of operations that select or overwrite entries: indices, masks, assignments."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ WRITES = {"IndexPut", ASSIGNMENT}
 
 
 def picked(node: Any, operation: str, labels: Tensor) -> Tensor | None:
-    """Return the labels of numbers that were picked out of some with ``labels``, of full size.
+    """Return the labels of entries selected from a tensor with ``labels``, which have full size.
 
     Returns:
-        None where the graph does not tell which: a backward pass was there.
+        None if the graph does not show which ones, after a backward pass.
     """
     if operation == "Index":
         indices = _indices(node)
@@ -38,16 +38,16 @@ def picked(node: Any, operation: str, labels: Tensor) -> Tensor | None:
 
 
 def chosen(node: Any, operation: str, parts: Sequence[Tensor], nothing: Tensor) -> Tensor | None:
-    """Return the labels of numbers that a mask chose out of some with labels ``parts``, or filled in.
+    """Return the labels of entries that a mask selects from tensors with labels ``parts``, or fills.
 
     Args:
         node: The operation in a graph.
         operation: Its name.
         parts: The labels of its inputs.
-        nothing: That of a number without a task.
+        nothing: The label of an entry without a task.
 
     Returns:
-        None where the graph does not tell which: a backward pass was there.
+        None if the graph does not show which ones, after a backward pass.
     """
     if operation == "Where":
         mask, (there, elsewhere) = saved(node, "condition"), parts
@@ -57,10 +57,10 @@ def chosen(node: Any, operation: str, parts: Sequence[Tensor], nothing: Tensor) 
 
 
 def written(node: Any, operation: str, labels: Tensor, new: Tensor) -> Tensor | None:
-    """Return ``labels``, of full size, after numbers with labels ``new`` were written over some.
+    """Return ``labels``, which have full size, after some entries were overwritten by others with labels ``new``.
 
     Returns:
-        None where the graph does not tell over which: a backward pass was there, or they were added.
+        None if the graph does not show which ones: after a backward pass, or if they were added.
     """
     if operation == "IndexPut":
         indices = None if saved(node, "accumulate") else _indices(node)

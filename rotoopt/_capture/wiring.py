@@ -13,7 +13,7 @@ from rotoopt._capture.graph import Node, behind, leaves, made_by, operation, rea
 from rotoopt._capture.places import Places
 from rotoopt._torch.private import running_roots
 
-LOOK_EVERY = 17  # a prime, which meets every step of a cycle, as of labelled and unlabelled batches
+LOOK_EVERY = 17  # a prime number, to check every step of a cycle, such as labeled and unlabeled batches
 
 
 class Wiring:
@@ -43,7 +43,7 @@ class Wiring:
         known = self._known(tasks, fed)
         if known is not None and self._made_by.get(tasks) == made_by_now:
             return known
-        self._one_tensor.pop(tasks, None)  # what is refused is looked at again
+        self._one_tensor.pop(tasks, None)  # check rejected losses again
         made = {task: made_by(loss) for task, loss in losses.items()}
         backbone = None if backbone_loss is None else made_by(backbone_loss)
         check_losses(made, fed, self._names, self._own_parameters(), backbone)

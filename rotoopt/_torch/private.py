@@ -179,13 +179,12 @@ def _signed(value: Any) -> Any:
 
 @torch.no_grad()
 def kept_by_assignment(node: Any) -> Tensor | None:
-    """Return which numbers of x remain after ``x[part] = y``, by its operation in a graph. Bool, shape of x.
+    """Return which entries of x remain after ``x[part] = y``, given its operation in a graph. Bool, shape of x.
 
-    Nothing public tells it, and nothing private but the gradients of the operation.
+    There is no public name for it; only the gradients of the operation show it.
 
     Returns:
-        None if that cannot be told: numbers were not replaced but changed, x has no gradient, or a backward pass was
-        there.
+        None if it is unknown: entries were changed, not replaced; x has no gradient; or after a backward pass.
     """
     of_x = node._input_metadata[0]
     try:
@@ -197,8 +196,8 @@ def kept_by_assignment(node: Any) -> Tensor | None:
         return None
     remains, replaced = kept == 1, kept == 0
     written = [each.double().sum() for each in written if each is not None]  # none for x[part] = 0
-    is_told = bool((remains | replaced).all()) and (not written or sum(written) == replaced.sum())
-    return remains if is_told else None
+    is_known = bool((remains | replaced).all()) and (not written or sum(written) == replaced.sum())
+    return remains if is_known else None
 
 
 def is_transformed() -> bool:
