@@ -98,9 +98,9 @@ class Progress:
         for k, all_so_far in enumerate(self.agreements):
             mean = 0.0
             for n, value in enumerate(all_so_far, start=1):
-                mean += (value - mean) / min(n, 10)
+                mean += (value - mean) / min(n, 30)
             if all_so_far:
-                found[k] = min(max(1 - 1 / mean, 0.05), 1.0)
+                found[k] = min(max(1 - 1 / mean, 0.1), 1.0)
         logs = found.log()
         return logs.where(~logs.isnan(), logs.nanmean().nan_to_num(0.0)).exp()
 

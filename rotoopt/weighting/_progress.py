@@ -11,8 +11,8 @@ from rotoopt.weighting._weighting import Weighting
 BURST = 3.0  # a gradient up to this many times its mean norm is weighted by the mean, a larger one by its own norm
 VANISHED = 1e-3  # relative to the largest mean norm of the task: below it, the weight stops growing
 RATES = 1e-4, 1e4  # bounds of r
-NOISE = 0.05  # lower bound of s: smaller estimates are not significant
-TURNS = 10  # length of the running mean of the agreement
+NOISE = 0.1  # lower bound of s: a smaller estimate is not significant, and a task may show its signal late
+TURNS = 30  # length of the running mean of the agreement: its standard error is then about 0.1
 
 
 class ProgressWeighting(Weighting):
@@ -45,7 +45,7 @@ class ProgressWeighting(Weighting):
     their running means, so that a batch per task is weighted like a batch with all of them.
 
     Weights are bounded: a gradient more than three times as large as its mean is weighted by a third of its own
-    norm, a vanishing one by a thousandth of its largest mean so far; r is between 1e-4 and 1e4, and s at least 0.05.
+    norm, a vanishing one by a thousandth of its largest mean so far; r is between 1e-4 and 1e4, and s at least 0.1.
     A gradient that grows by orders of magnitude within one step is still used once with the previous weight.
 
     Args:
