@@ -51,9 +51,9 @@ class StepRecord:
         weights: The task weights that were used, zero for an absent task, NaN for a callable weighting. Shape ``(K,)``.
         lagged: Whether these weights were computed in the step before: because the weighting is lagged, or because the
             heads read several tensors, whose gradients cannot be collected.
-        cosines: Cosines between the task gradients, zero for an absent or zero one. If the weights are known before
-            the backward pass, gradients are only collected in every ``turn_every``-th step: then the cosines of the
-            latest of these. Shape ``(K, K)``.
+        cosines: Cosines between the task gradients, zero for an absent or zero one, and for tasks whose heads read
+            different tensors. If the weights are known before the backward pass, gradients are only collected in every
+            ``turn_every``-th step: then the cosines of the latest of these. Shape ``(K, K)``.
         present: Which tasks are present. Shape ``(K,)``, bool.
         finite: Whether all losses and gradients were finite; if not, rotations, references and trained weights
             were not changed. Shape ``()``, bool.
