@@ -140,6 +140,13 @@ def test_a_task_whose_signal_is_unknown_has_the_mean_of_the_others(K: int, seed:
     assert_close(weights / weights.sum(), expected / expected.sum())
 
 
+@given(K=st.integers(2, 6), seed=SEEDS)
+def test_the_only_known_signal_is_that_of_all(K: int, seed: int) -> None:
+    agreement = (1 + Sampler(seed).uniform(K)).masked_fill(torch.arange(K) > 0, torch.nan)
+    weights = ProgressWeighting(1.0)(measured(torch.ones(K).double(), agreement=agreement))
+    assert_close(weights, torch.ones(K).double())
+
+
 @given(K=st.integers(2, 6), seed=SEEDS, late=st.integers(1, 3))
 def test_a_signal_that_becomes_known_counts_from_then_on(K: int, seed: int, late: int) -> None:
     sampler, (one, other) = Sampler(seed), (ProgressWeighting(1.0) for _ in range(2))
