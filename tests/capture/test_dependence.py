@@ -62,6 +62,7 @@ TOLD: dict[str, Callable[[Tensor], Tensor]] = {  # of these the graph tells ever
     "split by sizes": lambda x: torch.split(x, [x.shape[-1] - 1, 1], -1)[0] if x.shape[-1] > 1 else x,
     "unbind": lambda x: x.unbind(-1)[0] if x.ndim > 1 else x,
     "transposed": lambda x: x.transpose(0, -1),
+    "matrix transposed": lambda x: x.T if x.ndim == 2 else x,
     "permuted": lambda x: x.permute(*range(1, x.ndim), 0),
     "flat": lambda x: x.reshape(-1),
     "flat pairs": lambda x: x.flatten(0, 1) if x.ndim > 1 else x,
