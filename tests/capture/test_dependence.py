@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ TOLD: dict[str, Callable[[Tensor], Tensor]] = {  # of these the graph tells ever
     "split by sizes": lambda x: torch.split(x, [x.shape[-1] - 1, 1], -1)[0] if x.shape[-1] > 1 else x,
     "unbind": lambda x: x.unbind(-1)[0] if x.ndim > 1 else x,
     "transposed": lambda x: x.transpose(0, -1),
-    "matrix transposed": lambda x: x.T if x.ndim == 2 else x,
+    "matrix transposed": lambda x: x.t() if x.ndim == 2 else x,
     "permuted": lambda x: x.permute(*range(1, x.ndim), 0),
     "flat": lambda x: x.reshape(-1),
     "flat pairs": lambda x: x.flatten(0, 1) if x.ndim > 1 else x,
@@ -271,3 +272,23 @@ def test_each_loss_may_read_its_part_of_what_all_heads_have_made(name: str) -> N
     losses_of_others = losses(torch.cat(bench.outputs(), 1), bench.y)[::-1]
     with pytest.raises(RuntimeError, match=r"loss of heads\[0\] must pass .* got one that passes through: heads\[2\]"):
         bench.optimizer.step([losses_of_others[0], None, None])
+
+
+class Doubled(torch.autograd.Function):
+    """Several outputs, of which the graph does not tell what each was made of, as those of a compiled model."""
+
+    @staticmethod
+    def forward(ctx: Any, *outs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(2 * out for out in outs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(2 * grad for grad in grads)
+
+
+def test_outputs_of_a_function_that_is_not_looked_into_may_be_those_of_single_heads() -> None:
+    bench = Heads(4)
+    losses = [out.square().mean() for out in Doubled.apply(*bench.outputs())]  # type: ignore[no-untyped-call]
+    bench.optimizer.step(losses)
+    assert bench.optimizer.last_step is not None
+    assert bench.optimizer.last_step.present.all()
