@@ -38,7 +38,8 @@ class SampleSums:
 
     def scaled(self, factor: Tensor | float) -> SampleSums:
         """Return the sums for gradients times ``factor``, a number or of shape ``(K,)``."""
-        return replace(self, scale=factor if isinstance(self.scale, float) else self.scale * factor)
+        is_one = isinstance(self.scale, float) and self.scale == 1.0  # then there is nothing to multiply
+        return replace(self, scale=factor if is_one else self.scale * factor)
 
     def multiplied(self) -> SampleSums:
         """Return the sums times their scale."""

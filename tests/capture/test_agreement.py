@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.testing import assert_close
 
 from rotoopt import ProgressWeighting, RotoGradOptimizer
-from rotoopt._capture.agreement import SampleSums, Sketch
+from rotoopt._capture.agreement import NUM_PROJECTIONS, SampleSums, Sketch
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._torch.processes import Processes
 from tests import oracle
@@ -154,3 +154,22 @@ def test_share_of_a_task_that_is_noise_falls(calls: str, *, apart: bool) -> None
         shares[weighting.alpha] = float(weighted[1] / weighted.sum())
     assert shares[0.0] == pytest.approx(0.5, abs=0.05)
     assert shares[0.5] < 0.4
+
+
+@example(K=2, seed=0, factors=["number", "number"])
+@given(K=NUM_TASKS, seed=SEEDS, factors=st.lists(st.sampled_from(["number", "one tensor", "by task"]), max_size=3))
+def test_sums_are_linear_in_the_gradients(K: int, seed: int, factors: list[str]) -> None:
+    sampler = Sampler(seed)
+    sums, lengths = sampler.normal(K, NUM_PROJECTIONS**2), sampler.uniform(K)
+    found, product = SampleSums(sums, lengths), torch.ones(K).double()
+    for kind in factors:
+        tensor = sampler.uniform(K)
+        factor: Tensor | float = 2.5 if kind == "number" else tensor[0] if kind == "one tensor" else tensor
+        found, product = found.scaled(factor), product * factor
+    expected, nothing = (sums * product[:, None], lengths * product), (0 * sums, 0 * lengths)
+    for each in (found, found.where(torch.tensor(True)), found.to(sums)):
+        assert_close((each.multiplied().sums, each.multiplied().lengths), expected)
+    left_out = found.where(torch.tensor(False))
+    assert_close((left_out.sums, left_out.lengths), nothing)
+    moved = found.to(torch.empty(0, device="meta"))
+    assert {moved.sums.device.type, moved.lengths.device.type} == {"meta"}
