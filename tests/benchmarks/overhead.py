@@ -180,9 +180,9 @@ def main() -> None:
             results[-1].bars = bars(name, results, args)
             report[f"{name}, bfloat16" if autocast else name] = results
             print("\n".join(result.markdown() for result in results), flush=True)
-    if args.json is not None:
-        content = {name: [asdict(result) for result in results] for name, results in report.items()}
-        args.json.write_text(json.dumps({"machine": measured_on, "clock": clock, "cases": content}, indent=1))
+            if args.json is not None:
+                content = {name: [asdict(result) for result in results] for name, results in report.items()}
+                args.json.write_text(json.dumps({"machine": measured_on, "clock": clock, "cases": content}, indent=1))
 
 
 if __name__ == "__main__":
