@@ -83,6 +83,10 @@ class SampleSkew:
 
     def half_squared_norm(self) -> Tensor:
         """From inner products of samples."""
+        return self._half_squared_norm
+
+    @cached_property
+    def _half_squared_norm(self) -> Tensor:
         return (0.5 * _inner(self._M, self._M.mT)).abs()  # rounding may change the sign of what is zero
 
     def in_metric(self, factor: Tensor) -> Ascent:
@@ -97,12 +101,13 @@ class SampleSkew:
         skew, own = SampleSkew(solved[1:].mT, solved[0].mT), SampleSkew(tasks.mT, target.mT)
         mixed = own._X @ skew._XJ.mT  # the inner products in the metric
         flipped = -mixed.mT
-        products = mixed * flipped
-        rise = products.sum((1, 2))
-        # |N|^2 in the metric, of which W - c V is one part, and c V the other.
-        aligned = along * torch.linalg.vector_norm(mixed[0, :n, n:])
-        size = torch.addcmul(products[:, :n, n:].sum((1, 2)), aligned, aligned)
-        return Ascent(skew, rise, change=_inner(skew._M, flipped), clarity=_beyond_rounding(rise, size))
+        rise, change = _inner(mixed, flipped), _inner(skew._M, flipped)
+        # Rounding is that of the products in D: |V V^T| |W W^T|, which is at least |N|^2, for W - c V and for c V.
+        VV, WW = (torch.linalg.vector_norm(each, dim=(1, 2)) for each in (skew._M[:, :n, n:], skew._M[:, n:, :n]))
+        aligned = along * VV
+        size = torch.addcmul(VV * WW, aligned, aligned)
+        clarity = _beyond_rounding(skew.half_squared_norm(), size)
+        return Ascent(skew, rise, change, clarity=torch.minimum(rise, clarity))
 
     def turn_(self, matrices: Tensor, step: Tensor) -> None:
         """In O(n m^2)."""
@@ -131,7 +136,8 @@ class DenseSkew:
         half = inverse @ self._S
         skew = DenseSkew(half @ (0.5 * inverse))  # D / 2 is skew, up to rounding errors
         clarity = _beyond_rounding(_dot(self._S, self._S), _dot(self._N, self._N))
-        return Ascent(skew, rise=_dot(self._S, skew._S), change=_dot(skew._S, half), clarity=clarity)
+        rise, change = _dot(self._S, skew._S), _dot(skew._S, half)
+        return Ascent(skew, rise, change, clarity=torch.minimum(rise, clarity))
 
     def turn_(self, matrices: Tensor, step: Tensor) -> None:
         """In O(m^3)."""

@@ -109,7 +109,7 @@ class CayleyStep:
         factor = self._metric.factor(gradients, matrices)
         ascent = self._skew(gradients, m).in_metric(factor)  # which frees S
         norm = ascent.skew.half_squared_norm()
-        least = torch.minimum(torch.minimum(ascent.rise, ascent.change), ascent.clarity)
+        least = torch.minimum(ascent.change, ascent.clarity)
         rests = (least > 0) <= self.rotations.rests  # not greater than: unless it can turn, and is not to rest
         self._sizes.grad = (ascent.change / m).sqrt().masked_fill(rests, 0.0)
         self.optimizer.step()
