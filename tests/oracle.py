@@ -93,7 +93,7 @@ class Progress:
         self.weights = torch.where(known, shares / shares.sum() * common.sum() / common, 1.0)
 
     def signal(self) -> Tensor:
-        """One minus the part that is noise; that of a task that is not known yet is the others' geometric mean."""
+        """One minus the part that is noise; nearer to the geometric mean over the tasks the fewer measurements."""
         found = torch.full_like(self.weights, math.nan)
         for k, all_so_far in enumerate(self.agreements):
             mean = 0.0
@@ -101,15 +101,21 @@ class Progress:
                 mean += (value - mean) / min(n, 30)
             if all_so_far:
                 found[k] = min(max(1 - 1 / mean, 0.1), 1.0)
-        logs = found.log()
-        return logs.where(~logs.isnan(), logs.nanmean().nan_to_num(0.0)).exp()
+        counts = torch.tensor([len(all_so_far) for all_so_far in self.agreements]).double()
+        trust = counts / (counts + 1)
+        average = found.log().nanmean().nan_to_num(0.0)
+        return (trust * found.log().nan_to_num(0.0) + (1 - trust) * average).exp()
 
 
 def agreement(G: Tensor, z: Tensor, seed: int) -> Tensor:
-    """|sum_b A_b|^2 / sum_b |A_b|^2 for A_b = sum_s g_bs z_bs^T, of random projections; 1 if samples share nothing."""
+    """|sum_b A_b|^2 / sum_b |A_b|^2 for A_b = sum_s g_bs z_bs^T, of random projections; 1 if samples share nothing.
+
+    NaN if fewer than two samples have an A.
+    """
     left, right = torch.randn(2, z.shape[-1], 8, generator=torch.Generator().manual_seed(seed)).double()
     A = torch.einsum("kbsd,de,bsc,cf->kbfe", G, right, z, left)  # G: (K, B, samples of one, d), z the same without K
-    return A.sum(dim=1).square().sum(dim=(1, 2)) / A.square().sum(dim=(1, 2, 3))
+    found = A.sum(dim=1).square().sum(dim=(1, 2)) / A.square().sum(dim=(1, 2, 3))
+    return torch.where(A.flatten(2).any(dim=2).sum(dim=1) > 1, found, math.nan)
 
 
 def rotation_gradient(U: Tensor, V: Tensor) -> Tensor:

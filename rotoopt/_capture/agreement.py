@@ -13,6 +13,7 @@ from rotoopt._torch.processes import Processes
 from rotoopt.weighting._measurements import root_sum_square
 
 NUM_PROJECTIONS = 8  # of z, and of the gradients at z
+ROUNDING = 1e-5  # upper bound of the relative error of an agreement
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,11 @@ class SampleSums:
     def agreement(self) -> Tensor:
         r"""Return :math:`\lVert \sum_b A_{kb} \rVert^2 / \sum_b \lVert A_{kb} \rVert^2`, NaN if unknown. ``(K,)``.
 
-        Its expectation is one if samples have nothing in common; it is the number of samples if all are equal.
+        Its expectation is one if samples have nothing in common; it is the number of samples if all are equal. It is
+        unknown if only one sample has a gradient, such as the only one with a label: then it is always one.
         """
-        return (self.sums / self.lengths[:, None]).square().sum(1)
+        found = (self.sums / self.lengths[:, None]).square().sum(1)
+        return found.masked_fill((found - 1).abs() < ROUNDING, torch.nan)
 
 
 class Sketch:

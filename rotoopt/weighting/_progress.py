@@ -12,6 +12,7 @@ BURST = 3.0  # a gradient up to this many times its mean norm is weighted by the
 VANISHED = 1e-3  # relative to the largest mean norm of the task: below it, the weight stops growing
 RATES = 1e-4, 1e4  # bounds of r
 NOISE = 0.1  # lower bound of s: a smaller estimate is not significant, and a task may show its signal late
+PRIOR = 1.0  # number of measurements after which an estimate of s counts as much as that all tasks have the same
 TURNS = 30  # length of the running mean of the agreement: its standard error is then about 0.1
 
 
@@ -31,8 +32,9 @@ class ProgressWeighting(Weighting):
       proportional to :math:`\sqrt{r_k}`: with :math:`\alpha = 1/2`, its weight does not grow as it converges.
     - s is the share of the gradient that is signal. F is the agreement of the samples of a batch
       (:attr:`Measurements.agreement`, measured when rotations are updated, or soon after, and used from the next step
-      on): one if they have nothing in common, as for random labels. With one sample per batch it cannot be estimated,
-      and all s are equal.
+      on): one if they have nothing in common, as for random labels. With one sample per batch it cannot be estimated.
+      The first estimates are noisy: after n of them, log s has the weight n / (n + 1), and its mean over the tasks the
+      rest.
 
     The weights are computed in earlier steps, so that they are known before the backward pass and each gradient is
     weighted as soon as it is available. The first two steps use their own gradients if all heads read one tensor, and
@@ -110,20 +112,18 @@ class ProgressWeighting(Weighting):
         return torch.maximum(torch.maximum(means, latest / BURST), VANISHED * self.state["peaks"])
 
     def _log_signal(self, measured: Measurements) -> Tensor:
-        r"""Return :math:`\alpha \log s`; where unknown, the mean over the other tasks. Shape ``(K,)``."""
+        r"""Return :math:`\alpha \log s`, closer to the mean over the tasks the less is known. Shape ``(K,)``."""
         latest = measured.agreement
         if latest is not None:
             known = latest < torch.inf  # NaN is not
             before = self._remembered("agreement", measured.norms).to(measured.norms)
             count = self._remembered("num_agreements", before).to(before) + known
-            mean = torch.lerp(
-                before, torch.where(known, latest.to(before), before), count.clamp(1.0, TURNS).reciprocal()
-            )
-            unknown = count == 0
-            logs = (1 - mean.reciprocal()).clamp(min=NOISE).log().masked_fill(unknown, 0.0)
-            logs = torch.where(unknown, logs.sum() / (~unknown).sum().clamp(min=1), logs)
+            gain = count.clamp(1.0, TURNS).reciprocal()
+            mean = torch.lerp(before, torch.where(known, latest.to(before), before), gain)
+            logs = (1 - mean.reciprocal()).clamp(min=NOISE).log()
+            average = (logs * (count > 0)).sum() / (count > 0).sum().clamp(min=1)
             self.state["agreement"], self.state["num_agreements"] = mean, count
-            self.state["log_signal"] = self.alpha * logs
+            self.state["log_signal"] = self.alpha * torch.lerp(average, logs, count / (count + PRIOR))
         return self._remembered("log_signal", measured.norms).to(measured.norms)
 
     def _remembered(self, name: str, like: Tensor) -> Tensor:

@@ -115,7 +115,10 @@ def test_share_of_a_task_that_converges_falls_and_of_one_that_does_not_rises(K: 
 
 @given(K=NUM_TASKS, seed=SEEDS, alpha=ALPHAS)
 def test_shares_are_in_proportion_to_the_signal(K: int, seed: int, alpha: float) -> None:
-    """One minus the part that is noise; of a mean over thirty turns, and what lies below a tenth is not significant."""
+    """One minus the part that is noise, of a mean over thirty turns; below a tenth it is not significant.
+
+    One measurement counts as much as that all tasks have the same signal.
+    """
     sampler, weighting, mean = Sampler(seed), ProgressWeighting(alpha), torch.zeros(K).double()
     norms = 1 + sampler.uniform(K)
     for turn in range(33):
@@ -123,7 +126,8 @@ def test_shares_are_in_proportion_to_the_signal(K: int, seed: int, alpha: float)
         mean += (latest - mean) / min(turn + 1, 30)
         weights = weighting(measured(norms, agreement=latest))
         assert_close(weighting(measured(norms)), weights)  # a step in which it is not measured changes nothing
-        expected = (1 - 1 / mean).clamp(0.1, 1.0) ** alpha
+        logs = (1 - 1 / mean).clamp(0.1, 1.0).log()
+        expected = (alpha * torch.lerp(logs.mean(), logs, (turn + 1) / (turn + 2))).exp()
         weighted = weights * norms
         assert_close(weighted / weighted.sum(), expected / expected.sum())
 
@@ -134,9 +138,9 @@ def test_a_task_whose_signal_is_unknown_has_the_mean_of_the_others(K: int, seed:
     sampler, unknown = Sampler(seed), torch.tensor(data.draw(st.lists(st.booleans(), min_size=K, max_size=K)))
     norms, found = torch.ones(K).double(), 2 + sampler.uniform(K)
     weights = ProgressWeighting(1.0)(measured(norms, agreement=found.masked_fill(unknown, torch.nan)))
-    signal = 1 - 1 / found
-    mean = signal[~unknown].log().mean().exp() if not unknown.all() else torch.tensor(1.0).double()
-    expected = torch.where(unknown, mean, signal)
+    logs = (1 - 1 / found).log()
+    mean = logs[~unknown].mean() if not unknown.all() else torch.tensor(0.0).double()
+    expected = torch.where(unknown, mean, (logs + mean) / 2).exp()
     assert_close(weights / weights.sum(), expected / expected.sum())
 
 
@@ -149,15 +153,15 @@ def test_the_only_known_signal_is_that_of_all(K: int, seed: int) -> None:
 
 @given(K=st.integers(2, 6), seed=SEEDS, late=st.integers(1, 3))
 def test_a_signal_that_becomes_known_counts_from_then_on(K: int, seed: int, late: int) -> None:
-    sampler, (one, other) = Sampler(seed), (ProgressWeighting(1.0) for _ in range(2))
-    norms, first = torch.ones(K).double(), torch.arange(K) == 0
+    weighting, norms, first = ProgressWeighting(1.0), torch.ones(K).double(), torch.arange(K) == 0
     for _ in range(late):
-        one(measured(norms, agreement=torch.full_like(norms, 2.0).masked_fill(first, torch.nan)))
-        other(measured(norms, agreement=torch.full_like(norms, 2.0)))
-    agreement = 2 + sampler.uniform(K)
-    weights, expected = (each(measured(norms, agreement=agreement)) for each in (one, other))
-    assert_close(weights[1:] / weights[1], expected[1:] / expected[1])
-    assert_close(weights[0] / weights[1], (1 - 1 / agreement[0]) / (1 - (late + 1) / (2 * late + agreement[1])))
+        weighting(measured(norms, agreement=torch.full_like(norms, 2.0).masked_fill(first, torch.nan)))
+    agreement = 2 + Sampler(seed).uniform(K)
+    weights = weighting(measured(norms, agreement=agreement))
+    means = torch.where(first, agreement, (2 * late + agreement) / (late + 1))
+    logs, trust = (1 - 1 / means).log(), torch.where(first, 1 / 2, (late + 1) / (late + 2)).double()
+    expected = torch.lerp(logs.mean(), logs, trust).exp()
+    assert_close(weights / weights.sum(), expected / expected.sum())
 
 
 @given(K=NUM_TASKS, seed=SEEDS, alpha=ALPHAS)
