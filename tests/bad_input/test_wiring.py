@@ -19,7 +19,7 @@ from tests.contract.models import TwoTasks, back_propagate, wrap
 BYPASSED = "The loss of right must pass through its rotated head, got one that passes through: none"
 MIXED = (
     "The loss of left must be computed from the output of its own head, got one that passes through that of right"
-    r".*\(c\) where the loss trains something else, .* run its forward pass under optimizer\.paused\(\)\."
+    r".*\(c\) if the loss trains something else, .* run its forward pass under optimizer\.paused\(\)\."
 )
 CASCADE = "Heads must read the backbone, got right, which reads an output of the head of left"
 AROUND = (
