@@ -40,7 +40,7 @@ def test_a_run_that_raises_in_a_process_loses_itself_alone() -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_process_that_ends_is_told() -> None:
-    with pytest.raises(RuntimeError, match=r"got one that ended without an answer.*memory.*__main__"):
+    with pytest.raises(RuntimeError, match=r"got one that exited without a result.*memory.*__main__"):
         compared(ends, processes=2)
 
 
