@@ -37,7 +37,8 @@ def row(name: str, case: Case) -> str:
     rep = Training(case, PLAIN, CPU).forward()[1]
     d, K = rep.shape[case.dim], case.num_tasks
     megabytes = [size / 1e6 for size in (added, FLOAT_BYTES * K * rep.numel(), FLOAT_BYTES * K * d**2)]
-    cells = [name, str(K), f"{statistics.median(own[BURN_IN:]):.0f}", str(max(own[1:])), *(f"{size:.1f}" for size in megabytes)]
+    median, worst = statistics.median(own[BURN_IN:]), max(own[1:])
+    cells = [name, str(K), f"{median:.0f}", str(worst), *(f"{size:.1f}" for size in megabytes)]
     return f"| {' | '.join(cells)} |"
 
 
