@@ -59,9 +59,9 @@ class SampleSums:
         return whole
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return copies of the tensors, multiplied."""
+        """Return the tensors, multiplied, which copies them."""
         known = self.multiplied()
-        return {"sums": known.sums.clone(), "lengths": known.lengths.clone()}
+        return {"sums": known.sums, "lengths": known.lengths}
 
     def to(self, like: Tensor) -> SampleSums:
         """Return these sums on the device of ``like``."""
