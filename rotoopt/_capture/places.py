@@ -152,7 +152,7 @@ class Places:
             return False
         m, first = self._rotations.size, not any(any(noted.values()) for noted in self.noted)
         if m is None:
-            decides = alone or (self._rotations.init == "haar" and rep.ndim > 1)
+            decides = alone or (any(seed is not None for seed in self._rotations.seeds) and rep.ndim > 1)
             return decides or None
         if not self._rotations.covers_all and first and alone and self._dims.size(rep.shape) < m:
             raise ValueError(self._misfit(rep))

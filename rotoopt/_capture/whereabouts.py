@@ -54,22 +54,28 @@ class Whereabouts:
         return own or [weight for head in self.heads.values() for weight in head.parameters()]
 
     def saved(self, task: int, part: int) -> dict[str, Any]:
-        """Return the state for the weights of a module of a head: its rotation, None for I, and where it rotates."""
-        matrix = self._rotations[task].clone() if self._rotations.is_turned(task) else None
-        noted = self._places.noted[task].items()
-        return {"rotation": matrix, "places": {path: fits for (number, path), fits in noted if number == part}}
+        """Return the state for the weights of a module of a head: its rotation, None for I, and where it rotates.
+
+        If the rotation does not exist yet, the seed that it will be drawn from.
+        """
+        rotations, noted = self._rotations, self._places.noted[task].items()
+        return {
+            "rotation": rotations[task].clone() if rotations.is_turned(task) else None,
+            "seed": rotations.seeds[task] if rotations.size is None else None,
+            "places": {path: fits for (number, path), fits in noted if number == part},
+        }
 
     def load(self, task: int, part: int, saved: dict[str, Any]) -> str | None:
         """Load what :meth:`saved` returned; return the reason if it does not match."""
-        matrix, rotations = saved["rotation"], self._rotations
-        if matrix is not None and not rotations.rotate[task]:
+        matrix, seed, rotations = saved["rotation"], saved["seed"], self._rotations
+        if not (matrix is None and seed is None) and not rotations.rotate[task]:
             return "the weights need a rotation, and the task has rotate=False."
         if matrix is not None and rotations.size not in (None, len(matrix)):
             return f"the weights need a rotation of {len(matrix)} features, and the current ones have {rotations.size}."
-        if matrix is None and rotations.size is not None:
-            matrix = torch.eye(rotations.size, device="cpu")
         if matrix is not None:
             rotations.load_matrix(task, matrix)
+        else:
+            rotations.start(task, seed)
         self._places.noted[task].update({(part, path): fits for path, fits in saved["places"].items()})
         return None
 
@@ -88,7 +94,7 @@ class Whereabouts:
             task: k.
             saved: What :meth:`saved` returned for weights other than those loaded, if known.
         """
-        needs_one = saved is not None and saved["rotation"] is not None
+        needs_one = saved is not None and not (saved["rotation"] is None and saved["seed"] is None)
         return not self.are_loaded() and (needs_one or self._rotations.is_turned(task))
 
 

@@ -72,6 +72,7 @@ class Memory:
             "sample_sums": None if self.sample_sums is None else self.sample_sums.state_dict(),
             "agreement_tasks": sorted(self.agreement_tasks),
             "matrices": None if rotations.size is None else rotations.matrices.clone(),
+            "seeds": list(rotations.seeds),
             # Copies: the state dicts of torch's optimizers contain their tensors, which the next step changes.
             "weighting": {type(self._weighting).__name__: copy.deepcopy(self._weighting.state_dict())},
             "weights": self.weights.clone(),
@@ -88,6 +89,7 @@ class Memory:
             self._rotations.load_matrices(state_dict["matrices"])
         elif self._rotations.covers_all:
             self._rotations.manifold = None  # saved before the first forward pass, which will create them
+        self._rotations.seeds = list(state_dict["seeds"])
         self.num_steps = state_dict["num_steps"]
         sums = state_dict["sample_sums"]
         self.sample_sums = None if sums is None else SampleSums(**sums).to(self.weights)
@@ -109,9 +111,11 @@ class Memory:
                 rule, found = f"have rotations of {rotations.size} features", str(matrices.shape[-1])
                 raise misfit(rule, found, "representation and `rotation_size`")
             turned = (matrices != torch.eye(matrices.shape[-1], device=matrices.device)).flatten(1).any(dim=1).tolist()
-            for task, rotate in enumerate(rotations.rotate):
-                if turned[task] and not rotate:
-                    raise misfit("have R = I where rotate=False", f"another one for task {task}", "`rotate` flags")
+        else:
+            turned = [seed is not None for seed in state_dict["seeds"]]
+        for task, rotate in enumerate(rotations.rotate):
+            if turned[task] and not rotate:
+                raise misfit("have R = I where rotate=False", f"another one for task {task}", "`rotate` flags")
         ((saved, state),) = state_dict["weighting"].items()
         if saved != type(self._weighting).__name__ and (state or self._weighting.state_dict()):
             raise misfit(f"be of weighting {self._weighting}", f"that of {saved}", "`weighting`")

@@ -244,7 +244,7 @@ def repair_columns_(matrices: Tensor, first: int, count: int, where: Tensor) -> 
 def determinant_signs(matrices: Tensor) -> Tensor:
     """Return the signs of the determinants of ``matrices``, shape ``(..., m, m)``. Shape ``(...)``.
 
-    From the Householder reflections of a QR decomposition: ``_haar`` explains why not ``torch.linalg.slogdet``.
+    From the Householder reflections of a QR decomposition: ``_draw_`` explains why not ``torch.linalg.slogdet``.
     """
     triangular, tau = torch.geqrf(matrices)
     num_reflections = (tau != 0).sum(-1)

@@ -27,10 +27,14 @@ class Rotations(nn.Module):
         num_tasks: K.
         size: m. ``None``: the rotations are created by the first :meth:`create`.
         rotate: One flag per task. A task whose flag is False keeps R_k = I.
-        init: ``"identity"``, or ``"haar"`` for rotations drawn uniformly from SO(m) (with torch's global generator).
-        seed: Seed of a separate generator to draw them with instead.
+        init: ``"identity"``, or ``"haar"`` for rotations drawn uniformly from SO(m).
+        seed: What to draw them from; ``None``: drawn with torch's global generator.
         device: The device of the rotations.
         dtype: ``torch.float32`` or ``torch.float64``.
+
+    Attributes:
+        seeds: What each rotation is drawn from when it is created, None for R_k = I. Known before their size is, so
+            that a copy or a saved state from before the first forward pass gets the same rotations.
     """
 
     rests: Tensor
@@ -53,7 +57,10 @@ class Rotations(nn.Module):
         # The flags on the device, so that no step copies anything to it.
         self.register_buffer("rests", ~torch.tensor(self.rotate, device=device), persistent=False)
         self.init: Init = init
-        self.seed = seed
+        self.seeds: list[int | None] = [None] * num_tasks
+        if init == "haar":
+            first = int(torch.randint(2**31, ())) if seed is None else seed
+            self.seeds = [first + task if flag else None for task, flag in enumerate(rotate)]
         self.dtype = dtype
         self.manifold: geotorch.SO | None = None
         if size is not None:
@@ -105,13 +112,8 @@ class Rotations(nn.Module):
     def create(self, size: int) -> None:
         """Create the K rotations of ``size`` features."""
         self._allocate(size)
-        if self.init == "haar":
-            with torch.random.fork_rng([], enabled=self.seed is not None):
-                if self.seed is not None:
-                    torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would also seed every GPU
-                self._assign(_haar(self.num_tasks, size))
-        else:
-            self._assign(torch.eye(size, device=self.device))
+        for matrix, seed in zip(self.matrices, self.seeds, strict=True):
+            _draw_(matrix, seed)
 
     def _allocate(self, size: int) -> None:
         with torch.device("meta"):  # otherwise geotorch draws K Haar matrices: slow, and uses random numbers
@@ -127,14 +129,6 @@ class Rotations(nn.Module):
             self.manifold.base = before.to(self.device, torch.float32)
         return self
 
-    @torch.no_grad()
-    def _assign(self, matrices: Tensor) -> None:
-        base = self.matrices
-        base.copy_(matrices)
-        for task, rotate in enumerate(self.rotate):
-            if not rotate:
-                base[task].zero_().fill_diagonal_(1.0)
-
     def load_matrices(self, matrices: Tensor) -> None:
         """Set the rotations to ``matrices``, shape ``(K, m, m)``."""
         if self.manifold is None:
@@ -142,11 +136,16 @@ class Rotations(nn.Module):
         self.matrices.copy_(matrices)
 
     def load_matrix(self, task: int, matrix: Tensor) -> None:
-        """Set R_k of ``task`` to ``matrix``, shape ``(m, m)``; the others are I if they do not exist yet."""
+        """Set R_k of ``task`` to ``matrix``, shape ``(m, m)``; the others are created if they do not exist yet."""
         if self.manifold is None:
-            self._allocate(len(matrix))
-            self._assign(torch.eye(len(matrix), device=self.device))
+            self.create(len(matrix))
         self.matrices[task].copy_(matrix)
+
+    def start(self, task: int, seed: int | None) -> None:
+        """Set R_k of ``task`` to what ``seed`` gives, when it is created or now."""
+        self.seeds[task] = seed
+        if self.size is not None:
+            _draw_(self[task], seed)
 
     def is_turned(self, task: int) -> bool:
         """Whether R_k differs from I; synchronizes with the device."""
@@ -165,13 +164,18 @@ class Rotations(nn.Module):
         return f"num_tasks={self.num_tasks}, size={self.size}, init={self.init!r}, rotate={self.rotate}"
 
 
-def _haar(num_tasks: int, size: int) -> Tensor:
-    """Draw Haar rotations. Shape ``(num_tasks, size, size)``, float64.
+@torch.no_grad()
+def _draw_(matrix: Tensor, seed: int | None) -> None:
+    """Set ``matrix`` to the Haar rotation of ``seed``, shape ``(m, m)``; to I for None.
 
-    One by one: geotorch uses ``torch.det`` for the sign, which MKL computes incorrectly for a batch of large matrices
-    on several threads (pytorch#142815), and which underflows to zero for a large matrix.
+    Drawn in float64, one by one: geotorch uses ``torch.det`` for the sign, which MKL computes incorrectly for a batch
+    of large matrices on several threads (pytorch#142815), and which underflows to zero for a large matrix.
     """
-    shape = (num_tasks, size, size)
-    matrices = torch.stack([uniform_init_(each) for each in torch.empty(shape, dtype=torch.float64, device="cpu")])
-    matrices[determinant_signs(matrices) < 0, :, 0] *= -1
-    return matrices
+    if seed is None:
+        matrix.zero_().fill_diagonal_(1.0)
+        return
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every GPU
+        drawn = uniform_init_(torch.empty(matrix.shape, dtype=torch.float64, device="cpu"))
+    drawn[:, 0] *= determinant_signs(drawn[None])[0]
+    matrix.copy_(drawn)

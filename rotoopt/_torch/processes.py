@@ -59,10 +59,10 @@ class Processes:
         values, counts = self.gather(torch.stack([torch.where(present, losses, 0.0), present.to(losses)])).sum(0)
         return torch.where(counts > 0, values / self.count, float("nan"))
 
-    def shared_seed(self) -> int | None:
-        """Return a random number; None for a single process, which can use its own generator."""
+    def shared_seed(self) -> int:
+        """Return a random number from torch's global generator, that of the first process on all."""
         if self.count == 1:
-            return None
+            return int(torch.randint(2**31, ()))
         box = [int(torch.randint(2**31, ()))]
         dist.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]

@@ -50,9 +50,43 @@ def test_resume(options: str, num_steps: int) -> None:
     resumed_model.load_state_dict(state["model"])
     resumed.load_state_dict(state["optimizer"])
     for each_model, each in ((model, optimizer), (resumed_model, resumed)):
-        torch.manual_seed(2)  # Haar rotations may be drawn now
-        train(each_model, each, 20, 21, 22)
+        train(each_model, each, 20, 21, 22)  # Haar rotations may be drawn now
     assert_same(snapshot(resumed_model, resumed), snapshot(model, optimizer))
+
+
+@pytest.mark.parametrize("which", ["model", "optimizer", "deepcopy"])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("init", ["haar", "identity"])
+def test_rotations_that_are_not_drawn_yet_are_known(init: Any, trained: bool, which: str) -> None:
+    """What was saved before the first forward pass leads to the same rotations, in another run as well."""
+    model, optimizer = wrap(adam, init=init, rotation_lr=0.0)
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    copied, its_optimizer = copy.deepcopy((model, optimizer))
+    torch.manual_seed(1)
+    if which != "deepcopy":
+        copied, its_optimizer = wrap(adam, init="haar" if init == "identity" else "identity", rotation_lr=0.0)
+        if trained:
+            train(copied, its_optimizer, 100)
+        copied.load_state_dict(saved["model"])
+        if which == "optimizer":
+            its_optimizer.load_state_dict(saved["optimizer"])
+    for each_model, each in ((model, optimizer), (copied, its_optimizer)):
+        train(each_model, each, 0)
+    assert_same(its_optimizer.rotations.matrices, optimizer.rotations.matrices)
+    assert torch.equal(optimizer.rotations[0], torch.eye(6)) == (init == "identity")
+
+
+def test_heads_that_are_loaded_leave_the_others_as_they_would_be_drawn() -> None:
+    model, optimizer = wrap(init="haar", rotation_lr=0.0)
+    train(model, optimizer, 0)
+    torch.manual_seed(1)
+    other, loaded = wrap(init="haar", rotation_lr=0.0)
+    alone, expected = copy.deepcopy((other, loaded))
+    other.heads["left"].load_state_dict(model.heads["left"].state_dict())
+    for each_model, each in ((other, loaded), (alone, expected)):
+        train(each_model, each, 0)
+    assert_same(loaded.rotations[0], optimizer.rotations[0])
+    assert_same(loaded.rotations[1], expected.rotations[1])
 
 
 def test_plain_state_dict_loads_with_one_warning() -> None:

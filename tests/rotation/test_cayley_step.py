@@ -55,7 +55,7 @@ def test_step_does_not_lower_the_alignment_of_its_batch(
 def test_a_hidden_rotation_is_found(m: int) -> None:
     sampler, rotations = Sampler(0), haar(2, m, torch.float64)
     hidden, step = sampler.rotations(2, m), cayley(rotations, 0.1)
-    for _ in range(400):
+    for _ in range(800):
         units = sampler.normal(8, m) @ hidden.mT @ rotations.matrices
         units /= units.norm(dim=(1, 2), keepdim=True)
         step.step([rotation_gradient(units, units.mean(dim=0), sampler.normal(8, m))])
