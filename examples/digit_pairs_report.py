@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-# From the palette of Okabe and Ito, which color-blind readers tell apart; the dashes help in print.
+# From the Okabe-Ito palette, which is safe for color-blind readers; the dashes help in print.
 STYLES: dict[str, dict[str, Any]] = {
     "one network per task": {"color": "#555555", "linestyle": (0, (5, 2))},
     "plain sum": {"color": "#0072b2", "linestyle": (0, (1, 1))},
@@ -35,7 +35,7 @@ class Result:
 
     @classmethod
     def join(cls, results: list["Result"]) -> "Result":
-        """Put together the results of several seeds."""
+        """Concatenate the results of several seeds."""
         cosines = [result.cosines for result in results if result.cosines is not None]
         return cls(
             torch.cat([result.metrics for result in results]),
@@ -58,7 +58,7 @@ def plus_minus(values: Tensor, sign: str = "") -> str:
 
 
 def print_table(results: Mapping[str, Result]) -> None:
-    """Print every method's last test metrics, their change against the first method's, and time."""
+    """Print the final test metrics of every method, their change against the first method, and the time."""
     (first, reference), *others = results.items()
     changes = [result.change_from(reference) for _, result in others]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)

@@ -73,8 +73,8 @@ def main() -> None:
     if rank == 0 and record is not None and record.losses is not None:  # those of the joined batch
         print("losses after training: " + ", ".join(f"{loss:.4f}" for loss in record.losses.tolist()))
     if count > 1:
-        # Delete the model first. If it held the last reference to the group, its destructor would wait for the threads
-        # of the group with the GIL held, and one of them may need the GIL: a rare deadlock on a busy machine.
+        # Delete the model first: if it holds the last reference to the group, its destructor waits for the threads
+        # of the group while it holds the GIL, and one of them may need the GIL: a rare deadlock on a busy machine.
         del model
         dist.destroy_process_group()
 

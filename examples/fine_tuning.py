@@ -1,7 +1,7 @@
-"""Fine-tuning on few labels: a network trained on the digits 0-4 learns 5-9, with and without regularizers.
+"""Fine-tuning on few labels: from the digits 0-4 to the digits 5-9, with and without regularizers.
 
-It is pretrained on scikit-learn's digits 0-4, then fine-tuned on 8 samples each of 5-9. Terms on the backbone (L2-SP,
-DELTA, BSS) go into `backbone_loss`; terms with a head of their own (LWF, Co-Tuning, Bi-Tuning) are tasks.
+A network is pretrained on scikit-learn's digits 0-4, then fine-tuned on 8 samples each of 5-9. Terms on the backbone
+(L2-SP, DELTA, BSS) go into `backbone_loss`; terms with a head of their own (LWF, Co-Tuning, Bi-Tuning) are tasks.
 
     python examples/fine_tuning.py
 
