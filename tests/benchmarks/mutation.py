@@ -49,7 +49,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "distributed/test_distributed_checkpoint.py",
         "test_equals_oracle.py",
     ),
-    "_deploy": (),
+    "_deploy": ("capture/test_places.py",),
     "comparison": (),
     "rotograd": (),
     "regularization": (),
@@ -58,6 +58,18 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 # and the pages are not copied.
 GRAPHS = "graph_breaks or one_piece or compiled_model or test_compile or (export and (True or strict))"
 LEFT_OUT = f"{GRAPHS} or test_types or page_says"
+# A mutant ends with the first test that fails, and mutmut gives the tests in any order.
+SHORTEST_FIRST = """
+import json
+from pathlib import Path
+
+
+def pytest_collection_modifyitems(items):
+    stats = Path("mutmut-stats.json")
+    if stats.exists():
+        durations = json.loads(stats.read_text())["duration_by_test"]
+        items.sort(key=lambda item: durations.get(item.nodeid, 0.0))
+"""
 # Those that mutmut knows how to keep, and one that has no function to call.
 KEPT = ("staticmethod", "classmethod", "overload", "abstractmethod")
 
@@ -73,10 +85,12 @@ def copy_repository(folder: Path, package: str) -> None:
     # A warning blames the first line outside of the package, which is not to be the one that mutmut puts around.
     warn = folder / "rotoopt" / "_torch" / "warn.py"
     warn.write_text(warn.read_text(encoding="utf-8").replace('"torch")', '"torch", "mutmut")'), encoding="utf-8")
+    (folder / "conftest.py").write_text(SHORTEST_FIRST, encoding="utf-8")
     tests = dict.fromkeys((package.strip("_"), *OF_ALL, *PACKAGES[package]))
     settings = {
         "source_paths": ["rotoopt"],
         "only_mutate": [f"rotoopt/{package}/*"],
+        "also_copy": ["conftest.py"],
         "pytest_add_cli_args": ["-p", "no:xdist", "-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})"],
         "pytest_add_cli_args_test_selection": [f"tests/{name}" for name in tests],
     }

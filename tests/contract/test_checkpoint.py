@@ -177,7 +177,8 @@ MISFITS: dict[str, tuple[Builder, Builder, str]] = {
     "weighting": (
         wrap,
         lambda: wrap(weighting=GradNorm(alpha=0.5)),
-        "must be of weighting GradNorm(alpha=0.5), got that of ProgressWeighting. Build the optimizer with",
+        "must be of weighting GradNorm(alpha=0.5), got that of ProgressWeighting. Build the optimizer with the "
+        "`weighting` that it was saved with.",
     ),
     "trained weighting": (
         lambda: wrap(weighting=GradNorm()),
@@ -216,6 +217,15 @@ def test_misfit_is_refused(name: str) -> None:
 def forward(model: TwoTasks, batch: int, num_tasks: int) -> tuple[list[torch.Tensor], torch.Tensor]:
     rep = model.backbone(model.inputs(batch))
     return [head(rep).square().mean() for head in model.heads.values()][:num_tasks], rep
+
+
+def test_weightings_without_state_can_be_exchanged() -> None:
+    model, optimizer = wrap(weighting=EqualWeighting())
+    train(model, optimizer, 0)
+    other_model, other = wrap(weighting=RotoGradWeighting())
+    other.load_state_dict(optimizer.state_dict())
+    assert_same(other.rotations.matrices, optimizer.rotations.matrices)
+    train(other_model, other, 1)
 
 
 def test_other_groups_are_refused_as_by_torch() -> None:

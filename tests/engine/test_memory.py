@@ -7,12 +7,20 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from rotoopt import RotoGradOptimizer
+from rotoopt._engine.memory import Memory
 from tests.contract.models import back_propagate, wrap
 
 
 def test_everything_is_where_the_network_is_and_as_wide() -> None:
     weight = nn.Parameter(torch.zeros(1, device="meta", dtype=torch.float64))
     memory = RotoGradOptimizer(SGD([weight], lr=0.1), num_tasks=3)._core.engine.memory
+    check(memory, weight)
+    on_cpu = RotoGradOptimizer(SGD([nn.Parameter(torch.zeros(1))], lr=0.1), num_tasks=3)._core.engine.memory
+    memory.load_state_dict(on_cpu.state_dict())
+    check(memory, weight)
+
+
+def check(memory: Memory, weight: Tensor) -> None:
     tensors = [memory.weights, memory.known_norms, memory.total_angles]
     tensors += [memory.norm_reference.values, memory.loss_reference.values]
     for tensor in tensors:
@@ -41,3 +49,13 @@ def test_record_before_the_step_and_with_losses_that_were_not_seen() -> None:
     assert record.losses is None  # those of the first pass of this step are not known
     assert isinstance(record.rotation_lr, float)
     assert math.isnan(record.rotation_lr)
+
+
+def test_losses_are_recorded_as_wide_as_everything_else() -> None:
+    model, optimizer = wrap()
+    losses, z = model.losses(0)
+    optimizer.backward([losses[0].double(), losses[1]], z)
+    record = optimizer.last_step
+    assert record is not None
+    assert record.losses is not None
+    assert record.losses.dtype == torch.float32

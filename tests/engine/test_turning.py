@@ -61,3 +61,10 @@ def test_cosines_over_several_tensors_are_those_of_all_that_a_task_reads(
     norms = whole.norm(dim=1)
     units = torch.where(norms > 0, 1 / norms, 0.0)[:, None] * whole
     assert_close(partial_cosines(met, norms), units @ units.mT, rtol=0, atol=1e-14)  # entries are one at most
+
+
+def test_cosines_are_where_the_norms_are() -> None:
+    """The tensors of a model that is split over devices are not all there."""
+    grads = torch.ones(2, 5)
+    met = Met(TaskGradients.of(grads, (0, 1), torch.ones(2, dtype=torch.bool)), torch.Size([5]), False, None)
+    assert partial_cosines([met], torch.ones(2, device="meta")).device.type == "meta"

@@ -71,3 +71,11 @@ def test_two_processes_with_the_same_data_are_one_with_the_data_twice(
     for one, two in zip(results[:6], results[6:], strict=True):
         for expected, found in zip(one, two, strict=True):
             assert_close(found, expected, rtol=1e-10, atol=1e-11, equal_nan=True)  # sums in another order
+
+
+def test_rotations_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Processes, "gather", lambda self, local: torch.stack([local, local + 1]))
+    monkeypatch.setattr(Processes, "count", 2)
+    bench = Bench((3, 4), 2, torch.float64, rotation_size=4)
+    with pytest.raises(RuntimeError, match="rotations must be the same on all processes, got different ones"):
+        bench.step(list(torch.ones(2, 3, 4)))
