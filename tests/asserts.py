@@ -26,14 +26,14 @@ def assert_rotations(matrices: Tensor) -> None:
     m = matrices.shape[-1]
     bound = 20 * eps(matrices.dtype) * (m + 2)
     assert (matrices.mT @ matrices - torch.eye(m, dtype=matrices.dtype)).abs().max() <= bound
-    # Not `det`, a product of m pivots that underflows on its way from about m = 350 on.
+    # Not `det`: the product of m pivots underflows from about m = 350 on.
     sign, logarithm = torch.linalg.slogdet(matrices.double())
     assert (sign == 1).all()
     assert logarithm.abs().max() <= bound * m / 2  # log det R = trace(R'R - I) / 2
 
 
 def assert_reads_well(message: str) -> None:
-    """Assert that a message says what must hold and what was found, in whole sentences, which may begin with code."""
+    """Assert that a message states the rule and what was found, in complete sentences, which may begin with code."""
     assert re.match(r"[A-Z`]|\w+[(=]", message), message
     assert message.endswith((".", "?")), message
     assert re.search(r"\b(must|should)\b.*, got ", message, flags=re.DOTALL), message

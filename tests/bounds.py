@@ -5,8 +5,8 @@
     python tests/bounds.py 3.13 newest
 
 The oldest Python gets the oldest torch and geotorch that pyproject.toml allows, every other one the newest torch that
-pip finds for it. Interpreters that pyproject.toml names and that are not here are skipped. Each pair has an environment
-in `.venv-bounds/`, which stays for the next time. Standard library only: this runs before anything is installed.
+pip finds for it. Interpreters that pyproject.toml lists but that are not installed are skipped. Each pair has an
+environment in `.venv-bounds/`, which is kept. Standard library only: this runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 ENVIRONMENTS = ROOT / ".venv-bounds"
 
-# What the core needs beside the package. TorchJD is the one that the numbers in its tests are from.
+# What the core needs besides the package, with the version of TorchJD that the numbers in its tests are from.
 TOOLS = ("pytest", "hypothesis", "numpy", "torchjd[quadprog-projector]==0.18.0")
-# What asks torch or Python for things that change between releases: hooks, graphs, optimizers, compiling, exporting,
-# state dicts. And the oracle, which would notice other numbers.
+# Tests that depend on interfaces that change between releases: hooks, graphs, optimizers, compiling, exporting,
+# state dicts. And the comparison with the oracle, which would detect other numbers.
 CORE = (
     "tests/test_docs.py::test_page_runs_and_prints_what_it_says[README.md]",
     "tests/test_equals_oracle.py",
@@ -57,20 +57,20 @@ def lower_bounds() -> list[str]:
 
 
 def interpreter(version: str) -> str | None:
-    """Return a Python of this version, on the path or of pyenv; None where there is none."""
+    """Return the interpreter of this version, on the path or of pyenv; None if there is none."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     candidates = [shutil.which(f"python{version}"), *sorted(map(str, pyenv.glob(f"{version}.*/bin/python")))]
     for candidate in filter(None, candidates):
         asked = subprocess.run(
             [candidate, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True
         )
-        if asked.stdout.strip() == version:  # else, a shim for a version that is not switched on
+        if asked.stdout.strip() == version:  # otherwise, it is a shim for a version that is not activated
             return candidate
     return None
 
 
 def pairs(pythons: list[str]) -> list[tuple[str, str]]:
-    """Return which Python is tried with which torch."""
+    """Return the pairs of Python and torch to test."""
     newest = pythons[1:] or pythons
     return [(pythons[0], "oldest"), *((version, "newest") for version in newest)]
 
@@ -105,7 +105,7 @@ def run(version: str, torch: str) -> tuple[str, bool]:
 
 
 def main() -> None:
-    """Run what was asked for, and print a summary."""
+    """Run the selected pairs, and print a summary."""
     if len(sys.argv) == 3:
         asked = [(sys.argv[1], sys.argv[2])]
     else:

@@ -1,4 +1,4 @@
-"""What holds for every test: seeds, determinism, hypothesis profiles, --runslow and markers."""
+"""Settings of all tests: seeds, determinism, hypothesis profiles, --runslow and markers."""
 
 import os
 
@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-# One thread: the sums then have one order on every machine, and small tensors gain nothing from
-# more. A test that needs more threads starts a process of its own.
+# One thread: then sums have the same order on every machine, and small tensors gain nothing from
+# more. A test that needs more threads starts another process.
 torch.set_num_threads(1)
-# Also fills new memory with NaN, so that a read of uninitialized memory shows. On a GPU, cuBLAS
-# would ask for an environment variable first.
+# Also fills new memory with NaN, so that reads of uninitialized memory are detected. On a GPU, cuBLAS
+# would require an environment variable.
 torch.use_deterministic_algorithms(not torch.cuda.is_available())
 
 
 class _TorchGenerator:
-    """Torch's global generator, in the form in which hypothesis manages generators."""
+    """Torch's global generator, with the interface that hypothesis expects."""
 
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
@@ -28,7 +28,7 @@ class _TorchGenerator:
         torch.set_rng_state(state)
 
 
-# Without this a failing example could not be replayed. The name keeps the object alive: hypothesis
+# Without this a failing example could not be replayed. The name keeps the object alive, because hypothesis
 # holds only a weak reference.
 _GENERATOR = _TorchGenerator()
 hypothesis.register_random(_GENERATOR)

@@ -1,4 +1,4 @@
-"""How a wrong call is checked: its error, that nothing has changed, and that training can go on."""
+"""How a wrong call is tested: its error, that no state has changed, and that training can continue."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -13,23 +13,23 @@ from rotoopt import RotoGradOptimizer
 from tests.asserts import assert_reads_well
 from tests.contract.models import TwoTasks, adam, assert_same, snapshot, train, wrap
 
-# Called with the model and its optimizer, as far as the call is right. Returns the call that fails.
+# Called with the model and its optimizer; runs the correct part of the call. Returns the call that fails.
 Prepare = Callable[[TwoTasks, Any], Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that users do wrong.
+    """One mistake of a user.
 
     Attributes:
-        error: What is raised.
-        message: A regular expression for the rule and the hint that helps.
-        prepare: Comes up to the call that fails.
-        options: Of the optimizer; made anew for every one.
-        first: Whether it is tried in the first step.
-        later: Whether it is tried after two steps.
-        inside: Whether it is found inside the backward pass, when some gradients are there already.
-        fatal: Whether it is the optimizer that was built wrong, so that the next call cannot succeed.
+        error: Type of the error.
+        message: A regular expression for the rule and the hint.
+        prepare: Runs everything before the call that fails.
+        options: Options of the optimizer; created for each optimizer.
+        first: Whether to test it in the first step.
+        later: Whether to test it after two steps.
+        inside: Whether it is detected inside the backward pass, when some gradients have been accumulated already.
+        fatal: Whether the optimizer was built wrong, so that the next call cannot succeed.
     """
 
     error: type[Exception]
@@ -43,7 +43,7 @@ class Case:
 
 
 def parametrize(cases: dict[str, Case]) -> pytest.MarkDecorator:
-    """Try every case in the first step and after two steps, where that makes sense."""
+    """Test every case in the first step and after two steps, where applicable."""
     params = [
         pytest.param(case, steps, id=f"{name}-{'later' if steps else 'first'}")
         for name, case in cases.items()
@@ -54,7 +54,7 @@ def parametrize(cases: dict[str, Case]) -> pytest.MarkDecorator:
 
 
 def check(case: Case, steps: int) -> None:
-    """Assert the error, and that nothing but the gradients of a backward pass has changed."""
+    """Assert the error, and that nothing has changed except the gradients of a backward pass."""
     results = []
     for fails in (True, False):
         model, optimizer = wrap(adam, **{name: make() for name, make in case.options.items()})

@@ -176,10 +176,10 @@ def test_wrong_argument(name: str) -> None:
     assert_same(snapshot(model, optimizer_of(model)), before)
     if name != "wrapped twice":
         assert [head._forward_pre_hooks for head in model.heads.values()] == hooks
-        with_options()(model)  # nothing is left that would stand in the way of the next try
+        with_options()(model)  # nothing is left that would prevent the next construction
 
 
-def test_weighting_is_free_after_another_argument_was_wrong() -> None:
+def test_weighting_can_be_reused_after_another_argument_was_wrong() -> None:
     weighting = GradNorm()
     for options in ({"dim": ()}, {"rotation_optimizer": list}, {"init": "random"}, {"burn_in_period": -1}):
         with pytest.raises((TypeError, ValueError)):
@@ -195,7 +195,7 @@ def test_weights_before_the_optimizer() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_a_constructor_that_fails_leaves_the_rotations_of_the_optimizer_before() -> None:
+def test_failed_constructor_keeps_the_rotations_of_the_previous_optimizer() -> None:
     model, optimizer = wrap(init="haar")
     train(model, optimizer, 0)
     before, x = snapshot(model, optimizer), model.inputs(0)

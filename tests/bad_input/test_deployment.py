@@ -1,4 +1,4 @@
-"""fold() and refresh() where there is nothing to fold or refresh: an error, and nothing has changed."""
+"""fold() and refresh() if there is nothing to fold or refresh: an error, and nothing has changed."""
 
 import re
 from collections.abc import Callable
@@ -107,7 +107,7 @@ def test_fold_after_a_checkpoint_needs_a_forward_pass() -> None:
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_fold_needs_a_forward_pass_of_every_head(resumed: bool) -> None:
-    """Or the rotation of one that did not run would be lost."""
+    """Otherwise the rotation of a head that did not run would be lost."""
     model, optimizer = wrap(init="haar")
     if resumed:
         train(model, optimizer, 0)
@@ -173,7 +173,7 @@ def test_quantization_of_a_wrapped_model_says_to_fold_it_first() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_fold_of_a_traced_head_changes_nothing() -> None:
-    """It takes no buffer, and no layer can be found in it."""
+    """It cannot hold a buffer, and its layers cannot be found."""
     torch.manual_seed(0)
     model = TwoTasks()
     traced = torch.jit.trace(nn.Sequential(nn.Linear(6, 2), nn.Tanh()), torch.ones(5, 6))  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What is no error, but reported: warnings, once and at the user's line, and non-finite numbers in ``last_step``."""
+"""Warnings, issued once and at the user's line, and non-finite numbers in ``last_step``."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ FROZEN = r"The representation should require grad, got one that does not. Either
 
 
 def assert_warns_once(calls: Sequence[Callable[[], object]], message: str) -> None:
-    """Assert that all calls together give one warning, which names this file."""
+    """Assert that all calls together issue one warning, which points to this file."""
 
     def run() -> None:
         for call in calls:
@@ -42,7 +42,7 @@ def assert_warns_once(calls: Sequence[Callable[[], object]], message: str) -> No
 
 
 @pytest.mark.parametrize("trained_by", ["nobody", "another optimizer", "frozen"])
-def test_parameters_of_a_head_that_nobody_updates(trained_by: str) -> None:
+def test_parameters_of_a_head_that_no_optimizer_updates(trained_by: str) -> None:
     model = TwoTasks()
     bare = SGD([*model.backbone.parameters(), *model.heads["left"].parameters()], lr=0.1)
     optimizer, other = RotoGradOptimizer(bare, heads=model.heads), SGD(model.heads["right"].parameters(), lr=0.1)
@@ -63,8 +63,8 @@ def test_parameters_of_a_head_that_nobody_updates(trained_by: str) -> None:
             each()
 
 
-def test_head_that_delivers_no_gradient_in_backward_passes_of_ones_own() -> None:
-    """In ``step(losses)``, ``None`` says so."""
+def test_head_without_gradient_in_the_users_own_backward() -> None:
+    """In ``step(losses)``, ``None`` marks an absent task."""
     model, optimizer = wrap()
 
     def step(batch: int) -> None:
@@ -100,13 +100,13 @@ def test_heads_that_never_run(mistake: Callable[[TwoTasks], TwoTasks], scheduled
         back_propagate(mistake(model).losses(batch)[0])
         optimizer.step()
 
-    step(0)  # one may be a library that makes the state of the optimizer
+    step(0)  # a single one may be a library that initializes the state of the optimizer
     assert_warns_once([partial(step, 1)], IDLE)
     step(2)
 
 
-def test_heads_that_run_no_more() -> None:
-    """As after a validation that left the model in eval mode; what was absent for a while is no fault."""
+def test_heads_that_stopped_running() -> None:
+    """As after a validation that left the model in eval mode; a task that was absent for a while is no fault."""
     model, optimizer = wrap()
 
     def step(batch: int) -> None:
@@ -124,8 +124,8 @@ def test_heads_that_run_no_more() -> None:
     step(2)
 
 
-def test_step_after_a_refused_one_does_not_take_the_backbone_for_frozen() -> None:
-    """A loop that goes on after an error; warnings are errors here."""
+def test_step_after_a_rejected_one_does_not_report_a_frozen_backbone() -> None:
+    """In a loop that continues after an error; warnings are errors here."""
     model, optimizer = wrap()
     for batch in range(4):
         optimizer.zero_grad()
@@ -137,7 +137,7 @@ def test_step_after_a_refused_one_does_not_take_the_backbone_for_frozen() -> Non
         optimizer.step()
 
 
-def test_backbone_that_is_frozen_from_the_start_in_backward_passes_of_ones_own() -> None:
+def test_backbone_that_is_frozen_from_the_start_in_the_users_own_backward() -> None:
     model, optimizer = wrap()
     model.backbone.requires_grad_(False)
 
@@ -152,7 +152,7 @@ def test_backbone_that_is_frozen_from_the_start_in_backward_passes_of_ones_own()
 @pytest.mark.parametrize("normalize_losses", [False, True])
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_frozen_backbone(scheduled: bool, normalize_losses: bool) -> None:
-    """The heads are trained as by a plain backward, and all else rests until the backbone is trained again."""
+    """The heads get their plain gradients, and nothing else changes until the backbone is trained again."""
     model, optimizer = wrap(normalize_losses=normalize_losses, turn_every=1)
     if scheduled:
         StepLR(optimizer, 1)
@@ -205,7 +205,7 @@ def test_whole_model_as_head() -> None:
     )
 
 
-def test_forgotten_zero_grad_adds_up_as_ever() -> None:
+def test_forgotten_zero_grad_accumulates_as_usual() -> None:
     model, optimizer = wrap(heads=[TwoTasks().requires_grad_(False).heads["left"]])
     optimizer.remove()
     optimizer = RotoGradOptimizer(optimizer.optimizer, heads=[model.heads["left"]])
@@ -222,10 +222,10 @@ def test_forgotten_zero_grad_adds_up_as_ever() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("normalize_losses", [False, True])
 def test_non_finite_loss_is_reported(value: float, normalize_losses: bool, steps: int) -> None:
-    """Rotations, references and trained weights stay as they were; the parameters are torch's business."""
+    """Rotations, references and trained weights do not change; the parameters are left to torch."""
     model, optimizer = wrap(normalize_losses=normalize_losses, rotation_size=6, weighting=GradNorm())
     train(model, optimizer, *range(steps))
-    model(model.inputs(0))  # notes what enters the heads
+    model(model.inputs(0))  # records what enters the heads
     own = optimizer.state_dict()["rotograd"]
     left, right = model.losses(5)[0]
     optimizer.zero_grad()

@@ -135,7 +135,7 @@ def test_channels_before_time_need_dim(make: Callable[[], nn.Module], options: d
 
 
 class Beside(nn.Module):
-    """Begins with a layer that takes another input."""
+    """A head that begins with a layer of another input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Beside(nn.Module):
         return out
 
 
-def test_a_first_layer_that_may_take_another_input_tells_nothing() -> None:
+def test_a_first_layer_that_may_take_another_input_is_not_used_to_infer_dim() -> None:
     z, heads = nn.Parameter(torch.randn(4, 8, 20)), [Beside(), Beside()]
     optimizer = RotoGradOptimizer(SGD([z, *nn.ModuleList(heads).parameters()], lr=0.1), heads)
     optimizer.step([head(z, torch.randn(4, 8)).square().mean() for head in heads])

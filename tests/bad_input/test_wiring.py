@@ -1,4 +1,4 @@
-"""Losses that did not come, once and together, from the one representation through their rotated heads."""
+"""Losses that were not computed from one representation through their rotated heads, or were used twice."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -32,7 +32,7 @@ SPENT = "The losses of one forward pass must be back-propagated together and onc
 def apart(
     to_left: Callable[[Tensor], Tensor], to_right: Callable[[Tensor], Tensor]
 ) -> Callable[[TwoTasks], list[Tensor]]:
-    """Return a forward pass that feeds the heads with different functions of the representation."""
+    """Return a forward pass in which the inputs of the heads are different functions of the representation."""
 
     def forward(model: TwoTasks) -> list[Tensor]:
         rep = representation(model)
@@ -153,7 +153,7 @@ CASES = {
         RuntimeError,
         "loss of left must pass through its rotated head, got one that passes through: right.*order of `losses`",
         steps_on(lambda model: model.losses(5)[0][::-1]),
-        later=False,  # walking through the graph takes time, so it is done where something has changed
+        later=False,  # traversing the graph takes time, so it is done only if something has changed
     ),
     "eval mode": Case(
         RuntimeError,
@@ -217,8 +217,8 @@ def test_wiring(case: Case, steps: int) -> None:
 
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("num_right", [0, LOOK_EVERY - 1])
-def test_what_was_refused_is_refused_again(own: bool, num_right: int) -> None:
-    """In a loop that catches errors and goes on, and that may have begun well. Not every step is looked at."""
+def test_rejected_losses_are_rejected_again(own: bool, num_right: int) -> None:
+    """In a loop that catches errors and continues, after correct steps or none. Not every step is checked."""
     model, optimizer = wrap()
     for number in range(num_right + 3):
         optimizer.zero_grad()
@@ -230,8 +230,8 @@ def test_what_was_refused_is_refused_again(own: bool, num_right: int) -> None:
 
 @pytest.mark.parametrize("period", [2, 3, 4, 8])
 @pytest.mark.parametrize("own", [False, True])
-def test_a_fault_that_comes_and_goes_is_found(own: bool, period: int) -> None:
-    """As in a loop that takes labelled and unlabelled batches in turn."""
+def test_an_intermittent_fault_is_found(own: bool, period: int) -> None:
+    """As in a loop that alternates between labeled and unlabeled batches."""
     model, optimizer = wrap()
     with pytest.raises(RuntimeError, match=AROUND):  # noqa: PT012
         for number in range(period * LOOK_EVERY + 1):
@@ -241,7 +241,7 @@ def test_a_fault_that_comes_and_goes_is_found(own: bool, period: int) -> None:
             optimizer.step()
 
 
-def test_losses_of_another_kind_are_refused_again() -> None:
+def test_losses_of_another_kind_are_rejected_again() -> None:
     model, optimizer = wrap()
     optimizer.step(model.losses(5)[0])
     for _ in range(3):

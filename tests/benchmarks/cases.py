@@ -25,13 +25,13 @@ class Case:
     """A network on one batch.
 
     Attributes:
-        description: What it is, for the title of the table.
+        description: Title of the table.
         input_shape: Shape of the batch.
         num_tasks: K.
         backbone: Makes the backbone.
         head: Makes a head.
-        dense: Makes the d x d layer that, frozen and in front of every head, is the least that a rotation costs.
-        variants: What to measure, keys of ``VARIANTS``.
+        dense: Makes the d x d layer; frozen, in front of every head, it is the lower bound of the cost of a rotation.
+        variants: Keys of ``VARIANTS`` to measure.
         dim: The rotated dimension of the representation.
     """
 
@@ -108,7 +108,7 @@ def rotoopt(training: Training, *, rotate: bool = True) -> Update:
 
 
 def torchjd(training: Training) -> Update:
-    """TorchJD's ``mtl_backward``: a Jacobian of the shared parameters, then an aggregator."""
+    """TorchJD's ``mtl_backward``: the Jacobian with respect to the shared parameters, then an aggregator."""
     shared = list(training.backbone.parameters())
     aggregator = torchjd_aggregator()
 
@@ -121,7 +121,7 @@ def torchjd(training: Training) -> Update:
 
 
 def torchjd_aggregator() -> Aggregator:
-    """Return UPGrad where its solver (an extra of torchjd) is installed, else Aligned-MTL: the Jacobian costs most."""
+    """Return UPGrad if its solver (an extra of torchjd) is installed, else Aligned-MTL: the Jacobian dominates."""
     return UPGrad() if find_spec("qpsolvers") and find_spec("quadprog") else AlignedMTL()
 
 

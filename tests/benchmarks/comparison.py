@@ -1,12 +1,12 @@
-"""Comparison of methods on the problems: what each reaches, and what a step of it costs.
+"""Comparison of methods on the problems: their metrics, and the time of their steps.
 
-    python -m tests.benchmarks.comparison --jobs 2     # everything; interrupt it, and it resumes
+    python -m tests.benchmarks.comparison --jobs 2     # everything; resumes after an interruption
     python -m tests.benchmarks.comparison --time       # seconds per step, on a quiet machine
     python -m tests.benchmarks.comparison --tables     # the tables, as Markdown
 
-Every method chooses among six settings of its learning rates, by the mean relative change on three seeds of its own
-against one network per task; the tables show other seeds. Every method starts from the same weights and sees the same
-batches. rotograd 0.1.6 runs in an environment of its own, which is made on first use.
+For every method, one of six settings of the learning rates is chosen by the mean relative change against one network
+per task on three separate seeds; the tables show other seeds. All methods start from the same weights and train on the
+same batches. rotograd 0.1.6 runs in a separate environment, which is created on first use.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def search_jobs(problem: Problem, method: Method) -> list[Job]:
 
 
 def choose(problem: Problem, method: Method, results: Results) -> Setting | None:
-    """Return the setting with the best mean relative change; None if something has not run yet."""
+    """Return the setting with the best mean relative change; None if a run is missing."""
     yardstick = _search_mean(problem, METHODS[SINGLE_TASK], Setting(1.0), results)
     scores = {}
     for setting in method.settings(problem):
@@ -85,7 +85,7 @@ def final_jobs(problem: Problem, method: Method, results: Results, seeds: int, *
 
 
 def run_all(jobs: Sequence[Job], results: Results, num_processes: int, out: Path) -> None:
-    """Run what is missing, and save every result at once."""
+    """Run what is missing, and save every result immediately."""
     missing = [job for job in jobs if job not in results]
     for count, outcome in enumerate(outcomes(run, missing, num_processes), start=1):
         if isinstance(outcome.result, Failure):
@@ -96,7 +96,7 @@ def run_all(jobs: Sequence[Job], results: Results, num_processes: int, out: Path
 
 
 def load(path: Path) -> Results:
-    """Read the results that are there already."""
+    """Read the existing results."""
     return {Job(**entry["job"]): entry["values"] for entry in store.load(path)}
 
 

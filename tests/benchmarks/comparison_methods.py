@@ -1,4 +1,4 @@
-"""The methods that are compared, each with the learning rates that it may choose from."""
+"""The methods that are compared, and the learning rates to choose from."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.benchmarks.trainings import (
 )
 
 ALPHA = 0.5  # of GradNorm: between equal norms and equal rates of training
-# With what they need to be told, as their papers set it. NashMTL is told the number of tasks as well, and solves its
-# problem in every 25th step, the fast variant of its paper: a step with it takes 8 to 50 times as long as a plain one.
+# With the hyperparameters of their papers. NashMTL also needs the number of tasks, and solves its
+# problem in every 25th step, the fast variant of its paper: that step takes 8 to 50 times as long as a plain one.
 # It needs `pip install cvxpy ecos`.
 AGGREGATORS: dict[str, dict[str, float]] = {
     "UPGrad": {},
@@ -41,8 +41,8 @@ AGGREGATORS: dict[str, dict[str, float]] = {
     "DualProj": {},
 }
 
-# Six settings for every method: the rate of the network alone, or with that of the rotations or weights. As multiples
-# of the middle.
+# Six settings for every method: learning rates of the network alone, or with those of the rotations or weights, as
+# multiples of the middle.
 FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)
 FEWER_FACTORS = (1 / 2, 1.0, 2.0)
 WEIGHT_LRS = (0.0025, 0.025)
@@ -62,12 +62,12 @@ class Method:
     """A way to train a trial.
 
     Attributes:
-        name: What the tables say.
+        name: Name in the tables.
         make: Returns a training for a trial, the network's learning rate and that of the method, if it has one.
-        own: What the second number of a setting is for: the learning rate of ``"rotations"`` or ``"weights"``, or which
+        own: Meaning of the second number of a setting: the learning rate of ``"rotations"`` or ``"weights"``, or which
             ``"draw"`` of random weights.
-        official: Whether it runs in the environment of the official package.
-        variant: Of which method it is one with one part changed: it shows what that part does, and has no rank.
+        official: Whether it needs the environment of the official package.
+        variant: The method of which it changes one part, to show its effect. Variants have no rank.
     """
 
     name: str
@@ -96,7 +96,7 @@ class WithoutSignal(ProgressWeighting):
 
 
 class FirstNorms(Weighting):
-    """Divide every gradient by the norm that it had at first."""
+    """Divide every gradient by its initial norm."""
 
     lagged = True
 

@@ -1,4 +1,4 @@
-"""The picture of the comparison: how far every method is from one network per task, problem by problem.
+"""The picture of the comparison: Delta-m of every method against one network per task, by problem.
 
 python -m tests.benchmarks.comparison_picture --out docs/images/quality.png
 """

@@ -25,7 +25,7 @@ NUM_TIMED, NUM_WARM_UP = 60, 10  # steps
 
 @dataclass(frozen=True)
 class Job:
-    """What to train: names, learning rates, seed; ``timed``: only a few steps, by the clock."""
+    """What to train: names, learning rates, seed; ``timed``: only a few steps, to measure the time."""
 
     problem: str
     method: str

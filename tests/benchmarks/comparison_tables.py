@@ -23,9 +23,9 @@ Changes = dict[str, dict[str, Tensor]]  # (seeds, n), by problem and method
 def markdown(problems: Sequence[Problem], results: Results, seeds: int) -> str:
     """Return the tables of the quality page.
 
-    They are the mean relative change on all problems, with ranks; what changes with a part of the default; runs that
-    are not tuned; and the metrics, one table per problem. Cells are means over seeds and their standard errors. The
-    mean relative change (Delta-m) is that against one network per task, paired by seed; so are ranks and differences.
+    The tables are: the mean relative change on all problems, with ranks; the effect of parts of the default; runs
+    without tuning; and the metrics, one table per problem. Cells are means over seeds with standard errors. The
+    mean relative change (Delta-m) is against one network per task, paired by seed; so are ranks and differences.
     """
     details, changes = [], {}
     for problem in problems:
@@ -38,7 +38,7 @@ def markdown(problems: Sequence[Problem], results: Results, seeds: int) -> str:
 
 
 def tested(problem: Problem, results: Results, seeds: int) -> dict[str, Tensor]:
-    """Return the metrics of the methods that have run, with the learning rates they chose. Shape ``(seeds, n)``."""
+    """Return the metrics of the methods that have run, with the chosen learning rates. Shape ``(seeds, n)``."""
     return {
         name: torch.tensor([results[job] for job in jobs], dtype=torch.float64)
         for name, method in METHODS.items()
@@ -47,13 +47,13 @@ def tested(problem: Problem, results: Results, seeds: int) -> dict[str, Tensor]:
 
 
 def relative_changes(problem: Problem, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return how much better than one network per task every metric is, in percent. Shape ``(seeds, n)``."""
+    """Return the improvement of every metric over one network per task in percent. Shape ``(seeds, n)``."""
     signs = torch.tensor([1.0 if higher else -1.0 for higher in _higher_is_better(problem)])
     return {name: statistics.relative_changes(of, metrics[SINGLE_TASK], signs) for name, of in metrics.items()}
 
 
 def clipped(changes: Tensor) -> Tensor:
-    """Return the mean change in every seed, that of a metric clipped to 100 %. ``(seeds, n)`` to ``(seeds,)``."""
+    """Return the mean change per seed, with changes clipped to 100 %. ``(seeds, n)`` to ``(seeds,)``."""
     return statistics.clip(changes).mean(dim=1)
 
 
@@ -107,7 +107,7 @@ def _summary(changes: Changes) -> str:
 
 
 def _parts(changes: Changes, whole: str) -> str:
-    """Return the table of what is lost or won where a part of the method ``whole`` is another one."""
+    """Return the table of the differences between the method ``whole`` and its variants."""
     lines = [f"### Ahead of the {whole}, points of Delta-m (metrics clipped to 100 %)", ""]
     lines += [row("", changes), rule(len(changes))]
     for name in _methods(changes):
@@ -129,7 +129,7 @@ def _ranks(scores: Iterable[Tensor]) -> Tensor:
 
 
 def _untuned(problems: Sequence[Problem], results: Results) -> str:
-    """Return how far methods are ahead of the plain sum at the learning rate that is best for that."""
+    """Return the improvement over the plain sum at the learning rate that is best for the plain sum."""
     lines = ["### Ahead of the plain sum, not tuned, %", "", row("method", [problem.name for problem in problems])]
     lines.append(rule(len(problems)))
     for name, method in METHODS.items():

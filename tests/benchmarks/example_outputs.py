@@ -1,4 +1,4 @@
-"""Run the examples, and write what they print into docs/examples.md and their pictures into docs/images.
+"""Run the examples, and write their output into docs/examples.md and their pictures into docs/images.
 
     python -m tests.benchmarks.example_outputs              # all of them
     python -m tests.benchmarks.example_outputs toy tokens   # some of them
@@ -40,7 +40,7 @@ def output_of(command: str) -> str:
 
 
 def main() -> None:
-    """Run what was asked for, and write the page."""
+    """Run the selected examples, and update the page."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("names", nargs="*", help="examples, without .py (all)")
     names = parser.parse_args().names

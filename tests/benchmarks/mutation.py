@@ -1,13 +1,13 @@
-"""Mutation testing of the mathematics: which small changes of the code does no test notice?
+"""Mutation testing: which small changes of the code does no test detect?
 
     pip install mutmut==3.8.1
     python -m tests.benchmarks.mutation _rotation                       # half an hour on two cores
     python -m tests.benchmarks.mutation _engine --ending 37             # a fifth of the mutants
-    cd mutation/_rotation && mutmut results && mutmut show NAME         # the survivors, and what one changed
+    cd mutation/_rotation && mutmut results && mutmut show NAME         # the survivors, and the change of one
 
-Runs mutmut in a copy of the repository, and prints a table by module. Started again, it resumes in the copy, which
-stays as it was made: delete it after a change. mutmut leaves decorated functions alone, and much of the mathematics is
-under ``@torch.no_grad()``: there, a decorator becomes a call behind the function.
+Runs mutmut in a copy of the repository, and prints a table by module. Started again, it resumes in the copy, which is
+not updated: delete it after a change. mutmut skips decorated functions, and much of the mathematics is under
+``@torch.no_grad()``, so the copy replaces decorators by calls behind the functions.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Each answers to the folder of tests that has its name, and to what is asked of every package: is bad input an error,
-# does a loaded run go on as if nothing had happened, does the state follow the representation to its device?
+# Each package is tested with the folder of tests that has its name, and with the tests of all packages: bad input is an
+# error, resumed runs are bit-identical, the state follows the representation to its device.
 OF_ALL = ("bad_input", "contract/test_checkpoint.py", "test_devices.py")
-# Those that compute, with the tests that they answer to besides: the rest draws, logs, helps to test, or is the way to
-# these. What every training loop passes through answers to those of training loops.
+# Packages that compute, with the further tests of each. The others plot, log, help to test, or delegate to these. Code
+# that every training loop executes is also tested with training loops.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "_rotation": (),
     "weighting": (),
@@ -54,11 +54,11 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "rotograd": (),
     "regularization": (),
 }
-# What mutmut puts around every function breaks the graphs of torch.compile and a strict export; mypy runs no function;
+# The wrappers that mutmut adds to functions break the graphs of torch.compile and strict export; mypy runs no function;
 # and the pages are not copied.
 GRAPHS = "graph_breaks or one_piece or compiled_model or test_compile or (export and (True or strict))"
 LEFT_OUT = f"{GRAPHS} or test_types or page_says"
-# A mutant ends with the first test that fails, and mutmut gives the tests in any order.
+# A mutant is done at the first test that fails, and mutmut passes the tests in any order.
 SHORTEST_FIRST = """
 import json
 from pathlib import Path
@@ -70,19 +70,19 @@ def pytest_collection_modifyitems(items):
         durations = json.loads(stats.read_text())["duration_by_test"]
         items.sort(key=lambda item: durations.get(item.nodeid, 0.0))
 """
-# Those that mutmut knows how to keep, and one that has no function to call.
+# Those that mutmut can keep, and one that has no function to call.
 KEPT = ("staticmethod", "classmethod", "overload", "abstractmethod")
 
 
 def copy_repository(folder: Path, package: str) -> None:
-    """Copy what the tests need, with decorators of the package as calls and the settings of mutmut."""
+    """Copy what the tests need, with the decorators replaced by calls, and write the settings of mutmut."""
     folder.mkdir(parents=True)
     for name in ("rotoopt", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     for path in (folder / "rotoopt" / package).glob("*.py"):
         path.write_text(undecorated(path.read_text(encoding="utf-8")), encoding="utf-8")
-    # A warning blames the first line outside of the package, which is not to be the one that mutmut puts around.
+    # A warning points to the first line outside of the package, which must not be in a wrapper of mutmut.
     warn = folder / "rotoopt" / "_torch" / "warn.py"
     warn.write_text(warn.read_text(encoding="utf-8").replace('"torch")', '"torch", "mutmut")'), encoding="utf-8")
     (folder / "conftest.py").write_text(SHORTEST_FIRST, encoding="utf-8")
@@ -99,7 +99,7 @@ def copy_repository(folder: Path, package: str) -> None:
 
 
 def undecorated(code: str) -> str:
-    """Write ``@decorator`` in front of a method as ``method = decorator(method)`` behind it."""
+    """Replace ``@decorator`` in front of a function by ``function = decorator(function)`` behind it."""
     lines = code.splitlines()
     for node in sorted(ast.walk(ast.parse(code)), key=lambda node: -getattr(node, "lineno", 0)):
         if not isinstance(node, ast.FunctionDef) or not node.decorator_list:
@@ -119,7 +119,7 @@ def undecorated(code: str) -> str:
 
 
 def run(folder: Path, jobs: int, ending: str | None) -> dict[str, Counter[str]]:
-    """Run mutmut, and return by module how many mutants came to which end.
+    """Run mutmut, and return the number of mutants by module and result.
 
     Args:
         folder: The copy.

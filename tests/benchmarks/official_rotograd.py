@@ -1,7 +1,7 @@
-"""The official rotograd 0.1.6.0 on the same network, in a process of its own.
+"""The official rotograd 0.1.6.0 on the same network, in a separate process.
 
-It needs geotorch 0.3, rotoopt needs 0.4: so it lives in a virtual environment of its own, made on first use.
-:class:`OfficialRotograd` is the side of the benchmark; run as a script, this file is the other side.
+It needs geotorch 0.3, rotoopt needs 0.4: so it has a separate virtual environment, which is created on first use.
+:class:`OfficialRotograd` is used by the benchmark; run as a script, this file is the other process.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ REQUIREMENTS = (
 
 
 def make_environment() -> None:
-    """Make the virtual environment if it is not there.
+    """Create the virtual environment if it does not exist.
 
     Raises:
-        subprocess.CalledProcessError: If something cannot be installed; what pip said is its ``stderr``.
+        subprocess.CalledProcessError: If the installation fails; ``stderr`` is the output of pip.
     """
     stamp = VENV / ".installed"
     if not stamp.exists():
@@ -45,7 +45,7 @@ def make_environment() -> None:
 
 
 class OfficialRotograd:
-    """A process that trains a network with the official package, step by step on demand.
+    """A process that trains a network with the official package, a number of steps at a time.
 
     Args:
         backbone: The backbone.
@@ -54,7 +54,7 @@ class OfficialRotograd:
         targets: What the heads should return; the loss is the mean squared error.
         d: Features of the representation, a vector.
         threads: Number of threads of torch.
-        cpu_time: Whether to count CPU time instead of time on the wall.
+        cpu_time: Whether to measure CPU time instead of wall time.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class OfficialRotograd:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def seconds_per_step(self, steps: int) -> float:
-        """Let it make ``steps`` steps; it sleeps before and after."""
+        """Run ``steps`` steps; the process sleeps before and after."""
         process = self._process
         assert process.stdin is not None  # both are pipes
         assert process.stdout is not None
@@ -96,7 +96,7 @@ class OfficialRotograd:
 
 
 class OfficialTraining:
-    """What runs on the other side: the recipe of the package's README."""
+    """The training in the other process: the recipe of the README of the package."""
 
     def __init__(
         self, backbone: nn.Module, heads: list[nn.Module], batch: Tensor, targets: list[Tensor], d: int
@@ -109,8 +109,8 @@ class OfficialTraining:
         modules = [backbone, *heads]
         self.model: Any = rotograd.RotoGrad(backbone, heads, d).to(batch.device)
         groups: list[dict[str, Any]] = [{"params": module.parameters()} for module in modules]
-        # The matrix exponentials cost more the further their coordinates are from zero, up to 4 times on the stress
-        # case. With this small rate for the rotations they stay near: what is measured is the package at its fastest.
+        # The matrix exponentials cost more for coordinates farther from zero, up to 4 times on the stress
+        # case. With this low rate for the rotations they stay near zero: the package is measured at its fastest.
         self.optimizer = torch.optim.Adam([*groups, {"params": self.model.parameters(), "lr": 1e-5}], lr=1e-4)
 
     def step(self) -> None:
@@ -138,7 +138,7 @@ class OfficialTraining:
 
 
 def main() -> None:
-    """Answer every number of steps on standard input with the seconds per step."""
+    """For every number of steps on standard input, print the seconds per step."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("training", type=Path)
     parser.add_argument("--d", type=int, required=True)

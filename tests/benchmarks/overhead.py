@@ -1,11 +1,11 @@
-"""What RotoGradOptimizer costs: Markdown tables of step times, ratios to the plain step, and the bars they must meet.
+"""The cost of RotoGradOptimizer: Markdown tables of step times, their ratios to the plain step, and the bars to meet.
 
     python tests/benchmarks/overhead.py [--case NAME ...] [--threads 2] [--device cpu|cuda] [--json PATH]
 
-All variants of a case take turns in blocks of consecutive steps, a multiple of 8 each, since a part of the work may
-be done every few steps only. So a slow minute of the machine hits all of them, and every ratio and difference is
-formed within one round of turns before the median over the rounds is taken. Where other programs run at the same
-time not even that helps: count CPU time then, on one thread, with --threads 1 --cpu-time.
+All variants of a case take turns in blocks of consecutive steps, a multiple of 8 each, since a part of the work is only
+done every few steps. So a slow minute of the machine affects all of them, and every ratio and difference is computed
+within one round before the median over the rounds is taken. If other programs run at the same time, this is not
+enough: measure CPU time on one thread with --threads 1 --cpu-time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LIMIT = 1.5  # times the floor
 
 @dataclass(frozen=True)
 class Bar:
-    """A measured number and what it may be at most."""
+    """A measured number and its upper limit."""
 
     what: str
     measured: float
@@ -69,12 +69,12 @@ class Result:
         return [own / plain for own, plain in zip(self.seconds[variant], self.seconds[PLAIN], strict=False)]
 
     def added(self, variant: str) -> float:
-        """Return the median of what a step takes longer than the plain one of the same round, in seconds."""
+        """Return the median of the time added to the plain step of the same round, in seconds."""
         pairs = zip(self.seconds[variant], self.seconds[PLAIN], strict=False)
         return statistics.median(own - plain for own, plain in pairs)
 
     def log_added(self, variant: str) -> float:
-        """Return its logarithm; NaN, which meets no bar, where noise has swallowed it."""
+        """Return its logarithm; NaN, which meets no bar, if it is below the noise."""
         added = self.added(variant)
         return math.log(added) if added > 0 else math.nan
 
@@ -119,7 +119,7 @@ def measure(case: Case, args: argparse.Namespace, *, autocast: bool) -> Result:
 
 
 def start_official(plain: Training, args: argparse.Namespace, notes: list[str]) -> OfficialRotograd | None:
-    """Start the official package on the network of ``plain``, where its environment can be made."""
+    """Start the official package on the network of ``plain``, if its environment can be created."""
     try:
         make_environment()
     except (OSError, subprocess.CalledProcessError) as error:
@@ -133,7 +133,7 @@ def start_official(plain: Training, args: argparse.Namespace, notes: list[str]) 
 
 
 def bars(name: str, results: list[Result], args: argparse.Namespace) -> list[Bar]:
-    """Return what the step times of a case must meet."""
+    """Return the bars for the step times of a case."""
     result = results[-1]
     floor = [Bar(f"added / added by {FLOOR}", math.exp(result.log_added(ROTOOPT) - result.log_added(FLOOR)), LIMIT)]
     if name == "resnet18":
@@ -162,7 +162,7 @@ def parse_args() -> argparse.Namespace:
     if args.block < 1 or args.block % 8 or args.rounds < 2:
         parser.error("--block must be a multiple of 8, and --rounds at least 2")
     if args.cpu_time and (args.threads != 1 or args.device != "cpu"):
-        parser.error("--cpu-time needs --threads 1 and --device cpu")  # threads that wait burn CPU time, too
+        parser.error("--cpu-time needs --threads 1 and --device cpu")  # waiting threads use CPU time, too
     return args
 
 

@@ -1,4 +1,4 @@
-"""What RotoGradOptimizer adds that does not depend on the machine: operations, and bytes. A Markdown table.
+"""The operations and bytes that RotoGradOptimizer adds, which do not depend on the machine. A Markdown table.
 
 python -m tests.benchmarks.sizes
 """
@@ -14,7 +14,7 @@ from tests.benchmarks.timing import peak_bytes
 from tests.operations import Count
 
 CPU = torch.device("cpu")
-TURNING = 16  # the rotations turn in every step of that number; the first one fills what is empty before
+TURNING = 16  # rotations are updated in multiples of this step; the first step initializes all state
 BURN_IN = 20  # steps in which references may still change, which takes one operation more
 FLOAT_BYTES = 4
 

@@ -1,4 +1,4 @@
-"""The picture of the speed page: what a step takes longer than a plain one, over what K fixed layers add, by case.
+"""The picture of the speed page: the time added to a plain step over that added by K fixed layers, by case.
 
 python -m tests.benchmarks.speed_picture docs/benchmarks/speed.md docs/images/speed.png
 """
@@ -22,7 +22,7 @@ SHOWN = {ROTOOPT: ("tab:blue", "o"), TORCHJD: ("tab:orange", "s"), OFFICIAL: ("t
 
 
 def ratios(page: str) -> dict[str, dict[str, float]]:
-    """Return the added time over the floor, by case and variant, of the first table of every case on ``page``."""
+    """Return the added time over that of the fixed layers, by case and variant, from the first table of each case."""
     found = {}
     for name, case in NAMED.items():
         _, _, table = page.partition(f"### {case.description}\n")

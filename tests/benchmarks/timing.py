@@ -1,4 +1,4 @@
-"""How and on what overhead.py measures: step times in turns, peak memory, and whether a step waits for the GPU."""
+"""Measurements of overhead.py: step times in turns, peak memory, and whether a step waits for the GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.benchmarks.cases import Case, Training
 
 
 def machine(threads: int, device: str) -> str:
-    """Return what the numbers are measured on."""
+    """Describe the machine of the measurement."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -28,7 +28,7 @@ def machine(threads: int, device: str) -> str:
 
 
 def seconds_per_step(training: Training, steps: int, *, cpu_time: bool = False) -> float:
-    """Return the mean time of ``steps`` consecutive steps: on a GPU between two events, else on the wall or the CPU."""
+    """Return the mean time of ``steps`` consecutive steps: on a GPU between two events, else wall or CPU time."""
     if training.batch.is_cuda:
         start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -49,15 +49,15 @@ def seconds_per_step(training: Training, steps: int, *, cpu_time: bool = False) 
 def take_turns(
     timers: Mapping[str, Callable[[], float]], rounds: int, at_most: Mapping[str, int]
 ) -> dict[str, list[float]]:
-    """Call every timer once per round, after a first round that does not count.
+    """Call every timer once per round, after a warm-up round.
 
     Args:
         timers: Each times one block of steps and returns the seconds per step.
         rounds: How often each is called.
-        at_most: Timers that only take part in so many of the rounds, the first ones.
+        at_most: Timers that run only in the first rounds, and the number of these rounds.
 
     Returns:
-        What they returned, in the order of the rounds.
+        The results, in the order of the rounds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     for turn in range(rounds + 1):
@@ -68,13 +68,12 @@ def take_turns(
 
 
 def peak_bytes(case: Case, variant: str, device: torch.device, steps: int) -> int:
-    """Return the peak size of all tensors, from the making of the network to the end of its ``steps``-th step.
+    """Return the peak size of all tensors, from the construction of the network to the end of step ``steps``.
 
-    On a CPU the profiler reports everything that torch's allocator gives and takes, temporary buffers inside of an
-    operation included; only what BLAS and LAPACK allocate for themselves is not seen. The number is the same in every
-    run, which the resident size of the process is not.
+    On a CPU the profiler reports all allocations of torch, including temporary buffers inside of operations, but not
+    those of BLAS and LAPACK. Unlike the resident size of the process, the number is the same in every run.
     """
-    gc.collect()  # what is freed meanwhile would count
+    gc.collect()  # otherwise garbage would be counted
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -82,14 +81,14 @@ def peak_bytes(case: Case, variant: str, device: torch.device, steps: int) -> in
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         seconds_per_step(Training(case, variant, device), steps)
-    recorded: Any = profiler.profiler  # the public ways to the same events write files
+    recorded: Any = profiler.profiler  # the public interfaces to these events write files
     events = (event for event in recorded.kineto_results.events() if event.name() == "[memory]")
     changes: list[tuple[int, int]] = sorted((event.start_ns(), event.nbytes()) for event in events)
     return max(accumulate(size for _, size in changes))
 
 
 def synchronization(training: Training, steps: int) -> str:
-    """Say whether ``optimizer.step(losses, rep)`` makes the host wait for the GPU."""
+    """Report whether ``optimizer.step(losses, rep)`` makes the host wait for the GPU."""
     for _ in range(steps):
         losses, rep = training.forward()
         training.optimizer.zero_grad()

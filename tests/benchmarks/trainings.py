@@ -1,4 +1,4 @@
-"""Ways to train the network of a trial: with the optimizer around it, with the module API, one network per task."""
+"""Ways to train the network of a trial: wrapped optimizer, module API, one network per task."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests.benchmarks.problems import Outputs, Trial
 
 
 class Training(ABC):
-    """A network in training.
+    """The training of a network.
 
     Args:
         trial: The problem.
-        optimizer: That of the network, without rotations.
+        optimizer: The optimizer of the network, without rotations.
     """
 
     def __init__(self, trial: Trial, optimizer: Optimizer) -> None:
@@ -41,7 +41,7 @@ class Training(ABC):
         """Train on one batch."""
 
     def run(self) -> list[float]:
-        """Train, and average the tests of the last fifth of training: a single one jumps from epoch to epoch."""
+        """Train, and average the metrics over the last fifth of training: single ones vary between epochs."""
         test_steps = {self.trial.num_steps * part // 25 for part in range(21, 26)}
         tests = []
         for step, (inputs, targets) in enumerate(self.trial.batches(), start=1):
@@ -82,7 +82,7 @@ class WithOptimizer(Training):
 
 
 class RandomTurns(WithOptimizer):
-    """A control: rotations that turn as far as they would, but in directions that were drawn once."""
+    """A control: rotations with updates of the same size, but in fixed random directions."""
 
     def __init__(self, trial: Trial, lr: float, **options: Any) -> None:
         super().__init__(trial, lr, **options)
@@ -100,11 +100,11 @@ def _at_random(gradient: RotationGradient) -> RotationGradient:
 
 
 class FirstLayer(nn.Module):
-    """A square layer, the identity at first: as many parameters as a rotation has entries.
+    """A square layer, initially the identity: as many parameters as a rotation has entries.
 
     Args:
         size: Number of features.
-        dim: Their dimension.
+        dim: Dimension of the features.
     """
 
     def __init__(self, size: int, dim: int) -> None:
@@ -124,7 +124,7 @@ def with_first_layers(trial: Trial, lr: float, **options: Any) -> WithOptimizer:
 
 
 class SumOfLosses(Training):
-    """A network trained on the plain sum of its losses, or of what becomes of them, without this package."""
+    """A network trained on the plain sum of its losses, or of a function of each, without this package."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ def plain_sum(trial: Trial, lr: float, changed: Callable[[list[Tensor]], list[Te
 
 
 def fixed_weights(trial: Trial, lr: float, draw: float) -> SumOfLosses:
-    """Return a training with weights for the losses that are drawn at random, around one by a factor of e."""
+    """Return a training with random log-normal weights of the losses."""
     weights = torch.randn(len(trial.heads), generator=torch.Generator().manual_seed(int(draw))).exp()
     return plain_sum(trial, lr, lambda losses: [w * loss for w, loss in zip(weights, losses, strict=True)])
 
@@ -183,15 +183,15 @@ def single_task(trial: Trial, lr: float) -> SumOfLosses:
 
 
 class WithModule(Training):
-    """A network inside of a module of the official API, which the official package has, too.
+    """A network inside of a module of the official API, of this or of the official package.
 
     Args:
         trial: The problem.
         lr: Learning rate of the network.
-        rotation_lr: That of Adam on the rotations.
+        rotation_lr: Learning rate of Adam on the rotations.
         package: ``"rotoopt.rotograd"`` or ``"rotograd"``.
-        name: Of the module.
-        **options: Of the module.
+        name: Name of the module.
+        **options: Options of the module.
     """
 
     def __init__(self, trial: Trial, lr: float, rotation_lr: float, *, package: str, name: str, **options: Any) -> None:

@@ -1,9 +1,9 @@
-"""Run a page, and write what its blocks print into it, and its pictures beside it.
+"""Run a page, and update the outputs in it and its pictures.
 
     python -m tests.benchmarks.tutorial docs/tutorial.md
 
-A ``text`` block right behind a ``python`` block gets what that one printed. The pictures that the page shows go to
-``docs/images``.
+A ``text`` block right behind a ``python`` block is replaced by the output of that block. Pictures that the page shows
+are saved in ``docs/images``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 
 def main() -> None:
-    """Run a page, and bring its outputs and pictures up to date."""
+    """Run a page, and update its outputs and pictures."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("page", type=Path)
     page = parser.parse_args().page.resolve()

@@ -1,4 +1,4 @@
-"""Loaders of their own for every task, stacked losses, heads that change what they get in place, several optimizers."""
+"""Separate loaders for each task, stacked losses, heads that change their input in place, several optimizers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def two_tasks(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, dict[str, 
 @pytest.mark.parametrize("zipped", [False, True], ids=["in turn", "one step for both"])
 @given(seed=SEEDS, log_scale=st.floats(-3, 3))
 def test_loaders_of_two_lengths(way: str, zipped: bool, seed: int, log_scale: float) -> None:
-    """Each batch runs one head. The smaller gradient is weighted up, whether or not the other one is there."""
+    """Each batch runs one head. The smaller gradient gets the larger weight, with or without the other one."""
     torch.manual_seed(seed)
     backbone, heads = two_tasks()
     params = [param for module in (backbone, *heads.values()) for param in module.parameters()]
@@ -73,7 +73,7 @@ def test_loaders_of_two_lengths(way: str, zipped: bool, seed: int, log_scale: fl
 @pytest.mark.parametrize("make", [ProgressWeighting, RotoGradWeighting], ids=lambda make: make.__name__)
 @given(seed=SEEDS, empty=st.sets(st.integers(0, 17)), length=st.sampled_from([None, 0, 3]))
 def test_empty_batches(way: str, make: Callable[[], Weighting], seed: int, empty: set[int], length: int | None) -> None:
-    """Also in steps in which the rotations turn: what there is is weighted, and nothing else changes."""
+    """Also in steps that update the rotations: present gradients are weighted, and nothing else changes."""
     torch.manual_seed(seed)
     backbone, heads = two_tasks()
     params = [param for module in (backbone, *heads.values()) for param in module.parameters()]
@@ -106,8 +106,8 @@ def of_z(change: Callable[[Tensor], Tensor]) -> nn.Module:
 
 
 @pytest.mark.parametrize("rotate", [False, True])
-def test_heads_that_begin_in_place_get_a_z_of_their_own(rotate: bool) -> None:
-    """So that no head sees what another one made of z, in training and evaluation."""
+def test_heads_that_begin_in_place_get_their_own_copy_of_z(rotate: bool) -> None:
+    """So that no head gets the modified z of another one, in training and evaluation."""
     results = []
     for in_place in (False, True):
         torch.manual_seed(0)
@@ -131,7 +131,7 @@ def test_heads_that_begin_in_place_get_a_z_of_their_own(rotate: bool) -> None:
     assert_close(results[1], results[0])
 
 
-def test_heads_may_have_optimizers_of_their_own() -> None:
+def test_heads_may_have_their_own_optimizers() -> None:
     torch.manual_seed(0)
     backbone, heads = two_tasks()
     optimizer = RotoGradOptimizer(SGD(backbone.parameters(), lr=0.1), heads)

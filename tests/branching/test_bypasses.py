@@ -1,4 +1,4 @@
-"""Ways around the heads: what is shared there is named, and what is not is let pass."""
+"""Bypasses of the heads: an error if they lead to shared parameters, and accepted otherwise."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ BEHIND: dict[str, tuple[Callable[[], nn.Module], Losses]] = {
 
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("name", BEHIND)
-def test_what_losses_share_behind_their_heads_is_named(name: str, own: bool) -> None:
+def test_shared_parameters_behind_the_heads_are_named(name: str, own: bool) -> None:
     make, losses_of = BEHIND[name]
     model, layer = TwoTasks(), make()
     params = [*model.parameters(), *layer.parameters()]
     optimizer = RotoGradOptimizer(SGD(params, lr=0.1), model.heads)
     losses = losses_of(model, layer)
     if own and name == "norm of the backbone":
-        back_propagate([torch.stack(losses).sum()])  # there, a penalty is a term like any other
+        back_propagate([torch.stack(losses).sum()])  # there, a penalty is treated like any other term
         return
     with pytest.raises(RuntimeError, match=rf"{PAST} .*, which the losses of left and right reach without passing"):
         back_propagate([torch.stack(losses).sum()]) if own else optimizer.step(losses)
@@ -80,8 +80,8 @@ def test_what_losses_share_behind_their_heads_is_named(name: str, own: bool) -> 
         ("log", "own"),
     ],
 )
-def test_weights_of_losses_are_nobodys_business(kind: str, way: str) -> None:
-    """Trained ones, as of uncertainty weighting, and others: each loss passes through its own head."""
+def test_trained_weights_of_losses_are_accepted(kind: str, way: str) -> None:
+    """As in uncertainty weighting, among others: each loss passes through its own head."""
     model = TwoTasks()
     s = nn.Parameter(torch.tensor([0.5, -0.5]))
     optimizer = RotoGradOptimizer(SGD([*model.parameters(), s], lr=0.1), model.heads)
@@ -108,8 +108,8 @@ KINDS = ["of samples", "unbound", "of columns", "of columns, as losses", "of row
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("own", [False, True])
-def test_tasks_may_read_numbers_of_their_own_from_one_parameter(kind: str, own: bool) -> None:
-    """A log-variance or a scale for each task, in one vector: what each number gets is its own."""
+def test_tasks_may_read_separate_elements_of_one_parameter(kind: str, own: bool) -> None:
+    """A log-variance or a scale for each task in one vector: each element gets the gradient of its own task."""
     model, s = TwoTasks(), nn.Parameter(torch.tensor([0.5, -0.5]))
     optimizer = RotoGradOptimizer(SGD([*model.parameters(), s], lr=0.1), model.heads, rotate=False)
 
@@ -145,7 +145,7 @@ def test_one_number_for_the_outputs_of_all_tasks_is_named(shape: tuple[int, ...]
 
 
 def test_time_steps_of_one_task_may_share_a_parameter_that_is_not_listed() -> None:
-    """Of the sum of their losses, each looks like that of a task."""
+    """In the sum of their losses, each looks like the loss of a task."""
     model = TwoTasks()
     log_std = nn.Parameter(torch.zeros(6))
     optimizer = RotoGradOptimizer(SGD([*model.parameters(), log_std], lr=0.1), model.heads)
@@ -159,8 +159,8 @@ def test_time_steps_of_one_task_may_share_a_parameter_that_is_not_listed() -> No
 
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("around", ["one", "both", "none"])
-def test_what_goes_around_heads_from_a_reentrant_checkpoint_is_refused(around: str, own: bool) -> None:
-    """Its parameters are not in the graph of the losses, but it is."""
+def test_bypass_from_a_reentrant_checkpoint_is_rejected(around: str, own: bool) -> None:
+    """The graph of the losses contains the checkpoint, but not its parameters."""
     encoder, middle = nn.Linear(5, 6), nn.Linear(6, 6)
     heads = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
     params = [*encoder.parameters(), *middle.parameters(), *heads.parameters()]

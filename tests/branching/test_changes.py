@@ -1,4 +1,4 @@
-"""What changes on the way, and what heads do with what they get: right, or named."""
+"""Changes during training, and heads that change their inputs: correct, or an error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def weight_of(model: TwoTasks) -> Tensor:
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_a_loss_that_becomes_one_of_two_outputs_is_refused_soon(own: bool) -> None:
+def test_a_loss_that_later_uses_two_outputs_is_rejected_soon(own: bool) -> None:
     model, optimizer = wrap()
 
     def step(batch: int) -> None:
@@ -47,8 +47,8 @@ def test_a_loss_that_becomes_one_of_two_outputs_is_refused_soon(own: bool) -> No
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_parameters_of_a_head_that_are_handed_to_it_get_its_own_gradient(own: bool) -> None:
-    """An embedding of the labels, a query: nothing is shared there. Also in a run that is resumed, and evaluated."""
+def test_parameters_of_a_head_that_are_passed_to_it_get_its_own_gradient(own: bool) -> None:
+    """An embedding of the labels, a query: these are not shared. Also in a run that is resumed, and evaluated."""
     torch.manual_seed(0)
     backbone, embedding = nn.Linear(5, 6), nn.Embedding(3, 6)
 
@@ -87,8 +87,8 @@ def test_parameters_of_a_head_that_are_handed_to_it_get_its_own_gradient(own: bo
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("frozen", [range(5), range(2, 20)], ids=["from the start", "later"])
 @pytest.mark.filterwarnings("ignore:The representation should require grad")
-def test_a_backbone_that_was_frozen_behind_prompts_is_weighed_again_at_once(frozen: range, own: bool) -> None:
-    """While it is frozen, what enters a head was made of the prompt of its task alone."""
+def test_a_backbone_that_was_frozen_behind_prompts_is_weighted_again_immediately(frozen: range, own: bool) -> None:
+    """While it is frozen, the gradient at the input of a head only reaches the prompt of its task."""
     torch.manual_seed(0)
     backbone, heads = nn.Linear(5, 6), nn.ModuleList(nn.Linear(6, 2) for _ in range(2))
     prompts = nn.ParameterList(torch.randn(5) for _ in range(2))
@@ -117,7 +117,7 @@ def test_a_backbone_that_was_frozen_behind_prompts_is_weighed_again_at_once(froz
 
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.filterwarnings("ignore:The representation should require grad")
-def test_a_shared_parameter_that_enters_after_prompts_is_weighed_at_once(own: bool) -> None:
+def test_a_shared_parameter_that_enters_after_prompts_is_weighted_immediately(own: bool) -> None:
     torch.manual_seed(0)
     shared, heads = nn.Parameter(torch.randn(8, 6)), nn.ModuleList(nn.Linear(6, 2) for _ in range(2))
     prompts = nn.ParameterList(torch.randn(8, 6) for _ in range(2))
@@ -184,7 +184,7 @@ def test_evaluation_may_call_a_head_in_another_way(masked: bool) -> None:
 
 
 def test_a_failed_backward_pass_leaves_nothing_behind() -> None:
-    """Where z is a parameter, the next pass comes to the same tensor."""
+    """If z is a parameter, the next pass uses the same tensor."""
     z, heads = nn.Parameter(torch.randn(4, 6)), nn.ModuleList(nn.Linear(6, 2) for _ in range(2))
     optimizer = RotoGradOptimizer(SGD([z, *heads.parameters()], lr=0.1), heads)
 
@@ -206,7 +206,7 @@ def test_a_failed_backward_pass_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_a_probe_on_stopped_gradients_is_trained_and_weighs_nothing(own: bool) -> None:
+def test_a_probe_on_stopped_gradients_is_trained_and_does_not_affect_the_weights(own: bool) -> None:
     model, probe = TwoTasks(), nn.Linear(6, 3)
     heads = {**model.heads, "probe": probe}
     params = [*model.parameters(), *probe.parameters()]
@@ -230,13 +230,13 @@ def test_a_probe_on_stopped_gradients_is_trained_and_weighs_nothing(own: bool) -
 
 
 def plain_losses(model: TwoTasks, batch: int) -> list[Tensor]:
-    """Return the losses of a copy that never was wrapped, at the same parameters."""
+    """Return the losses of a copy that was never wrapped, at the same parameters."""
     z = model.backbone(model.inputs(batch))
     return [F.linear(z, *head.parameters()).square().mean() for head in model.heads.values()]
 
 
 @pytest.mark.parametrize("other", ["loss", "backbone_loss"])
-def test_a_constant_stands_in_for_an_absent_task(other: str) -> None:
+def test_a_constant_is_accepted_as_the_loss_of_an_absent_task(other: str) -> None:
     model, optimizer = wrap(sgd)
     left, right = model.losses(0)[0]
     zero = torch.zeros((), requires_grad=True)
@@ -250,7 +250,7 @@ def test_a_constant_stands_in_for_an_absent_task(other: str) -> None:
 
 @pytest.mark.parametrize("own", [False, True])
 def test_a_module_of_a_task_may_look_up_indices(own: bool) -> None:
-    """An embedding that a task has beside its decoder. Its gradient is its own; what else gets no z is an error."""
+    """An embedding of a task besides its decoder gets its own gradient; any other module without z is an error."""
     torch.manual_seed(0)
     backbone, embedding = nn.Linear(5, 6), nn.Embedding(3, 6)
     decoder, other = nn.Bilinear(6, 6, 2), nn.Linear(6, 2)
@@ -276,8 +276,8 @@ def test_a_module_of_a_task_may_look_up_indices(own: bool) -> None:
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("num_tasks", [1, 2])
 @pytest.mark.filterwarnings("ignore:The representation should require grad")
-def test_a_trial_before_the_backbone_is_frozen_leaves_no_trace(own: bool, num_tasks: int) -> None:
-    """A forward pass for the shapes, and then heads are trained alone at first."""
+def test_a_forward_pass_before_the_backbone_is_frozen_has_no_effect(own: bool, num_tasks: int) -> None:
+    """A forward pass to infer shapes; then only the heads are trained at first."""
     model, optimizer = wrap()
     model(model.inputs(0))
     model.backbone.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Two processes with half of the batch each do with any model what one process with all of it does."""
+"""For any model, two processes with half of the batch each equal one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.distributed
 
-RANDOM = {"dropout_per_head", "variational"}  # no two processes draw what one does
+RANDOM = {"dropout_per_head", "variational"}  # two processes draw other random numbers than one
 SIZE = 4  # of the batch of one process
 
 

@@ -1,4 +1,4 @@
-"""What works with one tensor works with any model: autocast, checkpointing, compile, accumulation, saved states."""
+"""Autocast, checkpointing, compile, accumulation and saved states work with any model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_autocast(make: Make) -> None:
 
 @MODELS
 def test_activation_checkpointing(make: Make) -> None:
-    """Around all of the model: heads run again in the backward pass."""
+    """Around the whole model: heads run again in the backward pass."""
     twins = Twins.of(make, 0)
     for step in range(3):
         x = twins.batch(step).requires_grad_()
@@ -65,7 +65,7 @@ def test_compiled_model(make: Make) -> None:
 @MODELS
 @pytest.mark.parametrize("way", WAYS)
 def test_accumulation_and_a_resumed_run(make: Make, way: str) -> None:
-    """Several backward passes per step; a run that is saved and loaded on its way is the same, bit for bit."""
+    """Several backward passes per step; a run that is saved and resumed is bit-identical."""
     results = []
     for resume in (False, True):
         twins = Twins.of(make, 0, torch.float32)
@@ -88,7 +88,7 @@ def test_accumulation_and_a_resumed_run(make: Make, way: str) -> None:
 
 @MODELS
 def test_evaluation_before_and_between_training_steps(make: Make) -> None:
-    """Predictions are those of the twin, whatever ran first."""
+    """Predictions equal those of the twin, in any order of calls."""
     twins = Twins.of(make, 0)
     for step in range(3):
         twins.follow()

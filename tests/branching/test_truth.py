@@ -1,4 +1,4 @@
-r"""Of any model, shared parameters get :math:`\sum_k w_k \nabla L_k`, and those of a task its own gradient."""
+r"""In any model, shared parameters get :math:`\sum_k w_k \nabla L_k`, and those of a task its own gradient."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def test_shared_parameters_get_the_weighted_sum_of_the_gradients(
 @MODELS
 @FEW
 @given(seed=SEEDS, dtype=DTYPES, log_scales=LOG_SCALES, way=st.sampled_from(sorted(WAYS)))
-def test_weights_bring_all_gradients_to_one_norm(
+def test_weights_equalize_the_gradient_norms(
     make: Make, seed: int, dtype: torch.dtype, log_scales: list[float], way: str
 ) -> None:
-    """Those of the same step, or of the step before where ``last_step.lagged`` says so; at first they are one then."""
+    """The norms of the same step, or of the previous one if ``last_step.lagged``; then the first weights are one."""
     twins = Twins.of(make, seed, dtype, log_scales=log_scales, weighting=RotoGradWeighting())
     norms: dict[str, float] = {}
     for step in range(3):
@@ -79,10 +79,10 @@ def test_weights_bring_all_gradients_to_one_norm(
 @MODELS
 @FEW
 @given(seed=SEEDS, dtype=DTYPES, log_scales=LOG_SCALES, data=st.data())
-def test_whatever_tasks_a_backward_pass_has(
+def test_any_tasks_in_a_backward_pass(
     make: Make, seed: int, dtype: torch.dtype, log_scales: list[float], data: DataObject
 ) -> None:
-    """All or some, in one pass or one pass each, and whether the next step has others."""
+    """All or some of them, in one pass or one pass each, and with other tasks in the next step."""
     twins = Twins.of(make, seed, dtype, log_scales=log_scales)
     names = sorted(twins.wrapped.heads)
     for step in range(3):
@@ -103,10 +103,10 @@ def test_whatever_tasks_a_backward_pass_has(
 @MODELS
 @FEW
 @given(seed=SEEDS, log_scales=LOG_SCALES, way=st.sampled_from(sorted(WAYS)), together=st.booleans())
-def test_a_batch_per_task_is_weighted_as_it_would_be_in_company(
+def test_a_batch_per_task_is_weighted_like_a_joint_batch(
     make: Make, seed: int, log_scales: list[float], way: str, together: bool
 ) -> None:
-    """One step for all backward passes, or one each: without updates, the weights are soon those of all in one."""
+    """One step for all backward passes, or one each: without updates, the weights converge to those of a joint pass."""
     weights = []
     for alone in (True, False):
         twins = Twins.of(make, seed, log_scales=log_scales, burn_in_period=0)

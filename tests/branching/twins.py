@@ -1,4 +1,4 @@
-"""A model that branches, wrapped, and its twin that never was: what the gradients must be comes from the twin alone."""
+"""A wrapped model that branches, and its unwrapped twin, from which the expected gradients are computed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def backward(optimizer: RotoGradOptimizer, losses: Mapping[str, Tensor]) -> None
 
 
 def one_by_one(optimizer: RotoGradOptimizer, losses: Mapping[str, Tensor]) -> None:
-    """What ``torch.autograd.backward`` does with a list is one pass, too."""
+    """``torch.autograd.backward`` of a list is a single pass as well."""
     torch.autograd.backward(list(losses.values()))
 
 
@@ -41,13 +41,13 @@ WAYS: dict[str, Way] = {"backward(losses)": backward, "sum(losses).backward()": 
 
 @dataclass
 class Twins:
-    """A wrapped model and its twin, of the same weights.
+    """A wrapped model and its twin, with the same weights.
 
     Attributes:
         wrapped: The model that is wrapped.
         bare: Its twin.
-        optimizer: That of ``wrapped``.
-        scales: By what each loss is multiplied.
+        optimizer: The optimizer of ``wrapped``.
+        scales: Factor of each loss.
         dtype: The dtype of both.
     """
 
@@ -66,7 +66,7 @@ class Twins:
         log_scales: Collection[float] = (),
         **options: Any,
     ) -> Twins:
-        """Return twins whose rotations rest at I, where the twin has none. They learn slowly: losses may be large."""
+        """Return twins with rotations at I, as the bare one has none. Learning rates are low: losses may be large."""
         wrapped, bare = (built(make, sizes, seed, dtype) for _ in range(2))
         sgd = SGD(wrapped.modules().parameters(), lr=1e-5)
         optimizer = RotoGradOptimizer(sgd, wrapped.heads, rotation_lr=0.0, **wrapped.options, **options)
@@ -78,7 +78,7 @@ class Twins:
         return inputs(seed, size, self.dtype)
 
     def losses(self, x: Tensor, seed: int, tasks: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Return the losses of the wrapped model; ``seed`` is that of dropout."""
+        """Return the losses of the wrapped model; ``seed`` is the seed of dropout."""
         return self._losses(self.wrapped, x, seed, tasks)
 
     def _losses(self, model: Branching, x: Tensor, seed: int, tasks: Collection[str] | None) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ class Twins:
         return {name: losses[name] * self.scales[name] for name in model.heads if tasks is None or name in tasks}
 
     def follow(self) -> None:
-        """Give the twin the weights of the wrapped model."""
+        """Copy the weights of the wrapped model to the twin."""
         self.bare.modules().load_state_dict(self.wrapped.modules().state_dict())
 
     def true_gradients(self, x: Tensor, seed: int, task: str) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ class Twins:
 
     def true_norm(self, x: Tensor, seed: int, task: str) -> float:
         """Return the norm of the gradient of one loss at everything that enters its head."""
-        entered: dict[int, tuple[Tensor, Tensor]] = {}  # with the tensor itself, lest another one gets its id
+        entered: dict[int, tuple[Tensor, Tensor]] = {}  # keeps the tensor, so that its id is not reused
 
         def view(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:

@@ -1,4 +1,4 @@
-"""Agreement: how much of a gradient is signal, told by the samples of one batch."""
+"""Agreement: how much of a gradient is signal, estimated from the samples of one batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.samplers import DTYPES, NUM_TASKS, SEEDS, Sampler
 from tests.weighting.processes import together
 
 VECTORS = RotatedDims(None)
-# Shape of z, its rotated dimensions, and how many samples it has.
+# Shape of z, its rotated dimensions, and the number of samples.
 LAYOUTS: list[tuple[tuple[int, ...], int | tuple[int, ...], int]] = [
     ((5, 6), -1, 5),
     ((3, 4, 6), -1, 3),
@@ -39,10 +39,10 @@ def agreement(grads: Tensor, z: Tensor, seed: int = 0, dims: RotatedDims = VECTO
 
 
 @given(layout=st.sampled_from(LAYOUTS), K=NUM_TASKS, seed=SEEDS, dtype=DTYPES)
-def test_it_is_that_of_the_oracle(
+def test_equals_the_oracle(
     layout: tuple[tuple[int, ...], int | tuple[int, ...], int], K: int, seed: int, dtype: torch.dtype
 ) -> None:
-    """The positions of a sample add up before its length is taken."""
+    """The positions of a sample are summed before the norm is computed."""
     (shape, dim, num_samples), sampler = layout, Sampler(seed, dtype)
     z, grads = sampler.normal(*shape), sampler.normal(K, *shape)
     dims = RotatedDims(dim)
@@ -52,7 +52,7 @@ def test_it_is_that_of_the_oracle(
 
 
 @given(K=NUM_TASKS, B=st.integers(2, 16), d=st.integers(1, 24), seed=SEEDS)
-def test_samples_that_are_all_the_same_agree_in_full(K: int, B: int, d: int, seed: int) -> None:
+def test_identical_samples_agree_completely(K: int, B: int, d: int, seed: int) -> None:
     sampler = Sampler(seed)
     z, grads = sampler.normal(1, d).expand(B, d), sampler.normal(K, 1, d).expand(K, B, d)
     assert_close(agreement(grads, z), torch.full((K,), float(B)).double())
@@ -60,7 +60,7 @@ def test_samples_that_are_all_the_same_agree_in_full(K: int, B: int, d: int, see
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.06])
 def test_gradients_of_known_signal_and_noise(share: float) -> None:
-    """With the share rho of signal in one sample, B of them have 1 + (B - 1) rho, on average over batches."""
+    """If rho is the share of signal in one sample, the expectation for B samples is 1 + (B - 1) rho."""
     B, d, num_batches, sampler = 16, 12, 2000, Sampler(0)
     signal = sampler.normal(d, d)
     # Of A = M z z' + noise z': |E A|^2 = |M|^2, and for normal z, E |M z|^2 |z|^2 = (d + 2) |M|^2.
@@ -71,7 +71,7 @@ def test_gradients_of_known_signal_and_noise(share: float) -> None:
         z, noise = sampler.normal(B, d), math.sqrt(variance) * sampler.normal(B, d)
         sums = Sketch(z, VECTORS, seed).sums((bool(share) * z @ signal.mT + noise)[None])
         squares += torch.stack([sums.sums.square().sum(), sums.lengths.square().sum()])
-    # The mean over 2000 batches of an estimate from 64 projections, whose spread is about its size.
+    # The mean over 2000 batches of an estimate from 64 projections, whose standard deviation is about its size.
     assert float(squares[0] / squares[1]) == pytest.approx(1 + (B - 1) * share, rel=0.1)
 
 
@@ -101,14 +101,14 @@ def test_scale_of_a_loss_does_not_change_it(K: int, seed: int, exponents: list[i
     assert_close(sums.scaled(scales).agreement(), sums.agreement(), rtol=1e-5, atol=0)
 
 
-def test_what_was_not_measured_is_unknown() -> None:
+def test_missing_measurements_are_unknown() -> None:
     one = Sketch(torch.ones(3, 2), VECTORS, 0).sums(torch.ones(1, 3, 2)).of_task(1, 3)
     assert one.agreement().isfinite().tolist() == [False, True, False]
     assert SampleSums.none(2, torch.ones(1)).agreement().isnan().all()
 
 
 @given(K=NUM_TASKS, seed=SEEDS, dtype=DTYPES, samples=st.integers(2, 20))
-def test_the_only_sample_with_a_gradient_tells_nothing(K: int, seed: int, dtype: torch.dtype, samples: int) -> None:
+def test_a_single_sample_with_a_gradient_gives_no_estimate(K: int, seed: int, dtype: torch.dtype, samples: int) -> None:
     sampler = Sampler(seed, dtype)
     grads = sampler.normal(K, samples, 6)
     grads[0, 1:] = 0.0
@@ -140,7 +140,7 @@ class Tasks(nn.Module):
 @pytest.mark.parametrize("apart", [False, True], ids=["one tensor", "a tensor each"])
 @pytest.mark.parametrize("calls", ["step", "own backward", "a batch per task"])
 def test_share_of_a_task_that_is_noise_falls(calls: str, *, apart: bool) -> None:
-    """Whoever calls backward, and whatever the heads read; no loss falls meanwhile."""
+    """For both ways to call backward, and for one tensor or several; no loss decreases meanwhile."""
     shares = {}
     for weighting in (ProgressWeighting(), ProgressWeighting(alpha=0.0)):
         model = Tasks(apart=apart)

@@ -1,4 +1,4 @@
-"""Capture: rotations in front of the heads, and each task's own gradient behind them."""
+"""Capture: rotations in front of the heads, and the gradient of each task."""
 
 import copy
 from typing import Any
@@ -26,7 +26,7 @@ FEW_TASKS = st.integers(1, 5)
 
 
 class Recorder:
-    """A weighting that adds the gradients up and keeps them."""
+    """A weighting that sums the gradients and stores them."""
 
     def __call__(self, J: Tensor) -> Tensor:
         self.J = J
@@ -57,12 +57,12 @@ def test_heads_get_the_rotated_representation(
 
 
 @given(layout_=LAYOUT, K=FEW_TASKS, dtype=DTYPES)
-def test_a_task_that_is_not_rotated_gets_the_representation_itself(layout_: Layout, K: int, dtype: torch.dtype) -> None:
+def test_a_task_without_rotation_gets_the_representation_itself(layout_: Layout, K: int, dtype: torch.dtype) -> None:
     bare = SGD([nn.Parameter(torch.zeros(1, dtype=dtype))], lr=0.1)
     flags = [task > 0 for task in range(K)]
     optimizer = RotoGradOptimizer(bare, num_tasks=K, dim=layout_[1], rotate=flags if K > 1 else True)
     z = torch.ones(layout_[0], dtype=dtype, requires_grad=True)
-    # No multiplication by I, which would turn an infinite feature into NaN. A lone task needs no rotation.
+    # No multiplication by I, which would turn an infinite feature into NaN. A single task needs no rotation.
     assert [r.data_ptr() == z.data_ptr() for r in optimizer.rotate(z)] == [not flag for flag in flags]
 
 
@@ -134,7 +134,7 @@ def head_gradients(model: Network, task: int) -> list[Tensor]:
 
 
 @given(layout_=LAYOUT, K=st.integers(2, 5), seed=SEEDS, scale=st.floats(-3, 3), absent=st.booleans(), dtype=DTYPES)
-def test_gradient_of_a_head_does_not_see_the_other_tasks(
+def test_gradient_of_a_head_does_not_depend_on_the_other_tasks(
     layout_: Layout, K: int, seed: int, scale: float, absent: bool, dtype: torch.dtype
 ) -> None:
     (shape, dim), (batch,) = layout_, batches(seed, 1, K, dtype)
@@ -161,7 +161,7 @@ def test_gradient_of_a_head_is_its_true_gradient(layout_: Layout, K: int, seed: 
     model = network(seed, shape[1:], K, torch.float64)
     torch.manual_seed(seed)
     optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), list(model.heads), dim=dim, init="haar")
-    with optimizer.paused():  # what autograd says, without us
+    with optimizer.paused():  # autograd without the hooks
         terms, _ = model.losses(batch)
     expected = torch.autograd.grad(torch.stack(terms).sum(), list(model.heads.parameters()))
     optimizer.backward(*model.losses(batch))
@@ -171,7 +171,7 @@ def test_gradient_of_a_head_is_its_true_gradient(layout_: Layout, K: int, seed: 
 
 @pytest.mark.parametrize("rotate", [True, False])
 def test_heads_may_begin_with_an_in_place_layer(rotate: bool) -> None:
-    """Where R = I, the head would get z itself: changing that would change what the other heads see."""
+    """If R = I, the head gets z itself, and changing z would change the inputs of the other heads."""
     backbone, heads = nn.Linear(3, 4), [nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 1)) for _ in range(2)]
     bare = torch.optim.SGD([*backbone.parameters(), *heads[0].parameters(), *heads[1].parameters()], lr=0.1)
     optimizer = RotoGradOptimizer(bare, heads=heads, rotate=rotate)
@@ -188,14 +188,14 @@ def test_heads_may_begin_with_an_in_place_layer(rotate: bool) -> None:
 
 
 class Echo(nn.Module):
-    """A head that returns what it is called with."""
+    """A head that returns its arguments."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return args, kwargs
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_other_inputs_of_a_head_arrive_as_they_are(training: bool) -> None:
+def test_other_inputs_of_a_head_are_not_changed(training: bool) -> None:
     head, others = Echo(), [object(), torch.randn(4, 6), torch.arange(3)]
     z = torch.randn(4, 6, requires_grad=True)
     bare = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
@@ -214,8 +214,8 @@ def test_other_inputs_of_a_head_arrive_as_they_are(training: bool) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_tensor_that_enters_several_times_is_one(training: bool) -> None:
-    """As the query, key and value of self-attention, which is faster for one tensor than for three."""
+def test_a_tensor_that_enters_several_times_is_rotated_once(training: bool) -> None:
+    """For example query, key and value of self-attention, which is faster for one tensor than for three."""
     head = Echo()
     bare = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     optimizer = RotoGradOptimizer(bare, [head, Echo()], init="haar", rotation_size=6)
@@ -224,11 +224,11 @@ def test_a_tensor_that_enters_several_times_is_one(training: bool) -> None:
         (query, key, different), named = head(z, z, other, value=z)
     assert query is key is named["value"]
     assert different is not query
-    assert_close(query, z @ optimizer.rotations[0].mT if training else z)  # where they rotate is noted in training
+    assert_close(query, z @ optimizer.rotations[0].mT if training else z)  # recorded in training
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_the_graph_of_the_losses_is_followed_in_the_first_step_only(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_graph_of_the_losses_is_traversed_in_the_first_step(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     followed: list[Any] = []
     check = "check_sum" if own else "check_losses"
     original = getattr(wiring, check)
@@ -246,8 +246,8 @@ def test_the_graph_of_the_losses_is_followed_in_the_first_step_only(own: bool, m
     assert len(followed) == 1
 
 
-def test_an_optimizer_that_could_not_be_built_is_in_nobodys_way() -> None:
-    """Its error, with the traceback, keeps it alive."""
+def test_an_optimizer_that_could_not_be_built_does_not_block_another_one() -> None:
+    """The traceback of its error keeps it alive."""
     half_built = RotoGradOptimizer.__new__(RotoGradOptimizer)
     trained = torch.zeros(3).requires_grad_()
     optimizer = torch.optim.SGD([trained], lr=0.1)
@@ -257,11 +257,11 @@ def test_an_optimizer_that_could_not_be_built_is_in_nobodys_way() -> None:
 
 
 class Meta(Tensor):
-    """As ``MetaTensor`` of MONAI."""
+    """A tensor subclass like ``MetaTensor`` of MONAI."""
 
 
 class Masked(nn.Module):
-    """Reads an attribute of what it gets."""
+    """Reads an attribute of its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,9 +274,7 @@ class Masked(nn.Module):
 
 @pytest.mark.parametrize("kind", [Tensor, Meta])
 @pytest.mark.parametrize("options", [{"rotate": False}, {"init": "haar"}, {"normalize_losses": True}])
-def test_tensors_keep_their_class_and_attributes_on_their_way_into_a_head(
-    kind: type[Tensor], options: dict[str, Any]
-) -> None:
+def test_tensors_that_enter_a_head_keep_their_class_and_attributes(kind: type[Tensor], options: dict[str, Any]) -> None:
     backbone, heads = nn.Linear(5, 6), nn.ModuleList([Masked(), Masked()])
     params = [*backbone.parameters(), *heads.parameters()]
     optimizer = RotoGradOptimizer(SGD(params, lr=0.1), heads, turn_every=2, **options)

@@ -1,4 +1,4 @@
-"""Which task each number depends on, by the graph: that of gradients. And what that means for losses."""
+"""Which tasks each element of a tensor depends on, inferred from the graph, equals what gradients show."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def in_columns(columns: Sequence[Tensor]) -> Tensor:
     return out
 
 
-TOLD: dict[str, Callable[[Tensor], Tensor]] = {  # of these the graph tells everything
+TOLD: dict[str, Callable[[Tensor], Tensor]] = {  # for these, the graph determines the tasks exactly
     "scaled": lambda x: 2 * x - 1,
     "with a constant": lambda x: x + torch.randn(x.shape),
     "squares": torch.square,
@@ -96,7 +96,7 @@ TOLD: dict[str, Callable[[Tensor], Tensor]] = {  # of these the graph tells ever
     "put": lambda x: put(torch.zeros_like(x), every_second(x), x[every_second(x)]),
     "put into itself": lambda x: put(x, every_second(x), 2 * x[every_second(x)]),
 }
-UNTOLD: dict[str, Callable[[Tensor], Tensor]] = {  # of these not, and then too many tasks are taken for read
+UNTOLD: dict[str, Callable[[Tensor], Tensor]] = {  # for these it does not, and too many tasks are reported
     "assigned": lambda x: in_columns(x.unbind(-1)) if x.ndim > 1 else x,
     "part multiplied": lambda x: changed(x, Tensor.mul_),
     "part added to": lambda x: changed(x, Tensor.add_),
@@ -108,7 +108,7 @@ OPERATIONS = TOLD | UNTOLD
 
 
 def outputs(seed: int, size: int = 3) -> tuple[list[Tensor], list[Tensor]]:
-    """Return what three functional heads are fed, and their outputs, ``(2, size)``."""
+    """Return the inputs of three functional heads, and their outputs, ``(2, size)``."""
     torch.manual_seed(seed)
     bare = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     optimizer = RotoGradOptimizer(bare, num_tasks=3, rotate=False)
@@ -126,7 +126,7 @@ def labels_by_gradients(x: Tensor, fed: list[Tensor]) -> Tensor:
 
 
 def assert_labels(x: Tensor, fed: list[Tensor], names: Collection[str]) -> None:
-    """Assert that the labels of ``x``, made by the operations ``names``, are those of gradients."""
+    """Assert that the labels of ``x``, computed by the operations ``names``, equal those from gradients."""
     edge = made_by(x)
     labels, expected = Dependence([edge])._label(edge).expand(x.shape), labels_by_gradients(x, fed)
     told = TOLD.keys() >= set(names)
@@ -194,7 +194,7 @@ MIXTURES: dict[str, Callable[[list[Tensor], Tensor], Tensor]] = {
 
 
 class Heads:
-    """A backbone, three heads and a batch, wrapped; ``paused()`` is the truth."""
+    """A wrapped model with three heads, and a batch; ``paused()`` gives the true gradients."""
 
     def __init__(self, size: int) -> None:
         torch.manual_seed(size)
@@ -208,7 +208,7 @@ class Heads:
         return [head(z) for head in self.heads]
 
     def true_gradient(self, loss: Callable[[list[Tensor], Tensor], Tensor], task: int) -> Tensor:
-        """Return the gradient of the backbone that comes through the head of ``task``."""
+        """Return the gradient of the backbone through the head of ``task``."""
         with self.optimizer.paused():
             outs = [out if k == task else out.detach() for k, out in enumerate(self.outputs())]
             return torch.autograd.grad(loss(outs, self.y), self.backbone.weight)[0]
@@ -216,8 +216,8 @@ class Heads:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("name", APART)
-def test_a_loss_that_keeps_the_outputs_of_heads_apart_is_their_losses_in_one(name: str, size: int) -> None:
-    """With one's own backward, each head gets its own gradient, and the backbone the sum of them by weight."""
+def test_a_loss_that_separates_the_outputs_of_heads_is_the_sum_of_their_losses(name: str, size: int) -> None:
+    """In the user's own backward, each head gets its own gradient, and the backbone their weighted sum."""
     bench, loss = Heads(size), APART[name]
     bench.y[0] = torch.tensor([1.0, 2.0, 3.0])  # no task without labels
     for _ in range(3):
@@ -232,7 +232,7 @@ def test_a_loss_that_keeps_the_outputs_of_heads_apart_is_their_losses_in_one(nam
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_a_loss_that_mixes_the_outputs_of_heads_is_refused_whatever_the_size_of_the_batch(name: str, size: int) -> None:
+def test_a_loss_that_mixes_the_outputs_of_heads_is_rejected_for_any_batch_size(name: str, size: int) -> None:
     bench = Heads(size)
     outs = bench.outputs()
     losses = sum(out.square().mean() for out in outs)
@@ -257,7 +257,7 @@ COLUMNS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_each_loss_may_read_its_part_of_what_all_heads_have_made(name: str) -> None:
+def test_each_loss_may_read_its_part_of_the_outputs_of_all_heads(name: str) -> None:
     bench, losses = Heads(8), COLUMNS[name]
     for _ in range(3):
         true = [
@@ -275,7 +275,7 @@ def test_each_loss_may_read_its_part_of_what_all_heads_have_made(name: str) -> N
 
 
 class Doubled(torch.autograd.Function):
-    """Several outputs, of which the graph does not tell what each was made of, as those of a compiled model."""
+    """A function with several outputs whose dependence is not visible in the graph, as in a compiled model."""
 
     @staticmethod
     def forward(ctx: Any, *outs: Tensor) -> tuple[Tensor, ...]:
@@ -286,7 +286,7 @@ class Doubled(torch.autograd.Function):
         return tuple(2 * grad for grad in grads)
 
 
-def test_outputs_of_a_function_that_is_not_looked_into_may_be_those_of_single_heads() -> None:
+def test_outputs_of_an_opaque_function_may_be_those_of_single_heads() -> None:
     bench = Heads(4)
     losses = [out.square().mean() for out in Doubled.apply(*bench.outputs())]  # type: ignore[no-untyped-call]
     bench.optimizer.step(losses)

@@ -57,7 +57,7 @@ class Pair(NamedTuple):
 
 @dataclass
 class Features:
-    """A class that says to torch what is inside."""
+    """A class that is registered as a pytree."""
 
     z: Tensor
     scale: float = 2.0
@@ -67,7 +67,7 @@ torch.export.register_dataclass(Features, serialized_type_name="tests.Features")
 
 
 class OwnPair(Pair):
-    """A named tuple that is made in another way."""
+    """A named tuple with another constructor."""
 
     def __new__(cls, z: Tensor) -> OwnPair:
         return super().__new__(cls, z, torch.ones(1))
@@ -99,7 +99,7 @@ CONTAINERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] =
 
 
 class Head(nn.Module):
-    """Keeps what it was called with."""
+    """Records its arguments."""
 
     def __init__(self, read: Callable[[Any], Tensor]) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def test_containers_keep_their_types(name: str) -> None:
         optimizer.zero_grad()
         losses = [head(inputs).square().mean() for head in heads]
         assert_close(read(heads[0].got), z @ optimizer.rotations[0].mT)
-        assert_close(read(inputs), z)  # what the user has is as it was
+        assert_close(read(inputs), z)  # the user's containers are unchanged
         optimizer.step(losses)
         assert backbone.weight.grad is not None
         for head in heads:
@@ -134,13 +134,13 @@ def test_containers_keep_their_types(name: str) -> None:
 
 
 class Frozen(dict[str, Tensor]):
-    """A dict that nobody may change."""
+    """A dict whose items cannot be set."""
 
     def __setitem__(self, key: str, value: Tensor) -> NoReturn:
         raise TypeError("it is frozen")
 
 
-def test_a_dict_that_cannot_be_copied_is_refused_if_it_would_change() -> None:
+def test_a_dict_that_cannot_be_copied_is_rejected_if_it_would_change() -> None:
     heads = [Head(lambda x: x["z"]), Head(lambda x: x["z"])]
     optimizer = RotoGradOptimizer(SGD(nn.ModuleList(heads).parameters(), lr=0.1), heads, init="haar", rotation_size=D)
     z = torch.randn(4, D, requires_grad=True)

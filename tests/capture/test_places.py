@@ -1,4 +1,4 @@
-"""Places: what is rotated in training is rotated in evaluation, and nothing else, however the head is called."""
+"""Places: evaluation rotates the same inputs as training, in any way to call the head."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_lists_and_dicts_may_be_longer_or_shorter_than_in_training(
 
 
 @given(trained=st.integers(1, 3), evaluated=st.integers(1, 4), seed=SEEDS)
-def test_so_may_arguments_without_names(trained: int, evaluated: int, seed: int) -> None:
+def test_arguments_without_names_may_be_more_or_fewer_than_in_training(trained: int, evaluated: int, seed: int) -> None:
     torch.manual_seed(seed)
     backbone, heads, optimizer = wrapped(Positional)
     features = [backbone(torch.randn(4, 5)) for _ in range(trained)]
@@ -101,8 +101,8 @@ def test_so_may_arguments_without_names(trained: int, evaluated: int, seed: int)
         assert_close(head(*others), torch.stack([head.out(each @ R.mT).mean(0) for each in others]))
 
 
-def test_samples_that_are_dicts_keep_what_is_rotated_apart() -> None:
-    """A list of dicts: its positions mean nothing, its keys do."""
+def test_in_samples_that_are_dicts_keys_decide_what_is_rotated() -> None:
+    """In a list of dicts, positions do not matter, keys do."""
     sizes = {"image": D, "shape": 3}
     made = {name: nn.Linear(5, size) for name, size in sizes.items()}
 
@@ -124,7 +124,7 @@ def test_samples_that_are_dicts_keep_what_is_rotated_apart() -> None:
     assert_close(heads[0](others), heads[0].forward(turned))
 
 
-def test_entries_of_which_nobody_can_tell_are_refused() -> None:
+def test_ambiguous_entries_are_rejected() -> None:
     backbone, heads, optimizer = wrapped(Each)
     features = [backbone(torch.randn(4, 5)), torch.randn(4, D)]
     for _ in range(2):
@@ -140,12 +140,12 @@ def test_entries_of_which_nobody_can_tell_are_refused() -> None:
 
 
 class HandsOn(nn.Module):
-    """Hands all that it gets on to another module."""
+    """Passes all its arguments on to another module."""
 
     def forward(self, *args: Any, **kwargs: Any) -> None: ...
 
 
-def test_arguments_that_are_handed_on_are_those_of_another_module() -> None:
+def test_arguments_that_are_passed_on_are_those_of_another_module() -> None:
     handed_on, own = Arguments.of(HandsOn()), Arguments.of(Positional())
     assert [handed_on.by_position(1), handed_on.by_keyword("z")] == [("1",), ("z",)]
     assert [own.by_position(1), own.by_keyword("z")] == [("*", 1), ("**", "z")]
@@ -188,7 +188,7 @@ def test_arguments_are_the_same_by_position_and_by_keyword() -> None:
         nn.ModuleList(heads).train()
 
 
-def test_the_first_step_makes_the_rotations_if_no_head_gets_the_representation_alone() -> None:
+def test_the_first_step_creates_the_rotations_if_no_head_gets_the_representation_alone() -> None:
     backbone, heads, optimizer = wrapped(Decoder, init="identity", rotation_size=None)
     for made in (None, D):
         assert optimizer.rotations.size == made
@@ -197,7 +197,7 @@ def test_the_first_step_makes_the_rotations_if_no_head_gets_the_representation_a
 
 
 class OneOrTwo(nn.Module):
-    """Reads a list of two tensors, or one, so many times."""
+    """Reads a list of two tensors, or one of them several times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class OneOrTwo(nn.Module):
         return out
 
 
-def test_a_call_in_another_way_is_refused_if_several_inputs_are_rotated() -> None:
+def test_another_way_to_call_is_rejected_if_several_inputs_are_rotated() -> None:
     backbone, heads, optimizer = wrapped(OneOrTwo)
     z = backbone(torch.randn(4, 5))
     step(optimizer, [head([z, backbone(torch.randn(4, 5))]) for head in heads])
@@ -219,7 +219,7 @@ def test_a_call_in_another_way_is_refused_if_several_inputs_are_rotated() -> Non
 @pytest.mark.parametrize("init", ["identity", "haar"])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_an_input_that_gets_a_gradient_later_does_not_change_predictions(init: str, resumed: bool) -> None:
-    """Gradual unfreezing: it stays unrotated where the rotations have turned."""
+    """Gradual unfreezing: it stays unrotated if the rotations have been updated."""
     options: dict[str, Any] = {"init": init, "rotation_size": D, "rotation_lr": 0.3, "turn_every": 1}
     backbone, heads, optimizer = wrapped(Decoder, **options)
     frozen = nn.Linear(5, D).requires_grad_(False)
@@ -249,7 +249,7 @@ def test_an_input_that_gets_a_gradient_later_does_not_change_predictions(init: s
     assert_same(outputs(0), before)
 
 
-def test_an_input_that_gets_a_gradient_before_the_rotations_turn_is_rotated() -> None:
+def test_an_input_that_gets_a_gradient_before_the_first_update_is_rotated() -> None:
     backbone, heads, optimizer = wrapped(Decoder, init="identity", rotation_lr=0.0)
     frozen, x = nn.Linear(5, D).requires_grad_(False), torch.randn(4, 5)
     for _ in range(2):
@@ -275,9 +275,7 @@ def pyramid(names: Sequence[str], **options: Any) -> tuple[dict[str, nn.Module],
 @pytest.mark.parametrize("names", list(permutations(SIZES)))
 @pytest.mark.parametrize("init", ["identity", "haar"])
 @pytest.mark.parametrize("evaluated", [False, True])
-def test_the_size_that_most_tasks_read_is_that_of_the_rotations(
-    names: tuple[str, ...], init: str, evaluated: bool
-) -> None:
+def test_rotations_have_the_size_that_most_tasks_read(names: tuple[str, ...], init: str, evaluated: bool) -> None:
     """Whichever head runs first."""
     backbones, heads, optimizer = pyramid(names, init=init)
     if evaluated:
@@ -299,8 +297,8 @@ def test_the_size_that_most_tasks_read_is_that_of_the_rotations(
 
 
 @pytest.mark.parametrize("init", ["identity", "haar"])
-def test_gates_that_read_the_inputs_do_not_give_rotations_their_size(init: str) -> None:
-    """Nothing there has a gradient, and they run first."""
+def test_gates_that_read_the_inputs_do_not_determine_the_size_of_the_rotations(init: str) -> None:
+    """They run first, but their inputs have no gradient."""
     experts, gates, towers = (
         nn.Linear(5, 3 * D),
         [nn.Linear(5, 3) for _ in range(2)],
@@ -319,7 +317,7 @@ def test_gates_that_read_the_inputs_do_not_give_rotations_their_size(init: str) 
     assert optimizer.rotations.size == D
 
 
-def test_too_late_for_the_size_that_most_tasks_read_is_a_warning() -> None:
+def test_rotations_of_a_less_common_size_are_a_warning() -> None:
     names = tuple(SIZES)
     for flags in ([True, True, True], [False, True, True]):
         backbones, heads, optimizer = pyramid(names, rotate=flags)
@@ -332,7 +330,7 @@ def test_too_late_for_the_size_that_most_tasks_read_is_a_warning() -> None:
         assert optimizer.rotations.size == (4 if flags[0] else D)
 
 
-def test_rotations_that_would_be_large_are_a_warning_and_none_are_made_that_are_not_wanted(
+def test_large_rotations_are_a_warning_and_disabled_ones_are_not_created(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("rotoopt._capture.places.LARGE", D - 1)

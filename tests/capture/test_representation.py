@@ -1,4 +1,4 @@
-"""The (L, d, P) view: nothing is lost, nothing is copied, and rotating it is a rotation."""
+"""The (L, d, P) view: it is invertible, copies nothing, and rotating it is a rotation."""
 
 import math
 
@@ -102,7 +102,7 @@ def test_size_is_the_product_of_the_rotated_dimensions() -> None:
     assert RotatedDims((1, -1)).size(torch.Size([2, 3, 4, 5])) == math.prod((3, 5))
 
 
-def test_what_lacks_a_rotated_dimension_does_not_fit() -> None:
+def test_a_tensor_without_a_rotated_dimension_does_not_fit() -> None:
     for dim, shape in ((1, (6,)), ((-1, -2), (6,)), (-3, (6, 6))):
         for all_of_them in (True, False):
             assert not RotatedDims(dim).fit(torch.Size(shape), 6, all_of_them=all_of_them)

@@ -1,4 +1,4 @@
-"""Taps: where the weights are known before the backward pass, gradients go on at once, and no result changes."""
+"""Taps: if the weights are known before the backward pass, gradients are weighted immediately, with equal results."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_backbone_gets_the_sum_of_the_gradients_times_the_weights_that_are_recor
 
 
 @given(K=NUM_TASKS, seed=SEEDS)
-def test_weights_are_those_that_the_step_before_measured(K: int, seed: int) -> None:
+def test_weights_are_computed_from_the_previous_step(K: int, seed: int) -> None:
     sampler = Sampler(seed)
     lagged, exact = (
         Bench((4, 6), K, torch.float64, weighting=w, rotate=False) for w in (Lagged(), RotoGradWeighting())
@@ -85,10 +85,10 @@ def test_weights_are_those_that_the_step_before_measured(K: int, seed: int) -> N
 
 
 @given(K=NUM_TASKS, seed=SEEDS, passes=st.integers(2, 4), turn_every=st.sampled_from([1, NEVER]))
-def test_passes_of_a_step_have_one_weight_and_teach_what_one_pass_would(
+def test_passes_of_a_step_have_the_same_weights_and_the_statistics_of_one_pass(
     K: int, seed: int, passes: int, turn_every: int
 ) -> None:
-    """The norm of a gradient over samples that come in parts: squares add up. Losses are divided, as usual."""
+    """The squared norm over all samples is the sum over the parts. Losses are divided, as usual."""
     results = []
     for parts in (1, passes):
         sampler = Sampler(seed)
@@ -110,7 +110,7 @@ def test_passes_of_a_step_have_one_weight_and_teach_what_one_pass_would(
 
 @given(K=NUM_TASKS, seed=SEEDS, data=st.data())
 def test_a_pass_per_task_is_one_pass_with_all(K: int, seed: int, data: st.DataObject) -> None:
-    """Also in the user's own backward, and in any order: the weights are known, and nobody waits for anybody."""
+    """Also in the user's own backward, and in any order, because the weights are known beforehand."""
     results = []
     for apart in (False, True):
         sampler, torch_seed = Sampler(seed), seed % 1000
@@ -137,7 +137,7 @@ def test_a_pass_per_task_is_one_pass_with_all(K: int, seed: int, data: st.DataOb
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @given(K=NUM_TASKS, seed=SEEDS)
-def test_a_pass_that_is_not_finite_teaches_nothing(bad: float, K: int, seed: int) -> None:
+def test_a_pass_that_is_not_finite_does_not_change_the_statistics(bad: float, K: int, seed: int) -> None:
     sampler = Sampler(seed)
     bench = Bench((4, 6), K, torch.float64, weighting=Lagged(), turn_every=NEVER)
     for _ in range(2):
@@ -151,7 +151,7 @@ def test_a_pass_that_is_not_finite_teaches_nothing(bad: float, K: int, seed: int
         assert torch.equal(bench.state()[name], before[name])
 
 
-def test_nothing_waits_and_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_neither_collected_nor_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench((4, 6), 3, torch.float64, weighting=EqualWeighting(), turn_every=NEVER)
     sampler = Sampler(0)
     bench.step(list(sampler.normal(3, 4, 6)))
@@ -160,7 +160,7 @@ def test_nothing_waits_and_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     assert bench.optimizer._core.engine._passes[0].met == []
 
 
-def test_cosines_are_those_of_the_latest_step_in_which_gradients_met() -> None:
+def test_cosines_are_those_of_the_latest_step_that_collected_gradients() -> None:
     bench, sampler, cosines = Bench((4, 6), 3, torch.float64, weighting=EqualWeighting(), turn_every=3), Sampler(0), []
     for _ in range(7):
         bench.step(list(sampler.normal(3, 4, 6)))
@@ -170,7 +170,7 @@ def test_cosines_are_those_of_the_latest_step_in_which_gradients_met() -> None:
 
 
 class Watched(EqualWeighting):
-    """Keeps what it sees."""
+    """Records its measurements."""
 
     def __call__(self, measured: Measurements) -> Tensor:
         self.seen = measured
@@ -193,8 +193,8 @@ def test_cosines_of_several_passes_are_those_of_their_joined_batch() -> None:
 
 @pytest.mark.parametrize("weighting", [EqualWeighting, ProgressWeighting, RotoGradWeighting])
 @pytest.mark.parametrize("first", [True, False], ids=["before the heads run", "after"])
-def test_hook_of_the_user_on_z_sees_the_sum_of_all(weighting: type[Weighting], *, first: bool) -> None:
-    """As one that scales the gradient at z, or clips it: in every step, also where gradients wait for each other."""
+def test_hook_of_the_user_on_z_gets_the_sum_of_all(weighting: type[Weighting], *, first: bool) -> None:
+    """For example one that scales or clips the gradient at z: in every step, also if gradients are collected."""
     sampler, K = Sampler(0), 3
     seen: list[Tensor] = []
     optimizer = RotoGradOptimizer(

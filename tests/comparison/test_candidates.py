@@ -1,4 +1,4 @@
-"""Candidates: the plain sum is the plain sum, options serve one run each, and a description says what they are."""
+"""Candidates: the plain sum is exact, options are created for each run, and descriptions identify them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def on_the_sum(optimizer: torch.optim.Optimizer, losses: list[torch.Tensor]) -> 
 
 @given(st.integers(0, 2**20), st.integers(1, 4))
 def test_plain_sum_trains_as_the_sum_of_the_losses(seed: int, num_tasks: int) -> None:
-    """Bit for bit with up to two tasks; of more, the gradients are added up in another order."""
+    """Bit for bit with up to two tasks; with more, the gradients are added in another order."""
     plain = weights_after_training(seed, num_tasks, on_the_sum, lambda adam, heads: adam)
     ours = weights_after_training(
         seed,
@@ -50,12 +50,12 @@ def test_plain_sum_trains_as_the_sum_of_the_losses(seed: int, num_tasks: int) ->
     if num_tasks <= 2:
         assert torch.equal(plain, ours)
     else:
-        torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-5)  # Adam divides rounding by small moments
+        torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-5)  # Adam divides rounding errors by small moments
 
 
-def test_candidates_are_made_anew_whenever_they_are_asked_for() -> None:
+def test_candidates_are_created_anew_at_each_access() -> None:
     for name in CANDIDATES:
-        for _ in range(2):  # an optimizer refuses a weighting that serves another one
+        for _ in range(2):  # an optimizer rejects a weighting that belongs to another one
             backbone, heads = make_network()
             RotoGradOptimizer(torch.optim.SGD(backbone.parameters(), lr=0.1), heads, **CANDIDATES[name])
 
@@ -78,7 +78,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 )
 
 
-def test_a_description_is_that_of_a_copy_and_of_nothing_else() -> None:
+def test_a_description_equals_that_of_a_copy_only() -> None:
     descriptions = [describe(options) for options in OPTIONS]
     assert descriptions == [describe(copy.deepcopy(options)) for options in OPTIONS]
     assert descriptions == [describe(pickle.loads(pickle.dumps(options))) for options in OPTIONS]
@@ -86,7 +86,7 @@ def test_a_description_is_that_of_a_copy_and_of_nothing_else() -> None:
     assert not any("0x" in each for each in descriptions)
 
 
-def test_a_description_of_something_that_holds_itself_ends() -> None:
+def test_a_description_of_a_recursive_object_terminates() -> None:
     weighting = EqualWeighting()
     weighting.friend = weighting  # type: ignore[attr-defined]
     assert describe(weighting) == "EqualWeighting(friend=...)"

@@ -1,4 +1,4 @@
-"""The clock: time between steps, of one optimizer, with what is spent between them."""
+"""The clock: the time between two steps of one optimizer, including everything in between."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def sgd() -> torch.optim.SGD:
     return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
 
 
-def test_what_lies_between_two_steps_counts_and_a_pause_for_tests_does_not() -> None:
+def test_time_between_two_steps_counts_and_evaluation_does_not() -> None:
     optimizer = sgd()
     with StepClock() as clock:
         for step in range(5 * BLOCK + 1):
@@ -28,7 +28,7 @@ def test_what_lies_between_two_steps_counts_and_a_pause_for_tests_does_not() -> 
 
 
 def test_every_sixteenth_step_counts_with_its_share() -> None:
-    """Where the rotations turn, a median of single steps would leave it out."""
+    """The rotations are updated in it; a median of single steps would ignore it."""
     optimizer = sgd()
     with StepClock() as clock:
         for step in range(3 * BLOCK + 1):
@@ -39,7 +39,7 @@ def test_every_sixteenth_step_counts_with_its_share() -> None:
     assert seconds >= 0.05 / BLOCK
 
 
-def test_a_wrapped_optimizer_steps_once() -> None:
+def test_a_wrapped_optimizer_counts_one_step() -> None:
     backbone, heads = nn.Linear(2, 3), [nn.Linear(3, 1), nn.Linear(3, 1)]
     params = [p for module in (backbone, *heads) for p in module.parameters()]
     optimizer = RotoGradOptimizer(torch.optim.SGD(params, lr=0.1), heads)
@@ -59,5 +59,5 @@ def test_no_time_without_two_steps(steps: int) -> None:
     with StepClock() as clock:
         for _ in range(steps):
             optimizer.step()
-    optimizer.step()  # after the clock: not seen
+    optimizer.step()  # after the clock stopped: not counted
     assert clock.seconds_per_step() is None

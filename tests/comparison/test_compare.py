@@ -1,4 +1,4 @@
-"""compare: what resumes, what is isolated, what is refused."""
+"""compare: resuming, isolated failures, and rejected arguments."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def numbers(result: Comparison) -> dict[str, dict[str, list[float]]]:
 
 
 class Interrupted(BaseException):
-    """As KeyboardInterrupt."""
+    """An interruption, like KeyboardInterrupt."""
 
 
 @given(st.integers(0, 9), st.booleans())
@@ -79,7 +79,7 @@ def test_the_unit_of_a_metric_does_not_change_delta_m(unit: float) -> None:
         torch.testing.assert_close(one.delta_m(name), other.delta_m(name))
 
 
-def test_options_that_have_changed_are_run_anew_and_the_others_are_not(tmp_path: Path) -> None:
+def test_only_candidates_with_changed_options_run_again(tmp_path: Path) -> None:
     path = tmp_path / "comparison.json"
     calls: list[float] = []
 
@@ -93,11 +93,11 @@ def test_options_that_have_changed_are_run_anew_and_the_others_are_not(tmp_path:
     assert calls == [3.0] * 3
     assert numbers(result) == numbers(compared(candidates={**VALUES, "two": {"value": 3.0}}))
     calls.clear()
-    compared(counted, path=path)  # those of before are still there
+    compared(counted, path=path)  # the earlier results are kept
     assert calls == []
 
 
-def test_other_metrics_are_run_anew(tmp_path: Path) -> None:
+def test_other_metrics_need_new_runs(tmp_path: Path) -> None:
     path = tmp_path / "comparison.json"
     compared(path=path)
     result = compared(
@@ -106,7 +106,7 @@ def test_other_metrics_are_run_anew(tmp_path: Path) -> None:
     assert result.metrics["two"]["left"].tolist() == [1.0] * 3
 
 
-def test_a_metric_that_turns_around_needs_no_training(tmp_path: Path) -> None:
+def test_a_changed_direction_of_a_metric_needs_no_training(tmp_path: Path) -> None:
     compared(path=tmp_path / "comparison.json")
     turned = compared(
         lambda seed, **options: pytest.fail("ran once more"),
@@ -116,7 +116,7 @@ def test_a_metric_that_turns_around_needs_no_training(tmp_path: Path) -> None:
     torch.testing.assert_close(turned.delta_m("two"), -compared().delta_m("two"))
 
 
-def test_a_run_that_raises_loses_itself_alone_and_is_tried_again(tmp_path: Path) -> None:
+def test_a_run_that_raises_does_not_affect_others_and_is_repeated(tmp_path: Path) -> None:
     path = tmp_path / "comparison.json"
     result, whole = compared(raises, path=path), compared()
     assert result.failures == {("two", 1): "TwoArguments: out of"}
@@ -147,7 +147,7 @@ def test_a_candidate_that_always_raises_is_a_row_without_numbers(tmp_path: Path)
 
 
 @given(st.sampled_from(list(VALUES)), st.sampled_from([math.nan, math.inf, -math.inf]))
-def test_a_run_that_diverges_is_shown_as_such_and_poisons_no_other(name: str, bad: float) -> None:
+def test_a_run_that_diverges_is_reported_and_does_not_affect_others(name: str, bad: float) -> None:
     def diverges(seed: int, value: float) -> dict[str, float]:
         metrics = formula(seed, value)
         return {**metrics, "left": bad} if seed == 1 and value == VALUES[name]["value"] else metrics
@@ -168,7 +168,7 @@ def test_a_run_that_diverges_is_shown_as_such_and_poisons_no_other(name: str, ba
         assert changes[1].item() == pytest.approx((right - 100) / 2)
 
 
-def test_a_bug_in_train_is_told_before_everything_has_run() -> None:
+def test_a_bug_in_train_is_reported_before_everything_has_run() -> None:
     calls = []
 
     def broken(seed: int, value: float) -> dict[str, float]:
@@ -180,7 +180,7 @@ def test_a_bug_in_train_is_told_before_everything_has_run() -> None:
     assert len(calls) == len(VALUES)
 
 
-def test_every_candidate_chooses_its_learning_rate_on_seeds_of_its_own() -> None:
+def test_learning_rates_are_chosen_per_candidate_on_separate_seeds() -> None:
     seen = []
 
     def noted(seed: int, value: float, lr: float) -> dict[str, float]:
@@ -195,7 +195,7 @@ def test_every_candidate_chooses_its_learning_rate_on_seeds_of_its_own() -> None
     assert "| 0.1 |" in table(result)
 
 
-def test_numbers_of_ones_own_are_a_baseline(tmp_path: Path) -> None:
+def test_given_numbers_are_a_baseline(tmp_path: Path) -> None:
     reference = {"left": 2.0, "right": 5.0}
     result = compared(baseline=reference, lrs=[0.1, 1.0])
     left, right = (result.metrics["two"][name] for name in HIGHER_IS_BETTER)
@@ -205,11 +205,11 @@ def test_numbers_of_ones_own_are_a_baseline(tmp_path: Path) -> None:
     assert table(again) == table(result)
 
 
-def test_against_another_candidate_is_what_compare_says_of_it() -> None:
+def test_against_another_candidate_equals_compare_with_that_baseline() -> None:
     assert table(compared().against("two")) == table(compared(baseline="two"))
 
 
-def test_every_run_starts_from_its_seed_and_leaves_the_generator_alone() -> None:
+def test_every_run_starts_from_its_seed_and_restores_the_generator() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -289,7 +289,7 @@ def used() -> GradNorm:
         ({"lrs": [0.1], "search_seeds": []}, "that the comparison does not use"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_runs(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_rejected_before_anything_runs(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compared(lambda seed, **options: pytest.fail("ran"), **options)
 
@@ -308,7 +308,7 @@ def test_what_train_must_return(returned: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[1]", json.dumps([{"job": {}, "values": [1.0]}])])
-def test_a_file_of_something_else_is_refused_and_left_alone(text: str, tmp_path: Path) -> None:
+def test_a_file_with_other_contents_is_rejected_and_not_changed(text: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"`path` must be a file that .* written, or none yet, got .*other.json"):

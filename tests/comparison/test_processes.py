@@ -1,4 +1,4 @@
-"""Several processes: the numbers of one, and clear words where there cannot be several."""
+"""Several processes: the same numbers as with one, and errors if several are not possible."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_run_that_raises_in_a_process_loses_itself_alone() -> None:
+def test_a_run_that_raises_in_a_process_does_not_affect_others() -> None:
     assert table(compared(raises, processes=2)) == table(compared(raises))
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_process_that_ends_is_told() -> None:
+def test_a_process_that_exits_is_reported() -> None:
     with pytest.raises(RuntimeError, match=r"got one that exited without a result.*memory.*__main__"):
         compared(ends, processes=2)
 
@@ -52,7 +52,7 @@ def test_processes_share_the_threads(ours: int, theirs: float, monkeypatch: pyte
     assert compared(threads, processes=2).metrics["two"]["left"].tolist() == [theirs] * 3
 
 
-def test_what_cannot_be_imported_is_refused_at_once() -> None:
+def test_functions_that_cannot_be_imported_are_rejected_immediately() -> None:
     with pytest.raises(ValueError, match=r"`train` must be something that other processes can import, got <function"):
         compared(lambda seed, **options: pytest.fail("ran"), processes=2)
     candidates = {**VALUES, "mine": {"weighting": lambda gradients: gradients.sum(dim=0)}}
@@ -61,7 +61,7 @@ def test_what_cannot_be_imported_is_refused_at_once() -> None:
 
 
 @pytest.mark.parametrize("script", [None, "<stdin>"])
-def test_a_function_of_a_notebook_is_refused(script: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_of_a_notebook_is_rejected(script: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def of_a_session(seed: int, **options: Any) -> dict[str, float]:
         raise AssertionError
 

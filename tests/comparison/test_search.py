@@ -1,4 +1,4 @@
-"""The search: neither a metric near zero nor a learning rate that diverges decides alone."""
+"""The search is robust to metrics near zero and to learning rates that diverge."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from rotoopt.comparison._search import choose_lr, yardstick
 LOWER = torch.tensor([-1.0, -1.0])
 
 
-def test_a_metric_near_zero_does_not_choose_alone() -> None:
-    """Ten times an error that is next to nothing counts as much as all of the other metric, and no more."""
+def test_a_metric_near_zero_does_not_decide_the_choice() -> None:
+    """A tenfold increase of a tiny error counts as much as 100 % of the other metric, and no more."""
     candidate = {0.1: torch.tensor([[1e-5, 0.01]]), 1.0: torch.tensor([[1.6e-6, 0.8]])}
     assert choose_lr(candidate, torch.tensor([1e-6, 1.0]), LOWER) == 0.1
 
 
 @given(st.integers(1, 4))
-def test_a_learning_rate_with_which_no_run_fails_is_chosen_before_one_that_is_a_little_better(seeds: int) -> None:
+def test_a_learning_rate_without_failed_runs_is_preferred_to_a_slightly_better_one(seeds: int) -> None:
     good, better = torch.full((seeds, 2), 0.50), torch.full((seeds, 2), 0.49)
     better[-1] = torch.nan
     assert choose_lr({0.1: good, 1.0: better}, torch.ones(2), LOWER) == 0.1
 
 
 @given(st.floats(1.0, 1e9) | st.just(torch.inf) | st.just(torch.nan))
-def test_a_learning_rate_that_is_far_off_does_not_move_what_others_are_judged_against(bad: float) -> None:
+def test_a_learning_rate_that_is_far_off_does_not_change_the_reference_of_others(bad: float) -> None:
     values = {0.1: torch.full((3, 2), 0.4), 0.2: torch.full((3, 2), 0.6), 0.3: torch.full((3, 2), 0.7)}
     expected = yardstick(values)
     assert expected.tolist() == pytest.approx([0.6, 0.6])

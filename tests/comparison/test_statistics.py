@@ -1,4 +1,4 @@
-"""Changes relative to a baseline: what they do not depend on, and what one bad number may not spoil."""
+"""Changes relative to a baseline: their invariances, and robustness to single bad numbers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_unit_of_a_metric_changes_nothing(drawn: tuple[Tensor, Tensor, Tenso
 
 
 @given(runs())
-def test_a_metric_and_its_negative_say_the_same(drawn: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_a_metric_and_its_negative_are_equivalent(drawn: tuple[Tensor, Tensor, Tensor]) -> None:
     values, reference, signs = drawn
     torch.testing.assert_close(
         relative_changes(-values, -reference, -signs), relative_changes(values, reference, signs)
@@ -53,8 +53,8 @@ def test_the_order_of_seeds_changes_nothing(drawn: tuple[Tensor, Tensor, Tensor]
 
 
 @given(runs())
-def test_what_every_seed_adds_to_both_cancels(drawn: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Paired by seed: a seed that is harder for all does not count."""
+def test_differences_between_seeds_cancel(drawn: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Changes are paired by seed: an offset of a seed that is common to all has no effect."""
     values, reference, signs = drawn
     harder = torch.randn(len(values), 1, dtype=torch.float64)
     harder -= harder.mean()  # the mean of the reference, the unit, stays
@@ -64,14 +64,14 @@ def test_what_every_seed_adds_to_both_cancels(drawn: tuple[Tensor, Tensor, Tenso
 
 
 @given(runs())
-def test_one_seed_has_the_change_of_the_field(drawn: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_change_of_one_seed_is_that_of_the_literature(drawn: tuple[Tensor, Tensor, Tensor]) -> None:
     values, reference, signs = (tensor[:1] if tensor.dim() > 1 else tensor for tensor in drawn)
     expected = mean_relative_change(values[0], reference[0], [sign > 0 for sign in signs.tolist()])
     torch.testing.assert_close(relative_changes(values, reference, signs).mean().item(), expected)
 
 
 @given(runs(), st.sampled_from([torch.nan, torch.inf, -torch.inf]), st.booleans())
-def test_a_run_that_diverged_spoils_its_own_number_only(
+def test_a_run_that_diverged_affects_its_own_number_only(
     drawn: tuple[Tensor, Tensor, Tensor], bad: float, of_reference: bool
 ) -> None:
     values, reference, signs = drawn

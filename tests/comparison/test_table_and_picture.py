@@ -1,4 +1,4 @@
-"""What is shown: the table says what the numbers say, and the picture shows them."""
+"""The table and the picture show the numbers of the comparison."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_cell_has_the_numbers_to_about_three_digits_of_the_larger_one(whole: i
     assert written == pytest.approx([mean, half], rel=1e-6, abs=rounding if "e" in text else max(rounding, 0.00051))
 
 
-def test_a_column_of_clipped_changes_is_there_where_clipping_does_something() -> None:
+def test_clipped_changes_are_shown_only_if_clipping_has_an_effect() -> None:
     assert "clipped" not in str(made([1.0, 2.0], [0.5, 1.0]))
     assert "clipped" in str(made([0.1, 0.1], [1.0, 1.0]))
 
@@ -53,7 +53,7 @@ def test_all_rows_have_as_many_cells() -> None:
 
 
 @pytest.mark.parametrize("default", [[0.5, 0.7], [0.5, torch.nan], [torch.nan, torch.nan]])
-def test_the_picture_shows_the_means_and_no_page_hides_it(default: list[float]) -> None:
+def test_the_picture_shows_the_means_and_is_visible_on_any_page(default: list[float]) -> None:
     result = made([1.0, 2.0], default)
     figure = result.plot()
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Delta-m", "error"]

@@ -1,4 +1,4 @@
-"""Trainings that processes can import: a small one, and ones that go wrong."""
+"""Trainings that processes can import: a small one, and ones that fail."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def train(seed: int, lr: float = 0.05, **options: Any) -> dict[str, float]:
 
 
 def formula(seed: int, value: float = 1.0, lr: float = 0.0, **_: Any) -> dict[str, float]:
-    """Numbers without a training: better with a small value, and with lr near 0.1."""
+    """Return numbers without training: better for a small value, and for lr near 0.1."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
     loss = value + abs(lr - 0.1)
@@ -43,7 +43,7 @@ def formula(seed: int, value: float = 1.0, lr: float = 0.0, **_: Any) -> dict[st
 
 
 def ends(seed: int, **options: Any) -> dict[str, float]:
-    """End the process, as the system does where there is no memory left."""
+    """End the process, as the system does when it is out of memory."""
     os._exit(1)
 
 
@@ -51,8 +51,8 @@ def threads(seed: int, **options: Any) -> dict[str, float]:
     return dict.fromkeys(HIGHER_IS_BETTER, float(torch.get_num_threads()))
 
 
-class TwoArguments(Exception):  # as users' exceptions are
-    """An exception that pickle cannot make again."""
+class TwoArguments(Exception):  # like exceptions of users
+    """An exception that pickle cannot restore."""
 
     def __init__(self, first: str, second: str) -> None:
         super().__init__(first)

@@ -1,4 +1,4 @@
-"""The problems of the quality studies; none of them needs a download or more than a few seconds."""
+"""The problems of the quality studies. None of them needs a download, or takes more than a few seconds."""
 
 from tests.benchmarks.problems.base import Metric, Outputs, Problem, Trial
 from tests.benchmarks.problems.capacity import CAPACITY

@@ -1,4 +1,4 @@
-"""What a problem of the quality studies is made of."""
+"""Base classes of the problems of the quality studies."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ Outputs = Callable[[Tensor], list[Tensor]]
 
 @dataclass(frozen=True)
 class Metric:
-    """One number that a trained network is judged by."""
+    """A metric of a trained network."""
 
     name: str
     higher_is_better: bool
 
 
 class Trial(ABC):
-    """One network with fresh weights, its data and its optimizer; everything follows from the seed.
+    """A new network, its data and its optimizer; everything is determined by the seed.
 
     Attributes:
-        backbone: Makes the representation.
+        backbone: Computes the representation.
         heads: One per task.
         d: Number of features of the representation.
         dim: Their dimension.
-        post_shape: What follows them in the shape of the representation.
+        post_shape: Dimensions behind them in the shape of the representation.
         num_steps: Number of batches.
-        lr: Learning rate of the network; where `decays`, it falls to zero by a cosine.
+        lr: Learning rate of the network; if `decays`, a cosine schedule lowers it to zero.
     """
 
     backbone: nn.Module
@@ -51,7 +51,7 @@ class Trial(ABC):
 
     @abstractmethod
     def batches(self) -> Iterator[tuple[Tensor, Any]]:
-        """Yield inputs and targets of `num_steps` training batches. They follow from the seed alone."""
+        """Yield inputs and targets of `num_steps` training batches, which are determined by the seed alone."""
 
     @abstractmethod
     def losses(self, outputs: list[Tensor], targets: Any) -> list[Tensor]:
@@ -59,7 +59,7 @@ class Trial(ABC):
 
     @abstractmethod
     def test(self, outputs: Outputs) -> list[float]:
-        """Return the metrics of the problem for what ``outputs`` makes of inputs that were not trained on."""
+        """Return the metrics of ``outputs`` on inputs that were not used in training."""
 
 
 @dataclass(frozen=True)

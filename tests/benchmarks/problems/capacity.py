@@ -1,4 +1,4 @@
-"""Many tasks through few features: regressions that do not fit into the representation together."""
+"""Many tasks with few features: regressions that cannot all be represented."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ NOISE = 0.5  # standard deviation, of targets with standard deviation 1
 
 
 class CapacityTrial(SquaredErrors):
-    """Every target is a teacher network of its own, and all are of the same scale.
+    """Every target is computed by a separate teacher network, and all have the same scale.
 
-    One task fits into the features; the twelve have to share them. Heads begin with tanh: of six features
-    behind a ReLU, some would die, more or fewer by the seed.
+    One task can be represented by the features; the twelve have to share them. Heads begin with tanh: with a ReLU,
+    some of the six features would die, depending on the seed.
     """
 
     d = WIDTH

@@ -33,12 +33,12 @@ class DigitTrial(Trial):
         self.backbone, self.heads = net.backbone, net.heads
 
     def batches(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Pass over the pairs several times, as the example does."""
+        """Iterate over the pairs several times, as in the example."""
         for epoch in range(NUM_EPOCHS):
             yield from self.train.batches(epoch)
 
     def losses(self, outputs: list[Tensor], targets: dict[str, Tensor]) -> list[Tensor]:
-        """Return those of the example."""
+        """Return the losses of the example."""
         return [task.loss(output, targets[task.name]) for task, output in zip(TASKS, outputs, strict=True)]
 
     @torch.no_grad()

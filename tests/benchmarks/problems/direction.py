@@ -19,8 +19,8 @@ NOISE = 0.5  # standard deviation, of targets with standard deviation 1
 class DirectionTrial(SquaredErrors):
     """Regressions of shared random features, along directions that meet at the cosine, plus noise.
 
-    All heads start from the same weights, so that the gradients of a pair point apart as its targets do, until the
-    heads have learned to tell the tasks apart.
+    All heads start from the same weights, so that the gradients of a pair conflict as its targets do, until the
+    heads differ.
     """
 
     d = WIDTH

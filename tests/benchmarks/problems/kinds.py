@@ -21,9 +21,9 @@ Targets = tuple[Tensor, Tensor, Tensor]
 
 
 class KindsTrial(Trial):
-    """Inputs are a random function of a class and of factors, plus noise; the tasks ask for one of each and for all.
+    """Inputs are a random function of a class and of factors, plus noise; the tasks predict class, factor and input.
 
-    The representation has fewer features than the input, so no task can have all of it.
+    The representation has fewer features than the input, so no task can use all of it.
     """
 
     d = WIDTH
@@ -62,7 +62,7 @@ class KindsTrial(Trial):
             yield inputs, (classes, inputs, factor)
 
     def losses(self, outputs: list[Tensor], targets: Targets) -> list[Tensor]:
-        """Return cross entropy, squared error of the input, summed over its dimensions, and that of the factor."""
+        """Return the cross entropy, the squared error of the input (summed over its dimensions) and of the factor."""
         classes, inputs, factor = targets
         return [
             F.cross_entropy(outputs[0], classes),
@@ -72,7 +72,7 @@ class KindsTrial(Trial):
 
     @torch.no_grad()
     def test(self, outputs: Outputs) -> list[float]:
-        """Return the accuracy in percent, and the squared errors, that of the input per dimension."""
+        """Return the accuracy in percent and the squared errors, for the input per dimension."""
         classes, inputs, _ = self.held_out
         made = outputs(inputs)
         _, reconstruction, regression = self.losses(made, self.held_out)

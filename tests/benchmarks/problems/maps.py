@@ -17,7 +17,7 @@ NUM_EPOCHS = 8
 
 
 def draw_scenes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw images of up to three shapes that hide one another; squares and discs have stripes.
+    """Draw images of up to three shapes that may occlude each other; squares and discs have stripes.
 
     Returns:
         Images ``(N, 1, H, W)``, classes ``(N, H, W)`` with 0 for the background, depth ``(N, 1, H, W)``, and
@@ -25,7 +25,7 @@ def draw_scenes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor,
     """
     y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
     classes = torch.zeros(count, SIZE, SIZE, dtype=torch.int64)
-    depth = (1 - 0.3 * y / SIZE).expand(count, SIZE, SIZE).clone()  # a floor that comes nearer
+    depth = (1 - 0.3 * y / SIZE).expand(count, SIZE, SIZE).clone()  # the depth of the floor decreases
     shape = torch.zeros_like(classes)
     for index in range(1, 4):  # from far to near
         center = torch.randint(2, SIZE - 2, (2, count, 1, 1), generator=generator)
@@ -50,7 +50,7 @@ def draw_scenes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor,
 
 
 class MapTrial(Trial):
-    """A convolutional encoder, and one head per map. The learning rate of the network falls to 0."""
+    """A convolutional encoder, and one head per map. The learning rate of the network decays to 0."""
 
     num_steps = NUM_EPOCHS * (NUM_TRAINING // BATCH)
     d = CHANNELS
@@ -77,7 +77,7 @@ class MapTrial(Trial):
         )
 
     def batches(self) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-        """Pass over the images several times."""
+        """Iterate over the images several times."""
         for _ in range(NUM_EPOCHS):
             order = torch.randperm(NUM_TRAINING, generator=self.generator)
             for rows in torch.split(order, BATCH):
@@ -94,7 +94,7 @@ class MapTrial(Trial):
 
     @torch.no_grad()
     def test(self, outputs: Outputs) -> list[float]:
-        """Return the mean recall of the classes, the root mean square error of the depth, and the edges' loss."""
+        """Return the mean recall of the classes, the root mean square error of the depth, and the loss of the edges."""
         images, *maps = self.held_out
         made = outputs(images)
         _, squared_error, edges = self.losses(made, tuple(maps))

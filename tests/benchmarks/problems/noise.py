@@ -1,4 +1,4 @@
-"""Ordinary tasks next to one whose labels are random: nothing can be learned from it, and its metric does not count."""
+"""Classifications and a task with random labels, which cannot be learned; its metric is not counted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUM_TRAINING, NUM_TEST, BATCH = 512, 2048, 64
 class NoiseTrial(Trial):
     """Classifications by teacher networks, and one with a random label for every training sample.
 
-    With or without the random task, the data, their order and the weights of all else are the same.
+    The data, their order and all other weights are the same with and without the random task.
     """
 
     d = WIDTH
@@ -50,7 +50,7 @@ class NoiseTrial(Trial):
             yield inputs[rows], labels[:, rows]
 
     def losses(self, outputs: list[Tensor], targets: Tensor) -> list[Tensor]:
-        """Return the cross entropies, that of the random task last."""
+        """Return the cross entropies; the random task is the last one."""
         return [F.cross_entropy(output, labels) for output, labels in zip(outputs, targets, strict=True)]
 
     @torch.no_grad()
@@ -67,4 +67,4 @@ def _problem(name: str, *, with_noise: bool) -> Problem:
 
 
 LABEL_NOISE = _problem("label noise", with_noise=True)
-WITHOUT_LABEL_NOISE = _problem("label noise, without", with_noise=False)  # tells what the random task costs
+WITHOUT_LABEL_NOISE = _problem("label noise, without", with_noise=False)  # shows what the random task costs

@@ -19,10 +19,10 @@ NOISE = 0.5  # standard deviation, of targets with standard deviation 1
 
 
 class RatesTrial(SquaredErrors):
-    """A linear function, a wave and a product, each along random directions of its own.
+    """A linear function, a wave and a product, each along its own random directions.
 
-    Every batch is new, so the errors are those of training that is not over. Targets of the test have noise, too: the
-    error of the linear function would be a ratio of two small numbers without.
+    Every batch is new, so the errors are those of unfinished training. The test targets also have noise: without it,
+    the relative change of the error of the linear function would be a ratio of two small numbers.
     """
 
     d = WIDTH

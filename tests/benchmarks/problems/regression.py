@@ -1,4 +1,4 @@
-"""Synthetic regressions whose tasks differ in scale and meet at an obtuse angle."""
+"""Synthetic regressions whose tasks differ in scale and conflict in direction."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ NOISE = 0.3  # standard deviation, of targets with standard deviation 1
 class RegressionTrial(SquaredErrors):
     r"""Four tasks :math:`y_k = \tanh(3 \langle a_k, \phi(x) \rangle)` of shared random features, plus noise.
 
-    Tasks 0 and 2, and tasks 1 and 3, have teacher directions that meet at that cosine; the two planes are
-    orthogonal. (Four directions that all meet at one cosine exist only down to -1/3.) So the tasks that agree or
+    The teacher directions of tasks 0 and 2, and of tasks 1 and 3, have that cosine; the two planes are orthogonal.
+    (Four directions with the same cosine between all pairs exist only down to -1/3.) So the tasks that agree or
     conflict have losses of very different scale.
     """
 

@@ -43,6 +43,6 @@ class SquaredErrors(Trial):
 
     @torch.no_grad()
     def test(self, outputs: Outputs) -> list[float]:
-        """Return the mean squared errors on what is held out; where it has noise, that of the noise included."""
+        """Return the mean squared errors on held-out data, including the noise of the targets."""
         inputs, targets = self.held_out
         return [error.item() for error in self.errors(outputs(inputs), targets)]

@@ -35,14 +35,14 @@ class TokenTrial(Trial):
         self.heads = nn.ModuleList([nn.Linear(FEATURES, DEPTHS), SequenceHead()])
 
     def batches(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
-        """Pass over the sequences several times."""
+        """Iterate over the sequences several times."""
         for _ in range(NUM_EPOCHS):
             for rows in torch.split(torch.randperm(NUM_TRAINING, generator=self.generator), BATCH):
                 symbols, depth, balanced = (tensor[rows] for tensor in self.train)
                 yield symbols, (depth, balanced)
 
     def losses(self, outputs: list[Tensor], targets: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """Return those of the example: a sum over the tokens, and one value per sequence."""
+        """Return the losses of the example: a sum over the tokens, and one value per sequence."""
         tokens, sequences = outputs
         depth, balanced = targets
         return [

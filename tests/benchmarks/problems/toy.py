@@ -24,7 +24,7 @@ def toy_loss(output: Tensor, optimum: float) -> Tensor:
 
 
 class ToyTrial(Trial):
-    """The losses act on the rotated representation itself: heads without parameters.
+    """The losses are functions of the rotated representation itself: heads without parameters.
 
     The paper trains on 256 copies of one point with the mean loss; one copy has the same gradients.
     """
@@ -45,7 +45,7 @@ class ToyTrial(Trial):
         return torch.optim.SGD(params, lr=lr)
 
     def batches(self) -> Iterator[tuple[Tensor, None]]:
-        """Yield the one point again and again."""
+        """Yield the same point in every step."""
         for _ in range(self.num_steps):
             yield self.point, None
 
