@@ -37,7 +37,7 @@ def tied(embedding: nn.Embedding) -> nn.Module:
 
 
 class Quantized(Tensor):
-    """A tensor of another type, as those of quantization and sharding."""
+    """A tensor subclass, as in quantization and sharding."""
 
 
 def quantized(layer: nn.Linear) -> nn.Module:
@@ -67,14 +67,14 @@ def attention() -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A head, made anew for every test, and the representations that it takes.
+    """A head, created for every test, and the shape of its representation.
 
     Attributes:
-        make: Makes the head.
+        make: Creates the head.
         shape: Shape of the representation.
         dim: Its rotated dimensions.
-        reason: Why the rotation cannot be folded into it; a regular expression.
-        others: Number of inputs that it needs beside.
+        reason: Why the rotation cannot be folded; a regular expression.
+        others: Number of its other inputs.
     """
 
     make: Callable[[], nn.Module]
@@ -121,7 +121,7 @@ FOLDABLE = {
 
 
 def experts(self: Any, z: Tensor) -> Tensor:
-    """Sparse: each sample goes to one of four layers."""
+    """Sparse experts: each sample is passed to one of four layers."""
     chosen = self.gate(z).argmax(1)
     layers = [self.a, self.b, self.c, self.d]
     outputs = [layer(z) * (chosen == k)[:, None] for k, layer in enumerate(layers) if (chosen == k).any()]
@@ -216,7 +216,7 @@ def predict(head: nn.Module, z: Tensor, others: int = 0) -> list[Tensor]:
 
 
 def trained(case: Case, head: nn.Module, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, Tensor]:
-    """Return an optimizer that has made one step on ``head``, in eval mode by then, and a representation."""
+    """Train ``head`` for one step and set it to eval mode; return the optimizer and a representation."""
     z = nn.Parameter(torch.randn(case.shape, dtype=dtype))
     bare = SGD([z, *head.to(dtype).parameters()], lr=0.1)
     optimizer = RotoGradOptimizer(bare, [head], dim=case.dim, init="haar", **options)

@@ -1,4 +1,4 @@
-"""The two-task model that the contract tests train, and what they compare."""
+"""The two-task model of the contract tests, and comparisons."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -19,10 +19,10 @@ adam: Make = partial(Adam, lr=0.01)
 
 
 class TwoTasks(nn.Module):
-    """A backbone, and the heads ``left`` and ``right``. All parameters are matrices, which Muon asks for.
+    """A backbone, and the heads ``left`` and ``right``. All parameters are matrices, which Muon requires.
 
     Args:
-        sparse: Whether the backbone is a table with sparse gradients, which SparseAdam asks for.
+        sparse: Whether the backbone is an embedding with sparse gradients, which SparseAdam requires.
     """
 
     def __init__(self, *, sparse: bool = False) -> None:
@@ -50,7 +50,7 @@ class TwoTasks(nn.Module):
 
         Args:
             batch: Seed of the batch.
-            rotate: ``optimizer.rotate``, where the heads are not hooked.
+            rotate: ``optimizer.rotate``, if the heads have no hooks.
         """
         rep = self.backbone(self.inputs(batch))
         reps = [rep, rep] if rotate is None else rotate(rep)
@@ -59,7 +59,7 @@ class TwoTasks(nn.Module):
 
 
 def wrap(make: Make = sgd, **options: Any) -> tuple[TwoTasks, RotoGradOptimizer]:
-    """Return the model, the same at every call, and an optimizer for it."""
+    """Return the model, with the same weights in every call, and an optimizer for it."""
     torch.manual_seed(0)
     model = TwoTasks()
     options = options if "num_tasks" in options else {"heads": model.heads, **options}
@@ -67,7 +67,7 @@ def wrap(make: Make = sgd, **options: Any) -> tuple[TwoTasks, RotoGradOptimizer]
 
 
 def back_propagate(losses: Sequence[Tensor]) -> float:
-    """Call ``sum(losses).backward()`` and return the sum, as in a training loop without this package."""
+    """Call ``sum(losses).backward()`` and return the sum, as in a plain training loop."""
     total = torch.stack(list(losses)).sum()
     total.backward()  # type: ignore[no-untyped-call]
     return total.item()
@@ -98,15 +98,15 @@ def snapshot(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def assert_same(actual: Any, expected: Any) -> None:
-    """Assert that two trees of containers, tensors and numbers are bit for bit the same."""
+    """Assert that two nested structures of tensors and numbers are bit-identical."""
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def assert_moved(model: TwoTasks, optimizer: RotoGradOptimizer, before: dict[str, Any]) -> None:
-    """Assert that every parameter has moved, and every rotation that is to turn in every step."""
+    """Assert that every parameter has changed, and every rotation that is updated in every step."""
     for now, then in zip(parameters(model), before["parameters"], strict=True):
         assert not torch.equal(now, then)
-    if optimizer._core.engine.turn_every > 1:  # by default, it may rest for longer than a test takes
+    if optimizer._core.engine.turn_every > 1:  # by default, the first update may come after the end of the test
         return
     for now, then in zip(optimizer.rotations.matrices, before["optimizer"]["rotograd"]["matrices"], strict=True):
         assert not torch.equal(now, then)

@@ -1,4 +1,4 @@
-"""Several backward passes before a step: gradients add up, rotations turn once, by the mean."""
+"""Several backward passes before a step: gradients are summed, rotations are updated once with the mean."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def known(grads: list[Tensor | None]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_gradients_of_the_passes_add_up(options: str) -> None:
-    """Each pass is combined by itself: its weights come from its own norms."""
+def test_gradients_of_the_passes_are_summed(options: str) -> None:
+    """Each pass is combined separately, with weights from its own norms."""
     totals: list[list[Tensor]] = []
     for batch in (1, 2):
         model, optimizer = start(options)
@@ -62,7 +62,7 @@ def test_gradients_of_the_passes_add_up(options: str) -> None:
 @pytest.mark.parametrize("num_passes", [2, 3, 4])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_passes_of_one_batch_are_one_pass(options: str, num_passes: int) -> None:
-    """With losses divided by their number, as usual. Which number does not matter to the rotations."""
+    """With losses divided by the number of passes, as usual. The rotations do not depend on the divisor."""
     results = []
     for passes in (1, num_passes):
         model, optimizer = start(options)
@@ -90,7 +90,7 @@ def test_order_of_the_passes_does_not_matter(options: str) -> None:
 
 @pytest.mark.parametrize("clip", [clip_grad_norm_, clip_grad_value_])
 def test_clipping_between_backward_and_step(clip: Callable[..., object]) -> None:
-    """Clipping sees the gradients of the network, in their final scale, and no rotations."""
+    """Clipping applies to the final gradients of the network, and not to the rotations."""
     results = []
     for clipped in (False, True):
         model, optimizer = wrap(lambda params: SGD(params, lr=0.1))
@@ -110,7 +110,7 @@ def test_clipping_between_backward_and_step(clip: Callable[..., object]) -> None
         assert (one - before).norm() < (other - before).norm()
 
 
-def test_zero_grad_forgets_all_passes() -> None:
+def test_zero_grad_discards_all_passes() -> None:
     model, optimizer = start("default")
     before = snapshot(model, optimizer)["optimizer"]
     optimizer.backward(*model.losses(1))
@@ -139,7 +139,7 @@ def stepping(optimizer: SGD) -> Callable[[Tensor], None]:
 
 
 def test_optimizer_in_backward() -> None:
-    """A hook that steps as soon as a gradient is complete: what it sees is the combination."""
+    """A hook that steps as soon as a gradient is complete gets the combined gradient."""
     results = []
     for in_backward in (False, True):
         model, optimizer = wrap(lambda params: SGD(params, lr=0.1))

@@ -1,4 +1,4 @@
-"""Activation checkpointing changes no bit of a training run, or is refused with what to do instead."""
+"""Activation checkpointing is bit-identical, or an error that recommends an alternative."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -81,7 +81,7 @@ def run(forward: Forward, call: Call, *, autocast: bool = False, **options: Any)
     model, optimizer = wrap(**options)
     for batch in range(3):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            x = model.inputs(batch).requires_grad_()  # else re-entrant checkpointing of the backbone has no gradient
+            x = model.inputs(batch).requires_grad_()  # re-entrant checkpointing of the backbone needs it
             losses = [output.square().mean() for output in forward(model, x)]
         optimizer.zero_grad()
         call(optimizer, losses)
@@ -92,14 +92,14 @@ def run(forward: Forward, call: Call, *, autocast: bool = False, **options: Any)
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("where", EXACT)
 def test_checkpointing_is_exact(where: str, autocast: bool, call: str) -> None:
-    # Where gradients do not wait for each other, autograd adds them up, in an order of its own.
+    # If gradients are not collected, autograd sums them in its own order.
     expected = run(around(), CALLS[call], autocast=autocast, init="haar", weighting=RotoGradWeighting())
     found = run(EXACT[where], CALLS[call], autocast=autocast, init="haar", weighting=RotoGradWeighting())
     assert_same(found, expected)
 
 
 def test_heads_run_again_in_the_backward_pass() -> None:
-    """What the test above relies on."""
+    """The assumption of the test above."""
     model, optimizer = wrap()
     runs: list[str] = []
     model.heads["left"].register_forward_pre_hook(lambda *_: runs.append("left"))
@@ -128,7 +128,7 @@ def test_functional_heads() -> None:
 
 
 class Checkpointed(TwoTasks):
-    """Whose heads are recomputed, as the option of a model zoo would have it."""
+    """A model that recomputes its heads, as an option of a model zoo does."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return list(around(recomputed, recomputed)(self, x))
@@ -161,20 +161,20 @@ REFUSED: dict[str, Forward] = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("where", REFUSED)
-def test_reentrant_checkpointing_of_heads_is_refused(where: str, call: str) -> None:
+def test_reentrant_checkpointing_of_heads_is_rejected(where: str, call: str) -> None:
     model, optimizer = wrap(rotation_size=6)
     before = snapshot(model, optimizer)
     losses = [output.square().mean() for output in REFUSED[where](model, model.inputs(0).requires_grad_())]
     with pytest.raises(RuntimeError, match=r"re-entrant checkpointing.* \(?pass use_reentrant=False"):
         CALLS[call](optimizer, losses)
     after = snapshot(model, optimizer)
-    for state in (before, after):  # a backward pass that fails inside leaves gradients, and the heads have run in it
+    for state in (before, after):  # a failed backward pass leaves gradients behind, and the heads have run in it
         del state["gradients"], state["optimizer"]["rotograd"]["places"]
     assert_same(after, before)
 
 
 def test_reentrant_checkpointing_of_everything() -> None:
-    """The losses do not show what they passed through; a backward pass runs into a second one that does it all."""
+    """The graph of the losses does not contain the heads; a nested backward pass computes everything."""
     forward, call = everything(reentrant), "sum(losses).backward(), step()"
     assert_same(run(forward, CALLS[call]), run(around(), CALLS[call]))
     with pytest.raises(RuntimeError, match=r"passes through: none.*re-entrant checkpointing"):

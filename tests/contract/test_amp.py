@@ -1,4 +1,4 @@
-"""Mixed precision: GradScaler, autocast and a model of bfloat16 change nothing but what they round."""
+"""Mixed precision: GradScaler, autocast and bfloat16 models change nothing but the rounding."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "callable": lambda: {"weighting": lambda grads: grads.sum(0)},
     "Adam": lambda: {"rotation_optimizer": partial(Adam, lr=0.01)},
 }
-# These need the losses, so an own `sum(losses).backward()` is not for them.
+# These need the losses, so they do not support `sum(losses).backward()`.
 SEEING_LOSSES: dict[str, Callable[[], dict[str, Any]]] = {
     "GradNorm": lambda: {"weighting": GradNorm()},
     "normalize_losses": lambda: {"normalize_losses": True},
@@ -47,7 +47,7 @@ HUGE = 1e38
 
 
 def growing() -> GradScaler:
-    """Return a scaler that doubles its scale in every step: powers of two, so that nothing is rounded."""
+    """Return a scaler that doubles its scale in every step: powers of two cause no rounding."""
     return GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
 
 
@@ -62,7 +62,7 @@ def step(
     clip: float | None = None,
 ) -> None:
     losses, rep = model.losses(batch)
-    if overflow:  # of the gradients; the losses have their values
+    if overflow:  # of the gradients; the losses are not scaled
         losses = [loss + HUGE * (loss - loss.detach()) for loss in losses]
     optimizer.zero_grad()
     if own:
@@ -98,7 +98,7 @@ def test_growing_scale_changes_nothing(options: str, make: Make, clip: float | N
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_own_backward_of_the_scaled_sum_is_the_same(options: str) -> None:
-    """For weights that remember no norms: there, nobody says by what they are magnified."""
+    """For weightings without running norms, because the scale of the gradients is unknown."""
     results = []
     for own in (False, True):
         scaler = growing()
@@ -110,7 +110,7 @@ def test_own_backward_of_the_scaled_sum_is_the_same(options: str) -> None:
             "loss_reference",
             "norm_reference",
             "known_norms",
-        ):  # of losses not seen, and of norms of another scale
+        ):  # of unknown losses, and of norms of another scale
             parts["optimizer"]["rotograd"].pop(key)
         results.append(parts)
     assert_same(*results)
@@ -119,8 +119,8 @@ def test_own_backward_of_the_scaled_sum_is_the_same(options: str) -> None:
 @pytest.mark.parametrize("clear", ["optimizer", "model"])
 @pytest.mark.parametrize("bad", [{0}, {3}, {0, 1, 5}])
 @pytest.mark.parametrize("options", ALL)
-def test_overflow_leaves_everything_as_it_was(options: str, bad: set[int], clear: str) -> None:
-    """A run with batches that overflow ends where the run without them does, even if only the model is cleared."""
+def test_overflow_changes_no_state(options: str, bad: set[int], clear: str) -> None:
+    """A run with batches that overflow equals the run without them, even if only the model is cleared."""
     results = []
     for overflowing in (False, True):
         scaler = GradScaler("cpu", init_scale=2.0**10, backoff_factor=0.5, growth_interval=1000)
@@ -180,7 +180,7 @@ def test_backbone_loss_is_scaled_too() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("options", ALL)
 def test_autocast(options: str, dtype: torch.dtype) -> None:
-    """Rotations stay float32 rotations, also where the whole step runs under autocast, as it should not."""
+    """Rotations stay float32, even if the whole step runs under autocast, which is not recommended."""
     for inside in (False, True):
         scaler = GradScaler("cpu", init_scale=2.0**8, enabled=dtype == torch.float16)
         model, optimizer = wrap(rotation_lr=0.5, **ALL[options]())
@@ -199,7 +199,7 @@ def test_autocast(options: str, dtype: torch.dtype) -> None:
         matrices = optimizer.rotations.matrices
         assert matrices.dtype == torch.float32
         assert_rotations(matrices)
-        # What autocast rounds, by up to 2^-8, is the network; the method adds nothing to it.
+        # Autocast rounds the network by up to 2^-8; the method adds no error.
         bound = 0.1 if dtype == torch.bfloat16 else 0.02
         torch.testing.assert_close(parameters(model), parameters(reference_model), rtol=0.0, atol=bound)
 
@@ -223,7 +223,7 @@ def test_model_of_bfloat16(options: str) -> None:
     assert_rotations(optimizer.rotations.matrices)
 
 
-def test_positional_none_as_accelerate_sends_it() -> None:
+def test_positional_none_as_passed_by_accelerate() -> None:
     model, optimizer = wrap()
     scaler = growing()
     optimizer.backward(*model.losses(0), scaler=scaler)

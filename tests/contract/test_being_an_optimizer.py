@@ -1,4 +1,4 @@
-"""The wrapper is a torch optimizer, and a transparent one: what it shows is what the wrapped one has."""
+"""The wrapper is a torch optimizer, and a transparent one: it exposes the state of the wrapped one."""
 
 import copy
 import inspect
@@ -59,7 +59,7 @@ def test_views(name: str) -> None:
         assert getattr(inner, view) is value
 
 
-def test_wrapping_a_warm_optimizer_keeps_its_state() -> None:
+def test_wrapping_an_optimizer_after_steps_keeps_its_state() -> None:
     model, unused = wrap(adam)
     train(model, unused, 0, 1)
     unused.remove()
@@ -95,7 +95,7 @@ def test_zero_grad_clears_parameters_and_rotations(set_to_none: bool) -> None:
 
 
 def test_gradients_of_a_skipped_step_are_not_used_later() -> None:
-    """GradScaler leaves a step out when a gradient overflows."""
+    """GradScaler skips a step when a gradient overflows."""
     (model, optimizer), (expected_model, expected) = wrap(burn_in_period=0), wrap(burn_in_period=0)
     train(model, optimizer, 0)
     train(expected_model, expected, 0)
@@ -122,7 +122,7 @@ def test_maximize_of_the_negative() -> None:
 
 
 class Proxy:
-    """How Lightning wraps: a subclass of the optimizer's class that reads from it, and keeps what is written."""
+    """The proxy of Lightning: a subclass of the optimizer's class that reads from it, and stores what is written."""
 
     def __init__(self, optimizer: RotoGradOptimizer) -> None:
         self._optimizer = optimizer
@@ -145,7 +145,7 @@ def test_works_behind_a_proxy() -> None:
 
 
 def test_step_can_be_replaced_on_the_instance() -> None:
-    """Accelerate does, to see whether GradScaler has skipped a step."""
+    """As Accelerate does, to detect whether GradScaler has skipped a step."""
     model, optimizer = wrap()
     before = snapshot(model, optimizer)
     original, calls = optimizer.step, []

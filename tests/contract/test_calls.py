@@ -1,4 +1,4 @@
-"""All ways to call the optimizer are the same step, bit for bit."""
+"""All ways to call the optimizer are bit-identical."""
 
 from collections.abc import Callable
 
@@ -65,7 +65,7 @@ CALLS: dict[str, Call] = {
 
 
 def run(call: Call, turn_every: int | None) -> tuple[list[Tensor], Tensor, Tensor]:
-    # Without progress: in an own backward pass, losses are not seen.
+    # Without progress: in the user's own backward pass, losses are unknown.
     model, optimizer = wrap(turn_every=turn_every, weighting=ProgressWeighting(alpha=0.0))
     before = snapshot(*wrap(rotation_size=6))
     for batch in range(3):
@@ -150,7 +150,7 @@ def test_rep_as_keyword_argument() -> None:
 
 @pytest.mark.parametrize("args", [(), (None,)], ids=["step()", "step(None)"])
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_step_without_a_backward_pass_rests(args: tuple[None, ...], set_to_none: bool) -> None:
+def test_step_without_a_backward_pass_changes_no_rotation(args: tuple[None, ...], set_to_none: bool) -> None:
     model, optimizer = wrap(lambda params: torch.optim.SGD(params, lr=0.1))
     train(model, optimizer, 0)
     optimizer.zero_grad(set_to_none)
@@ -161,10 +161,10 @@ def test_step_without_a_backward_pass_rests(args: tuple[None, ...], set_to_none:
     assert_same(snapshot(model, optimizer), before)
 
 
-def test_first_step_without_a_backward_pass_rests() -> None:
+def test_first_step_without_a_backward_pass_changes_no_rotation() -> None:
     model, optimizer = wrap()
     before = snapshot(model, optimizer)
-    optimizer.step(closure=None)  # torch.distributed.checkpoint does, to make the state of the optimizer
+    optimizer.step(closure=None)  # as torch.distributed.checkpoint does, to initialize the state of the optimizer
     assert_same(snapshot(model, optimizer), before)
 
 
@@ -188,7 +188,7 @@ def test_backbone_loss_adds_its_own_gradient(call: str) -> None:
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("own_backward", [False, True])
 def test_representation_may_be_a_parameter(own_backward: bool, passes: int) -> None:
-    """One that is the same tensor in every forward pass, as no output of a backbone is."""
+    """Unlike the output of a backbone, it is the same tensor in every forward pass."""
     trained = []
     for represent in (lambda z: z, torch.clone):
         torch.manual_seed(0)
@@ -218,7 +218,7 @@ def test_representation_may_be_a_parameter(own_backward: bool, passes: int) -> N
     ("heads", "names"),
     [("list", ("heads[0]", "heads[1]")), ("ModuleDict", ("left", "right")), (None, ("task 0", "task 1"))],
 )
-def test_task_names_are_those_that_losses_may_have(heads: str | None, names: tuple[str, ...]) -> None:
+def test_task_names_are_the_keys_of_losses(heads: str | None, names: tuple[str, ...]) -> None:
     model, unused = wrap()
     unused.remove()
     fed = {"heads": HEADS[heads](model)} if heads is not None else {"num_tasks": 2}

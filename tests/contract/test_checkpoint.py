@@ -1,4 +1,4 @@
-"""Checkpoints: resuming is bit-identical, and what does not fit is refused before anything changes."""
+"""Checkpoints: resuming is bit-identical, and a state that does not fit is rejected before anything changes."""
 
 import copy
 import io
@@ -134,7 +134,7 @@ def test_loading_does_not_change_the_state_dict() -> None:
     assert list(state_dict) == keys
 
 
-def test_gradients_from_before_loading_are_forgotten() -> None:
+def test_gradients_from_before_loading_are_discarded() -> None:
     model, optimizer = wrap(lambda params: SGD(params, lr=0.1))
     train(model, optimizer, 0)
     state_dict = optimizer.state_dict()
@@ -151,7 +151,7 @@ def three_tasks(**options: Any) -> tuple[TwoTasks, RotoGradOptimizer]:
     return model, RotoGradOptimizer(optimizer.optimizer, heads=model.heads, **options)
 
 
-# The optimizer that was saved, the one that shall load it, and what it says.
+# The saved optimizer, the one that loads it, and the error.
 Builder = Callable[[], tuple[TwoTasks, RotoGradOptimizer]]
 MISFITS: dict[str, tuple[Builder, Builder, str]] = {
     "tasks": (
@@ -199,7 +199,7 @@ MISFITS: dict[str, tuple[Builder, Builder, str]] = {
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_misfit_is_refused(name: str) -> None:
+def test_state_that_does_not_fit_is_rejected(name: str) -> None:
     saved, loading, message = MISFITS[name]
     state_dicts, pairs = [], (saved(), loading())
     for seed, (model, optimizer) in enumerate(pairs):
@@ -228,7 +228,7 @@ def test_weightings_without_state_can_be_exchanged() -> None:
     train(other_model, other, 1)
 
 
-def test_other_groups_are_refused_as_by_torch() -> None:
+def test_other_groups_are_rejected_as_by_torch() -> None:
     model, optimizer = wrap()
     train(model, optimizer, 0)
     before = snapshot(model, optimizer)

@@ -1,4 +1,4 @@
-"""A compiled model trains and evaluates as it does without torch.compile, and is compiled once."""
+"""A compiled model trains and evaluates like an uncompiled one, and is compiled once."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +15,7 @@ from rotoopt import RotoGradOptimizer
 from rotoopt._engine.construction import Heads
 from tests.contract.models import TwoTasks, assert_moved, assert_same, back_propagate, parameters, sgd, snapshot
 
-# torch.compile looks at `.grad` of its inputs, and hides the warning only where warnings are not errors.
+# torch.compile reads `.grad` of its inputs, and hides the warning only if warnings are not errors.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),  # inductor's own import
@@ -29,7 +29,7 @@ Way = Callable[[TwoTasks, Any], tuple[Forward, Heads]]
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_yet() -> Iterator[None]:
-    """Modules of torch share their code, and so a limit of 8 versions; these tests need more."""
+    """Modules of torch share their code, and its limit of 8 compiled versions; these tests need more."""
     torch.compiler.reset()
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         yield
@@ -71,7 +71,7 @@ def parts_in_place(model: TwoTasks, backend: Any) -> tuple[Forward, Heads]:
 
 
 def parts(model: TwoTasks, backend: Any) -> tuple[Forward, Heads]:
-    """The optimizer is given the compiled heads, so that its hooks are outside of them."""
+    """The compiled heads are passed to the optimizer, so that its hooks are outside of them."""
     heads = [compiled_module(head, backend=backend, fullgraph=True) for head in model.heads.values()]
     return of_parts(compiled_module(model.backbone, backend=backend, fullgraph=True), heads), heads
 
@@ -88,8 +88,8 @@ WAYS: dict[str, Way] = {
     "parts": parts,
     "hooks inside": hooks_inside,
 }
-MAIN_WAYS = ["whole model", "parts in place", "parts"]  # the others are much like them, and compiling takes time
-BLIND = ["whole model", "in place", "hooks inside"]  # to hooks that come after the first call
+MAIN_WAYS = ["whole model", "parts in place", "parts"]  # the others are similar, and compiling takes time
+BLIND = ["whole model", "in place", "hooks inside"]  # to hooks that are registered after the first call
 
 
 @dataclass
@@ -123,7 +123,7 @@ def training(way: Way, backend: Any = "eager", **options: Any) -> Training:
 
 
 def compiled_and_eager(way: str, backend: Any = "eager", **options: Any) -> Iterator[Training]:
-    """Yield two that shall do the same. Use up the first before the second: they draw the same random numbers."""
+    """Yield two trainings to compare. Run the first one before the second: they draw the same random numbers."""
     yield training(WAYS[way], backend, **options)
     yield training(eager, **options)
 
@@ -157,7 +157,7 @@ def test_autocast_is_exact(way: str) -> None:
 @pytest.mark.skipif(OLD, reason="this torch runs a head uncompiled when it cannot compile its hook")
 @pytest.mark.parametrize("way", WAYS)
 def test_only_the_network_is_compiled_and_once(way: str) -> None:
-    """One graph for the backbone and one per head, with linear, tanh, linear, linear: nothing of ours."""
+    """One graph for the backbone and one per head, with linear, tanh, linear, linear: nothing of rotoopt."""
     counter = CompileCounterWithBackend("eager")
     compiled = training(WAYS[way], counter)
     compiled.step(0)
@@ -166,7 +166,7 @@ def test_only_the_network_is_compiled_and_once(way: str) -> None:
     assert (counter.frame_count, counter.op_count) == (3, 4)
 
 
-def test_many_tasks_share_what_is_compiled() -> None:
+def test_many_tasks_share_compiled_code() -> None:
     heads = nn.ModuleList([nn.Linear(6, 2) for _ in range(12)])
     backbone = compiled_module(nn.Sequential(nn.Linear(3, 6), nn.Tanh()), backend="eager")
     for head in heads:
@@ -202,7 +202,7 @@ def evaluated(training: Training, mode: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("way", MAIN_WAYS)
 def test_evaluation_is_exact(way: str) -> None:
-    """Between training steps, so that what is compiled is made for one mode and meets another."""
+    """Between training steps, so that code compiled in one mode is called in the other."""
     runs = []
     for each in compiled_and_eager(way, init="haar"):
         results: list[Any] = []
@@ -218,7 +218,7 @@ def test_evaluation_is_exact(way: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_evaluation_before_training_is_exact(mode: str) -> None:
-    """It makes the rotations, between the graphs of what is compiled: they add none of their own to it."""
+    """It creates the rotations between the compiled graphs, without adding graphs."""
     counter = CompileCounterWithBackend("eager")
     runs, graphs = [], []
     for each in compiled_and_eager("whole model", counter, init="haar"):
@@ -244,7 +244,7 @@ def test_evaluation_is_one_graph() -> None:
 
 @pytest.mark.parametrize("way", ["whole model", "parts"])
 def test_batches_of_any_size(way: str) -> None:
-    """The second size makes dynamic shapes of it, as without this package."""
+    """The second size leads to dynamic shapes, as without rotoopt."""
     compiled, expected = training(WAYS[way]), training(eager)
     generator = torch.Generator().manual_seed(0)
     for size in (5, 7, 1, 6, 11):
@@ -277,7 +277,7 @@ def test_functional_heads(backend: str) -> None:
             with torch.compiler.set_stance("fail_on_recompile" if batch > 1 else "default"):
                 optimizer.zero_grad()
                 optimizer.step(losses(model.inputs(batch)))
-        assert counter.frame_count == 2 * compile_it  # before and behind the rotations
+        assert counter.frame_count == 2 * compile_it  # in front of and behind the rotations
         results.append(snapshot(model, optimizer))
     assert_same(*results)
 
@@ -291,7 +291,7 @@ def built_too_late(way: str) -> Training:
 
 
 @pytest.mark.parametrize("way", BLIND)
-def test_built_too_late_is_an_error_with_a_remedy(way: str) -> None:
+def test_built_too_late_is_an_error_with_a_fix(way: str) -> None:
     late, expected = built_too_late(way), training(eager)
     with pytest.raises(RuntimeError, match=r"the model was compiled and run before.*or call torch._dynamo.reset\(\)"):
         late.step(0)
@@ -321,7 +321,7 @@ def test_not_too_late(way: str) -> None:
 
 @pytest.mark.parametrize("way", MAIN_WAYS)
 def test_remove_gives_the_plain_model_back(way: str) -> None:
-    """torch.compile notices that a hook is gone, if not that one has come."""
+    """torch.compile detects that a hook was removed, but not that one was added."""
     runs = []
     for each in compiled_and_eager(way, init="haar"):
         each.step(0, 1)
@@ -362,7 +362,7 @@ def test_another_optimizer_after_remove(way: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_inductor(way: str) -> None:
-    """It orders sums in its own way: some eps of float32, 1.2e-7, per step."""
+    """Sums are computed in another order: some eps of float32, 1.2e-7, per step."""
     runs = []
     for each in compiled_and_eager(way, "inductor", init="haar"):
         each.step(0, 1, 2, 3)
@@ -374,7 +374,7 @@ def test_inductor(way: str) -> None:
 
 @pytest.mark.slow
 def test_whole_training_step() -> None:
-    """It falls into many graphs, but does the same."""
+    """It is split into many graphs, with equal results."""
     runs: list[dict[str, Any]] = []
     for each in compiled_and_eager("in place"):
         step = torch.compile(each.step_on, backend="eager") if not runs else each.step_on

@@ -1,4 +1,4 @@
-"""Copies of model and optimizer train on their own, and a copy of the model alone still computes the same."""
+"""Copies of model and optimizer train independently, and a copy of the model alone computes the same."""
 
 import copy
 import gc
@@ -52,7 +52,7 @@ WRAPPERS: dict[str, Callable[[], Pair]] = {
 @pytest.mark.parametrize("original_first", [True, False])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("name", COPIES)
-def test_copy_trains_on_its_own(name: str, wrapper: str, original_first: bool) -> None:
+def test_copy_trains_independently(name: str, wrapper: str, original_first: bool) -> None:
     pair = WRAPPERS[wrapper]()
     StepLR(pair[1], 1)  # replaces `step` of this instance
     train(*pair, 0, 1)
@@ -88,7 +88,7 @@ def test_copy_between_forward_and_backward(name: str) -> None:
 
 @pytest.mark.parametrize("name", COPIES)
 def test_copy_between_backward_and_step_has_no_gradients(name: str) -> None:
-    """As torch has it: a copied parameter has none, either."""
+    """As in torch: a copied parameter has none, either."""
     model, optimizer = wrap(lambda params: SGD(params, lr=0.1), weighting=GradNorm())
     train(model, optimizer, 0)
     optimizer.zero_grad()
@@ -103,7 +103,7 @@ def test_copy_between_backward_and_step_has_no_gradients(name: str) -> None:
 
 
 def test_copy_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There, the numbers of backward passes start again, and one of them must not look like an old one."""
+    """There, backward passes are numbered from the start, and must not be confused with earlier ones."""
     monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 7)
     model, optimizer = wrap()
     optimizer.step([model.losses(0)[0][0], None])
@@ -111,7 +111,7 @@ def test_copy_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer.step([None, model.losses(0)[0][1]])
 
 
-def test_shallow_copy_leaves_pending_gradients_alone() -> None:
+def test_shallow_copy_does_not_change_pending_gradients() -> None:
     model, optimizer = wrap()
     train(model, optimizer, 0)
     optimizer.zero_grad()
@@ -153,10 +153,10 @@ ORPHANS: dict[str, Callable[[Pair], TwoTasks]] = {
 
 
 @pytest.mark.parametrize("orphan", ORPHANS.values(), ids=ORPHANS)
-def test_a_model_without_its_optimizer_has_the_gradients_that_autograd_computes(
+def test_a_model_without_its_optimizer_has_plain_gradients(
     orphan: Callable[[Pair], TwoTasks],
 ) -> None:
-    """A client, a student, a second stage of training: they keep the rotations, and are trained by something else."""
+    """A client, a student, a second stage of training: they keep the rotations, and use another optimizer."""
     model, optimizer = wrap(init="haar")
     train(model, optimizer, 0, 1)
     optimizer.zero_grad()
@@ -181,8 +181,8 @@ def test_a_model_without_its_optimizer_has_the_gradients_that_autograd_computes(
 
 
 @pytest.mark.parametrize("name", COPIES)
-def test_a_head_that_leads_to_its_optimizer_is_copied_with_it(name: str) -> None:
-    """As the modules of a Lightning model may."""
+def test_a_head_that_references_its_optimizer_is_copied_with_it(name: str) -> None:
+    """As modules of a Lightning model may do."""
     model, optimizer = wrap(adam, init="haar")
     model.heads["left"].trained_by = [optimizer]  # type: ignore[assignment]
     train(model, optimizer, 0)

@@ -1,4 +1,4 @@
-"""Outside training the model is the rotated model, its gradients are true ones, and nothing is kept."""
+"""Outside training, the model is the rotated model with its true gradients, and nothing is recorded."""
 
 import contextlib
 import gc
@@ -16,7 +16,7 @@ from tests.contract.models import TwoTasks, assert_same, back_propagate, paramet
 
 
 def rotated_outputs(model: TwoTasks, optimizer: RotoGradOptimizer, x: Tensor) -> list[Tensor]:
-    """Compute what the model shall compute, by hand: h_k([R_k z, rest])."""
+    """Compute the expected outputs without hooks: h_k([R_k z, rest])."""
     rep, m = model.backbone(x), optimizer.rotations.size
     rotated = [torch.cat([rep[:, :m] @ matrix.mT, rep[:, m:]], dim=1) for matrix in optimizer.rotations.matrices]
     return [each @ weight.mT for each, weight in zip(rotated, model.heads.parameters(), strict=True)]
@@ -82,8 +82,8 @@ def test_gradient_penalty_goes_through_paused() -> None:
 
 
 @pytest.mark.parametrize("second_order", [False, True])
-def test_losses_behind_an_inner_step_are_weighted_or_the_error_says_how_to_train(second_order: bool) -> None:
-    """As in MAML: the parameters of the second forward pass come from gradients of a first one."""
+def test_losses_after_an_inner_step_are_weighted_or_the_error_says_how_to_train(second_order: bool) -> None:
+    """As in MAML: the parameters of the second forward pass depend on gradients of a first one."""
     model, optimizer = trained()
     params = dict(model.named_parameters())
 
@@ -108,7 +108,7 @@ def test_losses_behind_an_inner_step_are_weighted_or_the_error_says_how_to_train
         optimizer.step(losses())
 
 
-def test_paused_ends_with_its_block_even_on_an_error() -> None:
+def test_paused_ends_after_an_error() -> None:
     model, optimizer = wrap()
 
     def fail() -> None:
@@ -149,7 +149,7 @@ def test_remove_gives_the_plain_model_back() -> None:
     RotoGradOptimizer(optimizer.optimizer, heads=model.heads)
 
 
-def test_wrapping_leaves_the_model_alone() -> None:
+def test_wrapping_does_not_change_the_model() -> None:
     plain = TwoTasks()
     model, optimizer = trained()
     assert list(model.state_dict()) == list(plain.state_dict())
@@ -171,7 +171,7 @@ def test_nothing_keeps_the_graph_alive(how: str) -> None:
             optimizer.backward(losses[:1], rep)
     capture = optimizer._core.engine.capture
     dead: list[weakref.ref[Any]] = [weakref.ref(rep), weakref.ref(capture._fork(rep)), weakref.ref(losses[0])]
-    gc.disable()  # there is no cycle: all goes as soon as the last name does
+    gc.disable()  # there is no cycle: everything is freed with the last reference
     try:
         del losses, rep
         assert [reference() for reference in dead] == [None, None, None]
@@ -180,8 +180,8 @@ def test_nothing_keeps_the_graph_alive(how: str) -> None:
         gc.enable()
 
 
-def test_other_hooks_of_a_head_come_later() -> None:
-    """Wrappers such as FSDP's hand every head a tensor of its own, by hooks that are there already."""
+def test_other_hooks_of_a_head_run_later() -> None:
+    """Wrappers such as FSDP pass a separate tensor to every head, by hooks that were registered before."""
     results = []
     for wrapped in (False, True):
         model, optimizer = wrap()

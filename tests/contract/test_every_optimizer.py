@@ -27,7 +27,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "RMSprop": {"lr": 0.01},
     "Rprop": {"lr": 0.01},
     "SGD": {"lr": 0.01, "momentum": 0.9, "nesterov": True},
-    "SparseAdam": {"lr": 0.01},  # for sparse gradients only: a table as backbone, and heads that are frozen
+    "SparseAdam": {"lr": 0.01},  # for sparse gradients only: an embedding as backbone, and frozen heads
 }
 if not hasattr(torch.optim, "Muon"):  # before torch 2.9
     del ARGUMENTS["Muon"]
@@ -80,7 +80,7 @@ def test_two_tasks(name: str) -> None:
 
 
 def keys(optimizer: Optimizer) -> list[list[str]]:
-    """Return the names of what the optimizer keeps for each parameter."""
+    """Return the keys of the state of each parameter."""
     params: list[Tensor] = [param for group in optimizer.param_groups for param in group["params"]]
     assert set(optimizer.state) <= set(params)
     return [sorted(optimizer.state[param]) if param in optimizer.state else [] for param in params]

@@ -1,4 +1,4 @@
-"""Every learning-rate scheduler of torch drives the wrapper, the wrapped optimizer or the rotations."""
+"""Every learning-rate scheduler of torch works on the wrapper, the wrapped optimizer and the rotations."""
 
 import copy
 import inspect
@@ -55,7 +55,7 @@ def test_table_is_complete() -> None:
 
 def advance(scheduler: LRScheduler) -> None:
     if isinstance(scheduler, ReduceLROnPlateau):
-        scheduler.step(1.0)  # a loss that does not fall
+        scheduler.step(1.0)  # a loss that does not decrease
     else:
         scheduler.step()
 
@@ -65,7 +65,7 @@ def options(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def run(model: TwoTasks, optimizer: RotoGradOptimizer, scheduler: LRScheduler, *batches: int) -> list[float]:
-    """Train, and return the learning rates of the driven optimizer after every step."""
+    """Train, and return the learning rates of the scheduled optimizer after every step."""
     rates = []
     for batch in batches:
         train(model, optimizer, batch)
@@ -89,7 +89,7 @@ def rates_of_bare(name: str, lr: float, *, momentum: bool = True) -> list[float]
 
 
 class Plain(Optimizer):
-    """An optimizer without momentum, as that of the rotations."""
+    """An optimizer without momentum, like that of the rotations."""
 
     def step(self, closure: Any = None) -> Any:
         pass
@@ -120,7 +120,7 @@ def test_schedule_is_resumed(name: str) -> None:
     resumed_model, resumed = wrap()
     resumed_scheduler = SCHEDULERS[name](resumed)
     resumed_model.load_state_dict(model.state_dict())
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch shares the tensors otherwise
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # otherwise torch shares the tensors
     resumed_scheduler.load_state_dict(copy.deepcopy(scheduler.state_dict()))
     rates = run(model, optimizer, scheduler, 3, 4, 5)
     assert run(resumed_model, resumed, resumed_scheduler, 3, 4, 5) == rates
@@ -128,7 +128,7 @@ def test_schedule_is_resumed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_scheduler_sees_added_groups(name: str) -> None:
+def test_scheduler_includes_added_groups(name: str) -> None:
     model, optimizer = wrap(lambda params: sgd(list(params)[:1]), num_tasks=2)
     optimizer.add_param_group({"params": list(model.heads.parameters()), "lr": 0.05})
     scheduler = SCHEDULERS[name](optimizer)

@@ -1,4 +1,4 @@
-"""An exported, traced or transformed model is the rotated model, and the optimizer does not notice."""
+"""An exported, traced or transformed model is the rotated model, and the optimizer does not change."""
 
 import io
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 from rotoopt import RotoGradOptimizer
 from tests.contract.models import TwoTasks, assert_same, parameters, sgd, snapshot, train, wrap
 
-# torch.jit is deprecated, and warns of every shape that is compared.
+# torch.jit is deprecated, and warns about every comparison of shapes.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
@@ -28,7 +28,7 @@ def trained(**options: Any) -> tuple[TwoTasks, RotoGradOptimizer]:
 
 
 def noticed(optimizer: RotoGradOptimizer) -> tuple[object, ...]:
-    """Return what a forward pass in training leaves behind."""
+    """Return the state that a forward pass in training changes."""
     capture = optimizer._core.engine.capture
     return dict(capture.shapes), dict(capture.fed.tasks), len(capture.fed.forks), len(capture._forks)
 
@@ -79,7 +79,7 @@ def test_exported_model_is_the_rotated_model(export: Export, mode: str, rotation
         result = export(model, model.inputs(5))
     assert noticed(optimizer) == left_behind
     assert_same(snapshot(model, optimizer), before)
-    x = torch.cat([model.inputs(6), model.inputs(7)])  # another size of batch
+    x = torch.cat([model.inputs(6), model.inputs(7)])  # another batch size
     with torch.no_grad():
         assert_same(list(result(x)), model(x))
 
@@ -91,7 +91,7 @@ def test_rotations_are_constants_of_the_program() -> None:
     assert list(program.state_dict) == list(model.state_dict())
 
 
-def test_training_goes_on_after_export() -> None:
+def test_training_continues_after_export() -> None:
     runs = []
     for export_it in (True, False):
         model, optimizer = trained()
@@ -103,7 +103,7 @@ def test_training_goes_on_after_export() -> None:
 
 
 class Functional(nn.Module):
-    """A model that asks the optimizer for its rotations."""
+    """A model that calls ``optimizer.rotate``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,8 +200,8 @@ DERIVATIVES: dict[str, Derivative] = {
 
 
 @pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
-def test_transforms_see_the_rotated_model(derivative: Derivative) -> None:
-    """True derivatives, in training mode, too; what they are for is not known, so nothing is combined."""
+def test_transforms_apply_to_the_rotated_model(derivative: Derivative) -> None:
+    """True derivatives, also in training mode: their purpose is unknown, so they are not weighted."""
     model, optimizer = trained()
     optimizer.zero_grad()
     head, rep = model.heads["right"], model.backbone(model.inputs(5)).detach()
@@ -214,7 +214,7 @@ def test_transforms_see_the_rotated_model(derivative: Derivative) -> None:
     assert_same(snapshot(model, optimizer), before)
 
 
-def test_losses_of_transformed_heads_are_refused() -> None:
+def test_losses_of_transformed_heads_are_rejected() -> None:
     model, optimizer = trained()
     rep = model.backbone(model.inputs(2))
     losses = [vmap(head)(rep).square().mean() for head in model.heads.values()]

@@ -1,4 +1,4 @@
-"""Hooks of the optimizer run as often, in the order and with the arguments that torch promises."""
+"""Hooks of the optimizer run as often, in the order and with the arguments documented by torch."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +28,7 @@ def global_calls() -> Iterator[Calls]:
 
 
 def test_order_of_step_hooks(global_calls: Calls) -> None:
-    """Global hooks see the wrapped optimizer and that of the rotations, which is a real one, but no wrapper."""
+    """Global hooks run for the wrapped optimizer and that of the rotations, but not for the wrapper."""
     model, optimizer = wrap(adam)
     for each in (optimizer, optimizer.optimizer):
         each.register_step_pre_hook(lambda optimizer, *_: global_calls.append(("pre", type(optimizer))))
@@ -53,7 +53,7 @@ def test_global_hooks_of_trained_weights(global_calls: Calls) -> None:
     assert [cls for hook, cls in global_calls if hook == "global post"] == [SGD, Adam, torch.optim.RMSprop, SGD]
 
 
-def test_step_hooks_see_the_call() -> None:
+def test_step_hooks_get_the_arguments_of_the_call() -> None:
     model, optimizer = wrap()
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: seen.append((args, kwargs)))

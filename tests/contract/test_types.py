@@ -1,4 +1,4 @@
-"""The annotations are as documented: ``mypy --strict`` accepts what users write, and rejects what is wrong."""
+"""The annotations are as documented: ``mypy --strict`` accepts correct user code, and rejects mistakes."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Copies, averages and targets have the rotations that their weights need, or a warning says that they do not."""
+"""Copies, averages and targets have the rotations of their weights, or a warning is issued."""
 
 import copy
 import gc
@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from rotoopt import RotoGradOptimizer
 from tests.contract.models import TwoTasks, assert_same, sgd, train, wrap
 
-# Rotations far from I, turned by every step.
+# Rotations far from I, updated in every step.
 OPTIONS: dict[str, Any] = {"init": "haar", "rotation_optimizer": partial(SGD, lr=1.0)}
 STALE = "A copy of the model should have the rotations that its weights were trained with"
 
@@ -40,7 +40,7 @@ def test_average_of_the_weights_is_reported_until_it_is_refreshed() -> None:
             predict(average, x)
         optimizer.refresh(average)
         predict(average, x)
-        average.update_parameters(model)  # rotations have not turned since
+        average.update_parameters(model)  # rotations have not been updated since
         predict(average, x)
     assert_same(predict(average, x), predict(average.module, x))
 
@@ -67,7 +67,7 @@ UPDATES: dict[str, Callable[[Tensor, Tensor], None]] = {"copy": by_copy, "lerp o
 def test_a_target_network_is_reported_once_for_every_update(
     update: Callable[[Tensor, Tensor], None], frozen: bool, mode: str
 ) -> None:
-    """In whatever way its weights are written, and in whatever mode it runs."""
+    """For every way to write its weights, in both modes."""
     model, optimizer = wrap(**OPTIONS)
     x = model.inputs(9)
     train(model, optimizer, 0)
@@ -83,7 +83,7 @@ def test_a_target_network_is_reported_once_for_every_update(
 
     for _ in range(2):
         train(model, optimizer, 1)
-        assert run() == 0  # a copy of the model as it was
+        assert run() == 0  # a copy of the earlier model
         train(model, optimizer, 2)
         for theirs, own in zip(target.parameters(), model.parameters(), strict=True):
             update(theirs, own)
@@ -108,7 +108,7 @@ def warned(model: nn.Module, x: Tensor) -> int:
     return len(record)
 
 
-def test_weights_that_are_written_between_turns_are_reported_in_training_mode() -> None:
+def test_weights_that_are_written_between_updates_are_reported_in_training_mode() -> None:
     model, optimizer = wrap(**OPTIONS)
     train(model, optimizer, 0)
     target = copy.deepcopy(model)
@@ -174,7 +174,7 @@ def test_a_copy_that_is_trained_itself_is_not_reported(clears: bool) -> None:
         student.train()
 
 
-def test_copies_that_are_right_are_not_reported() -> None:
+def test_correct_copies_are_not_reported() -> None:
     model, optimizer = wrap(**OPTIONS)
     x = model.inputs(9)
     train(model, optimizer, 0)
@@ -182,7 +182,7 @@ def test_copies_that_are_right_are_not_reported() -> None:
     expected = predict(model, x)
     average = copy.deepcopy(model)
     by_lerp(next(average.heads.parameters()), torch.zeros(1))
-    predict(average, x)  # no rotation has turned since
+    predict(average, x)  # no rotation has been updated since
     bare = sgd(student.parameters())
     train(model, optimizer, 1)
     assert_same(predict(best, x), expected)
@@ -190,13 +190,13 @@ def test_copies_that_are_right_are_not_reported() -> None:
     assert_same(predict(target, x), predict(model, x))
     torch.autograd.backward(student.losses(0)[0])
     bare.step()
-    predict(student, x)  # trained with the rotations that it has
+    predict(student, x)  # trained with its own rotations
 
 
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("heads", [["left", "right"], ["right"]])
 def test_a_new_optimizer_takes_over_the_rotations(heads: list[str], copied: bool) -> None:
-    """A second stage of training, a cell of a notebook that runs again, a copy of the model."""
+    """A second stage of training, a notebook cell that runs again, a copy of the model."""
     model, optimizer = wrap(**OPTIONS)
     x = model.inputs(9)
     train(model, optimizer, 0, 1)
@@ -212,7 +212,7 @@ def test_a_new_optimizer_takes_over_the_rotations(heads: list[str], copied: bool
 
 
 class ModelEmaV3(nn.Module):
-    """As of timm: an average that is no ``AveragedModel``."""
+    """Like that of timm: an average that is no ``AveragedModel``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class ModelEmaV3(nn.Module):
 
 @pytest.mark.parametrize("kind", [AveragedModel, ModelEmaV3])
 @pytest.mark.parametrize("of", ["the model", "another model", "nothing"])
-def test_an_average_from_before_the_optimizer_is_reported(of: str, kind: Callable[[nn.Module], nn.Module]) -> None:
+def test_an_average_made_before_the_optimizer_is_reported(of: str, kind: Callable[[nn.Module], nn.Module]) -> None:
     model = TwoTasks()
     copied = {"the model": model, "another model": nn.Linear(2, 2), "nothing": None}[of]
     averaged = None if copied is None else kind(copied)

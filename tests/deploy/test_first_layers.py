@@ -1,4 +1,4 @@
-"""Which heads a rotation can be folded into, and that the others keep it: predictions stay in either case."""
+"""Which heads a rotation can be folded into, and that the others keep it: predictions do not change."""
 
 import gc
 import re
@@ -76,7 +76,7 @@ def weights_of(head: nn.Module) -> dict[str, Tensor]:
 
 
 def traces(head: nn.Module) -> list[Any]:
-    """Return all that a trial run could change."""
+    """Return everything that a test run could change."""
     modules = list(head.modules())
     hooks = [
         id(hook) for each in modules for hook in (*each._forward_pre_hooks.values(), *each._forward_hooks.values())
@@ -88,7 +88,7 @@ def traces(head: nn.Module) -> list[Any]:
     ("name", "dtype"),
     [*((name, torch.float32) for name in [*FOLDABLE, *UNFOLDABLE]), *((name, torch.float64) for name in FOLDABLE)],
 )
-def test_search_leaves_no_trace(name: str, dtype: torch.dtype) -> None:
+def test_search_has_no_side_effects(name: str, dtype: torch.dtype) -> None:
     case = {**FOLDABLE, **UNFOLDABLE}[name]
     head = case.make()
     optimizer, _ = trained(case, head, dtype)
@@ -133,7 +133,7 @@ def search(function: Callable[..., Any], outputs: int = 6) -> bool:
         return False
 
 
-def test_modules_must_be_seen() -> None:
+def test_modules_must_be_found() -> None:
     """Those that share a weight are found by the garbage collector."""
     assert search(lambda self, z: self.a(z))
     head = nn.Linear(6, 2)
@@ -145,8 +145,8 @@ def test_modules_must_be_seen() -> None:
         gc.unfreeze()
 
 
-def test_outputs_must_be_seen() -> None:
-    """A head that returns nothing may do anything with z."""
+def test_outputs_must_be_found() -> None:
+    """A head without outputs may use z in any way."""
     assert not search(lambda self, z: setattr(self, "output", self.a(z) + z.tanh()))
 
 
@@ -168,7 +168,7 @@ CONSTANTS = [
 
 
 @pytest.mark.parametrize(("i", "j"), [*product(range(len(CONSTANTS)), repeat=2)])
-def test_other_outputs_are_the_same_or_not(i: int, j: int) -> None:
+def test_other_outputs_are_compared_by_equality(i: int, j: int) -> None:
     """The head runs once with the rotation and once without."""
     constants = iter([CONSTANTS[i], CONSTANTS[j]])
     assert search(lambda self, z: (self.a(z), next(constants))) == (i == j)
@@ -184,14 +184,14 @@ def test_an_activation_may_work_in_place() -> None:
 
 
 def test_masked_outputs() -> None:
-    """Infinite and undefined outputs are the same before and after; the others are what counts."""
+    """Infinite and NaN outputs are equal before and after; the others are compared."""
     mask = torch.tensor([-torch.inf, 0.0, torch.nan])
     assert search(lambda self, z: self.a(z) + mask, 3)
     assert not search(lambda self, z: self.a(z) + z[:, :3] + mask, 3)
 
 
 def test_outputs_that_cancel() -> None:
-    """Up to rounding, of which nothing is known but its size."""
+    """Up to rounding errors, of which only the size is known."""
     assert search(lambda self, z: torch.stack([self.a(z), 3 * self.a(z) - self.a(z) - 2 * self.a(z)]))
 
 

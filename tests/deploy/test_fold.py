@@ -1,4 +1,4 @@
-"""After fold() a model needs no optimizer, and nothing but its first layers has changed."""
+"""After fold() a model needs no optimizer, and only its first layers have changed."""
 
 import copy
 import gc
@@ -93,7 +93,7 @@ def test_only_the_heads_that_need_it_keep_their_rotation() -> None:
     before, keys = predict(model.eval(), X), list(model.state_dict())
     with pytest.warns(UserWarning, match=f"{KEEPS}.* do not. left: it begins with BatchNorm1d.*. They keep"):
         optimizer.fold()
-    optimizer.rotations.matrices.zero_()  # the model has nothing to do with it any more
+    optimizer.rotations.matrices.zero_()  # the model is independent of it
     assert_same(predict(model, X)[0], before[0])
     torch.testing.assert_close(predict(model, X)[1], before[1])
     assert sorted(model.state_dict()) == sorted([*keys, "heads.left.rotation"])
@@ -103,7 +103,7 @@ def test_only_the_heads_that_need_it_keep_their_rotation() -> None:
 @pytest.mark.parametrize(
     "options", [{"rotate": [False, True]}, {"rotate": False}, {"init": "identity", "rotation_lr": 0.0}]
 )
-def test_a_head_that_was_never_turned_stays_as_it_is(options: dict[str, Any]) -> None:
+def test_a_head_whose_rotation_was_never_updated_does_not_change(options: dict[str, Any]) -> None:
     model = Normed()
     optimizer = trained(model, **options)
     before, left = predict(model.eval(), X), copy.deepcopy(model.heads["left"].state_dict())
@@ -140,12 +140,12 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@settings(max_examples=10)  # to search every module of many heads takes time
+@settings(max_examples=10)  # searching every module of many heads takes time
 @given(tasks=st.lists(st.lists(st.sampled_from(list(LAYERS)), min_size=1, max_size=3), min_size=2, max_size=3))
-def test_every_module_of_a_head_for_itself(tasks: list[list[str]]) -> None:
-    """Each is folded, or keeps its rotation and is named, or never had one."""
+def test_every_module_of_a_head_separately(tasks: list[list[str]]) -> None:
+    """Each rotation is folded, or kept and named, or did not exist."""
     torch.manual_seed(0)
-    tasks = [["folds", *kinds] for kinds in tasks]  # z decides what the rotations are
+    tasks = [["folds", *kinds] for kinds in tasks]  # z determines the rotations
     backbone, narrow = nn.Linear(3, REP_SIZE), nn.Linear(3, REP_SIZE - 1)
     heads = {f"task{k}": tuple(LAYERS[kind]() for kind in kinds) for k, kinds in enumerate(tasks)}
     parts = [(kind, part) for k, kinds in enumerate(tasks) for kind, part in zip(kinds, heads[f"task{k}"], strict=True)]
@@ -181,7 +181,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.filterwarnings(f"ignore:{KEEPS}")
 @pytest.mark.parametrize("name", COPIES)
 def test_copies(name: str) -> None:
-    """Fold one of two copies, and copy what was folded."""
+    """Fold one of two copies, and copy the folded model."""
     model = Normed()
     optimizer = trained(model)
     folded, its_optimizer = COPIES[name]((model, optimizer))
@@ -208,8 +208,8 @@ def test_export(make: type[TwoTasks], strict: bool) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile looks at it
 @pytest.mark.parametrize("around", ["model", "heads", "heads in place"])
 def test_compiled_models_and_heads(around: str) -> None:
-    """What is compiled notices no new hooks, hence the reset."""
-    torch._dynamo.reset()  # its limit of versions counts those of other tests
+    """Compiled code does not detect new hooks, hence the reset."""
+    torch._dynamo.reset()  # its limit of compiled versions includes those of other tests
     counter: Any = CompileCounterWithBackend("eager")
     model = Normed()
     plain = list(model.heads.values())
@@ -266,10 +266,10 @@ def test_context_does_not_matter() -> None:
 
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
-    """A group of this process alone."""
+    """A group that consists of this process."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
-    gc.collect()  # lest a reducer be the last to hold the group, which can deadlock
+    gc.collect()  # a reducer that holds the last reference to the group can deadlock
     dist.destroy_process_group()
 
 
@@ -288,7 +288,7 @@ def test_head_inside_of_data_parallel() -> None:
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("forward_before", [False, True])  # it leaves whole parameters behind
+@pytest.mark.parametrize("forward_before", [False, True])  # it leaves unsharded parameters
 @pytest.mark.parametrize("sharded", ["model", "heads"])
 def test_sharded_heads_keep_their_rotations(sharded: str, forward_before: bool) -> None:
     model = TwoTasks()

@@ -1,4 +1,4 @@
-"""Copies of the model alone keep the rotations of the moment when they were made, until refresh()."""
+"""Copies of the model alone keep the rotations of the time of copying, until refresh()."""
 
 import copy
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from tests.contract.models import TwoTasks, assert_moved, assert_same, back_prop
 from tests.oracle import layout, rotate
 from tests.samplers import DTYPES, LAYOUTS, SEEDS, Layout, Network, batches, network
 
-# Haar rotations, turned by every step: the built-in one rests until gradients agree.
+# Haar rotations, updated in every step: the built-in step does nothing until gradients agree.
 OPTIONS: dict[str, Any] = {"init": "haar", "rotation_optimizer": partial(SGD, lr=1.0)}
 COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
@@ -54,7 +54,7 @@ def by_hand(model: Network, matrices: Tensor, dim: int | tuple[int, ...], x: Ten
 def test_refreshed_copy_rotates_as_the_model_does_now(
     name: str, case: Layout, K: int, rest: int | None, made_after: int, seed: int, dtype: torch.dtype
 ) -> None:
-    """With weights of its own, whenever it was made."""
+    """With its own weights, at any time of copying."""
     shape, dim = case
     *data, (x, _) = batches(seed, 4, K, dtype)
     model = network(seed, shape[1:], K, dtype)
@@ -83,7 +83,7 @@ def test_refreshed_copy_rotates_as_the_model_does_now(
 @pytest.mark.parametrize("order", ["weights first", "rotations first"])
 @pytest.mark.parametrize("made_after", [0, 1])
 def test_refreshed_copy_is_the_model_to_the_bit(made_after: int, order: str) -> None:
-    """A target network: weights and rotations of now, until it is refreshed again."""
+    """A target network: current weights and rotations, until it is refreshed again."""
     model, optimizer = wrap(**OPTIONS)
     train(model, optimizer, *range(made_after))
     target, x = copy.deepcopy(model), model.inputs(5)
@@ -125,7 +125,7 @@ def test_training_a_copy_does_not_touch_the_model(made_after: int) -> None:
         assert all(each is not optimizer.rotations for each in rotations)
         assert_same(snapshot(model, optimizer), before)
         optimizer.zero_grad()
-        optimizer.step(losses)  # of the forward pass before
+        optimizer.step(losses)  # of the previous forward pass
         train(expected_model, expected, batch)
         assert_same(snapshot(model, optimizer), snapshot(expected_model, expected))
     assert_moved(model, optimizer, snapshot(*wrap(rotation_size=4, **OPTIONS)))

@@ -1,4 +1,4 @@
-"""Rotations go where the weights go: predictions are those from before, or a warning says that they are not."""
+"""Rotations are saved, loaded and copied with the weights: predictions do not change, or a warning is issued."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ from rotoopt.testing._branching.model import Sizes, built, inputs
 from tests.branching.twins import NAMES
 from tests.contract.models import TwoTasks, assert_same, sgd, train, wrap
 
-# Rotations far from I, turned by every step.
+# Rotations far from I, updated in every step.
 OPTIONS: dict[str, Any] = {"init": "haar", "rotation_optimizer": partial(SGD, lr=1.0)}
 LOST = "loaded with the rotation that they were trained with, got a state dict without"
 STALE = "A copy of the model should have the rotations that its weights were trained with"
@@ -41,7 +41,7 @@ KEPT: dict[str, Callable[[Any], Any]] = {"deepcopy": copy.deepcopy, "file": thro
 
 
 @pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
-def test_the_best_weights_come_back_with_their_rotations(keep: Callable[[Any], Any]) -> None:
+def test_the_best_weights_are_restored_with_their_rotations(keep: Callable[[Any], Any]) -> None:
     model, optimizer = wrap(**OPTIONS)
     x = model.inputs(9)
     train(model, optimizer, 0, 1)
@@ -102,7 +102,7 @@ def test_rotations_that_do_not_fit_are_an_error(rotated: str) -> None:
 
 
 def changed_in_place(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As averaging does, and what loads a checkpoint into the tensors of a state dict."""
+    """As averaging does, or loading a checkpoint into the tensors of a state dict."""
     state = copy.deepcopy(state)
     for value in state.values():
         value.mul_(0.5)
@@ -115,7 +115,7 @@ def items_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("lose", ["items_of", "changed_in_place"])
 @pytest.mark.parametrize("init", ["haar", "identity"])
-def test_weights_without_rotations_are_reported_if_any_has_turned(init: Any, lose: str) -> None:
+def test_weights_without_rotations_are_reported_if_any_was_updated(init: Any, lose: str) -> None:
     model, optimizer = wrap(**{**OPTIONS, "init": init, "rotation_lr": 0.0})
     x = model.inputs(9)
     if init == "identity":
@@ -134,7 +134,7 @@ def test_weights_without_rotations_are_reported_if_any_has_turned(init: Any, los
 def test_weights_without_rotations_are_reported_if_a_state_without_any_was_loaded() -> None:
     model, optimizer = wrap(**OPTIONS)
     optimizer.load_state_dict(optimizer.state_dict())
-    predict(model, model.inputs(9))  # makes the rotations
+    predict(model, model.inputs(9))  # creates the rotations
     model.load_state_dict(items_of(model.state_dict()))
     with pytest.warns(UserWarning, match=LOST):
         predict(model, model.inputs(9))
@@ -142,7 +142,7 @@ def test_weights_without_rotations_are_reported_if_a_state_without_any_was_loade
 
 @pytest.mark.parametrize("turned", [True, False])
 def test_weights_of_a_part_of_a_head_are_reported(turned: bool) -> None:
-    """A state dict for every layer: none of them has the rotation of their head."""
+    """A state dict for every layer: none of them contains the rotation of the head."""
     torch.manual_seed(0)
     model = TwoTasks()
     model.heads["left"] = nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.Tanh()), nn.Linear(4, 1))
@@ -168,7 +168,7 @@ def test_weights_of_a_part_of_a_head_are_reported(turned: bool) -> None:
 
 
 def test_weights_whose_counters_have_changed_have_their_rotations() -> None:
-    """As those of normalization layers do, whose statistics are taken anew."""
+    """Like the counters of normalization layers whose statistics are recomputed."""
     model = TwoTasks()
     model.heads["left"] = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 1))
     optimizer = RotoGradOptimizer(sgd(model.parameters()), model.heads, **OPTIONS)
@@ -181,7 +181,7 @@ def test_weights_whose_counters_have_changed_have_their_rotations() -> None:
 
 
 def test_the_state_dict_itself_is_not_reported() -> None:
-    """It follows the weights, so that to load it changes nothing."""
+    """It references the weights, so loading it changes nothing."""
     model, optimizer = wrap(**OPTIONS)
     train(model, optimizer, 0)
     alias = model.state_dict()
@@ -213,7 +213,7 @@ def test_a_state_dict_that_was_cast_has_its_rotations(dtype: torch.dtype, fresh:
 
 @pytest.mark.parametrize("state", [False, True])
 def test_weights_that_were_averaged_are_reported_in_another_process(state: bool) -> None:
-    """Until the state of the optimizer is loaded, too: the rotations there are I."""
+    """Until the state of the optimizer is loaded as well: the rotations there are I."""
     model, optimizer = wrap(**OPTIONS)
     train(model, optimizer, 0)
     other, its_optimizer = wrap(rotation_optimizer=OPTIONS["rotation_optimizer"])
@@ -267,7 +267,7 @@ def test_a_head_without_parameters_has_its_rotation() -> None:
 
 
 @pytest.mark.parametrize("order", ["model first", "optimizer first"])
-def test_weights_without_rotations_are_right_with_the_state_of_the_optimizer(order: str) -> None:
+def test_weights_without_rotations_are_correct_with_the_state_of_the_optimizer(order: str) -> None:
     model, optimizer = wrap(**OPTIONS)
     x = model.inputs(9)
     train(model, optimizer, 0)

@@ -1,4 +1,4 @@
-"""Optimizers that did not train, but have records: what the histories of these tests are made of."""
+"""Optimizers without training, whose records the histories of these tests contain."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rotoopt.diagnostics import History
 
 
 class FakeOptimizer:
-    """Has what a history reads of an optimizer.
+    """Has the attributes of an optimizer that a history reads.
 
     Args:
         names: Names of the tasks.
@@ -24,11 +24,11 @@ class FakeOptimizer:
     def __init__(self, names: Sequence[str], lr: float = 1e-2) -> None:
         self.task_names = tuple(names)
         self.param_groups = [{"lr": lr / 2}, {"lr": lr}, {"params": []}]
-        self.rotation_optimizer = SGD([nn.Parameter(torch.zeros(1))])  # of the user's
+        self.rotation_optimizer = SGD([nn.Parameter(torch.zeros(1))])  # of the user
         self.last_step: StepRecord | None = None
 
     def step(self, **fields: Any) -> RotoGradOptimizer:
-        """Make another record; ``fields`` are those that matter, the others follow from the number of tasks."""
+        """Make another record with these ``fields``; the others are determined by the number of tasks."""
         K = len(self.task_names)
         before = self.last_step
         angles = fields.get("angles", torch.zeros(K))
@@ -53,15 +53,15 @@ class FakeOptimizer:
 def random_history(
     K: int, T: int, *, absent: float = 0.0, names: Sequence[str] | None = None, seed: int = 0, **fields: Any
 ) -> History:
-    """Return T records of K tasks whose losses and norms fall, span decades, and whose gradients conflict.
+    """Return T records of K tasks whose losses and norms decrease over decades, with conflicting gradients.
 
     Args:
         K: Number of tasks.
         T: Number of records.
         absent: Share of the records in which a task is absent.
         names: Names of the tasks.
-        seed: Of the noise.
-        **fields: Fields that are the same in all records.
+        seed: Seed of the noise.
+        **fields: Fields with the same value in all records.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = FakeOptimizer(names or [f"task {task}" for task in range(K)])

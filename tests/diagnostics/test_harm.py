@@ -1,4 +1,4 @@
-"""The warning about rotations that do harm: it comes where there is reason for it, and not where there is none."""
+"""The warning about harmful rotations: it is issued if there is a reason, and only then."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tests.diagnostics.fakes import FakeOptimizer
 K, NUM_RUNS = 3, 200
 PAIRS = [(0, 1), (0, 2), (1, 2)]
 MEMORY = 0.9  # of the noise, per step
-ROTATION_LR, BELOW, ABOVE = 1e-3, 1e-2, 1e-4  # that of the network, where the one of the rotations is below or above
+ROTATION_LR, BELOW, ABOVE = 1e-3, 1e-2, 1e-4  # learning rate of the network; that of the rotations is lower or higher
 RISE = torch.linspace(0, 1, WINDOW)
 
 
 def noise(*shape: int) -> Tensor:
-    """Return noise of variance one that forgets within some 10 steps, those along the first dimension."""
+    """Return noise of variance one with a correlation time of about 10 steps along the first dimension."""
     fresh = torch.randn(shape) * math.sqrt(1 - MEMORY**2)
     series = [torch.randn(shape[1:])]
     for now in fresh[1:]:
@@ -38,7 +38,7 @@ def noise(*shape: int) -> Tensor:
 
 
 def windows(cosine: Tensor, loss: Tensor, turn: float, size: float) -> Iterator[dict[str, Tensor]]:
-    """Yield windows whose cosines and losses are these (T,), with noise of this size."""
+    """Yield windows with these cosines and losses (T,), plus noise of this size."""
     pair_noise, loss_noise = size * noise(WINDOW, NUM_RUNS, K), size * noise(WINDOW, NUM_RUNS, K)
     for run in range(NUM_RUNS):
         cosines = torch.eye(K).repeat(WINDOW, 1, 1)
@@ -106,7 +106,7 @@ def test_warns_in_all_of_many_runs_or_in_none(name: str) -> None:
             assert "rotate=False" in warning
 
 
-def test_tasks_that_come_and_go_are_no_fall() -> None:
+def test_changing_tasks_are_no_fall() -> None:
     """With more tasks in a batch, unrelated gradients are less aligned with their mean: 0.71 for 2, 0.58 for 3."""
     for values in windows(0 * RISE, 1 + 0 * RISE, turn=2.0, size=0.001):
         values["cosines"][:, 0, 1] = values["cosines"][:, 1, 0] = 0.9
@@ -115,21 +115,21 @@ def test_tasks_that_come_and_go_are_no_fall() -> None:
         assert harm(values, network_lr=BELOW) is None
 
 
-def test_steps_that_are_not_finite_do_not_count() -> None:
+def test_steps_that_are_not_finite_are_ignored() -> None:
     for values in windows(0 * RISE, 1 + 0.8 * RISE, turn=2.0, size=0.1):
         values["cosines"][::7] = torch.nan
         values["losses"][::7] = torch.inf
         assert re.search("the losses rose by .*%", harm(values, network_lr=BELOW) or "")
 
 
-def test_one_task_is_never_blamed() -> None:
+def test_one_task_gives_no_warning() -> None:
     for values in windows(0 * RISE, 1 + 0 * RISE, turn=2.0, size=0.1):
         alone = values | {"cosines": values["cosines"][:, :1, :1], "losses": values["losses"][:, :1]}
         assert harm(alone, network_lr=ABOVE) is None
 
 
 def test_history_warns_once_by_the_latest_records() -> None:
-    """Rotations turn, and cosines fall, from step 500 on: by step 1399 they turned by 1.08 radians."""
+    """From step 500 on, rotations turn and cosines fall: 1.08 radians until step 1399."""
     recorded, optimizer = History(), FakeOptimizer(["a", "b"], lr=0.5)  # some other parameters have half of it
     for step in range(3 * WINDOW):
         cosine, angle = 1 - max(0, step - 500) / WINDOW, 12e-4 * (step >= 500)
@@ -152,7 +152,7 @@ def train_and_record(steps: int, **options: Any) -> None:
         recorded.record(optimizer)
 
 
-def test_only_rotations_at_a_high_rate_are_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rotations_at_a_high_rate_give_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_history, "WINDOW", 200)
     harmless: list[dict[str, Any]] = [{}, {"rotate": False}, {"init": "haar", "rotation_lr": 0.01}]
     for options in harmless:
@@ -162,8 +162,8 @@ def test_only_rotations_at_a_high_rate_are_blamed(monkeypatch: pytest.MonkeyPatc
     assert len(caught) == 1
 
 
-def test_learning_rates_are_compared_where_they_have_one_unit() -> None:
-    """That of the built-in step has another one."""
+def test_learning_rates_are_compared_if_they_have_the_same_unit() -> None:
+    """The learning rate of the built-in step has another unit."""
     heads = nn.ModuleList([nn.Linear(3, 1), nn.Linear(3, 1)])
     bare = torch.optim.SGD(heads.parameters(), lr=0.5)
     optimizer = RotoGradOptimizer(bare, heads)

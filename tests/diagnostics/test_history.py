@@ -1,4 +1,4 @@
-"""A history says what the records said, costs the training nothing, and keeps nothing large alive."""
+"""A history contains the records, does not slow down training, and keeps nothing large alive."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ MOVE_EVERY = 4
 
 @pytest.fixture(autouse=True, scope="module")
 def frequent_moves() -> Iterator[None]:
-    """Move records to the CPU often, so that few of them are on both sides."""
+    """Move records to the CPU often, so that few records suffice to test it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_history, "MOVE_EVERY", MOVE_EVERY)
         yield
 
 
 @given(K=NUM_TASKS, T=st.integers(1, 3 * MOVE_EVERY), seed=SEEDS)
-def test_dict_is_what_the_records_said(K: int, T: int, seed: int) -> None:
+def test_dict_equals_the_records(K: int, T: int, seed: int) -> None:
     bench, sampler, recorded = Bench((3, 4), K, torch.float32), Sampler(seed, torch.float32), History()
     records: list[StepRecord] = []
     for _ in range(T):
@@ -86,7 +86,7 @@ def test_recording_changes_no_bit() -> None:
     assert_same(*states)
 
 
-def test_unseen_losses_are_nan() -> None:
+def test_unknown_losses_are_nan() -> None:
     model, optimizer = wrap()
     recorded = History()
     for batch in range(2):
@@ -98,7 +98,7 @@ def test_unseen_losses_are_nan() -> None:
     assert values["grad_norms"].isfinite().all()
 
 
-def test_rate_of_a_scheduler_that_changes_a_tensor_is_that_of_the_step() -> None:
+def test_learning_rate_in_a_tensor_is_that_of_the_step() -> None:
     recorded, optimizer, rate = History(), FakeOptimizer(["a"]), torch.tensor(1.0)
     for _ in range(3):
         recorded.record(optimizer.step(rotation_lr=rate))
@@ -106,7 +106,7 @@ def test_rate_of_a_scheduler_that_changes_a_tensor_is_that_of_the_step() -> None
     assert recorded.to_dict()["rotation_lr"].tolist() == [1.0, 0.5, 0.25]
 
 
-def test_angles_of_rotations_that_the_user_turns_are_unknown() -> None:
+def test_angles_of_rotations_that_the_user_updates_are_unknown() -> None:
     model, recorded = RotoGrad(nn.Linear(3, 4), [nn.Linear(4, 1), nn.Linear(4, 2)], 4), History()
     model.backward([output.square().mean() for output in model(torch.randn(5, 3))])
     recorded.record(model)
@@ -134,7 +134,7 @@ def test_network_may_move(move: dict[str, Any]) -> None:
 
 
 class NoCopies(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raises where the host would wait for a device: at a number that is read, and at what comes before a copy."""
+    """Raises if the host would wait for a device: when it reads a number, or prepares a copy."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(name in str(func) for name in ("_local_scalar_dense", "_to_copy", "copy_", "nonzero", "stack", "cat")):
@@ -142,7 +142,7 @@ class NoCopies(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def test_device_is_waited_for_once_in_many_records() -> None:
+def test_host_waits_for_the_device_once_in_many_records() -> None:
     bench, recorded = Bench((3, 4), 3, torch.float32), History()
     for step in range(1, 2 * MOVE_EVERY):
         bench.step(list(torch.randn(3, 3, 4)))
@@ -184,7 +184,7 @@ NAMED: list[tuple[Callable[[], Measured], tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("make", "names"), NAMED, ids=["mapping", "sequence", "functional", "module"])
-def test_tasks_have_their_names(make: Callable[[], Measured], names: tuple[str, ...]) -> None:
+def test_names_of_tasks(make: Callable[[], Measured], names: tuple[str, ...]) -> None:
     optimizer, recorded = make(), History()
     if isinstance(optimizer, RotoGradOptimizer):
         rep = torch.randn(5, 6, requires_grad=True)

@@ -1,4 +1,4 @@
-"""What is logged is what the latest step measured."""
+"""Loggers get the measurements of the latest step."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_number_is_written_once_with_its_step() -> None:
         assert writer.written == {tag: (number, expected) for tag, number in scalars(optimizer).items()}
 
 
-def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
+def test_tensorboard_can_read_the_file(tmp_path: Path) -> None:
     reader = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     from torch.utils.tensorboard import SummaryWriter
 

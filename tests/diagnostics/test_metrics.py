@@ -1,4 +1,4 @@
-"""The metrics are what the literature computes, and say so where they cannot be computed."""
+"""The metrics equal those of the literature, and raise errors if they cannot be computed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def comparisons(draw: st.DrawFn) -> tuple[list[float], list[float], list[bool]]:
 
 
 @given(comparisons())
-def test_relative_change_is_that_of_the_definition(comparison: tuple[list[float], list[float], list[bool]]) -> None:
+def test_relative_change_equals_its_definition(comparison: tuple[list[float], list[float], list[bool]]) -> None:
     """Delta-m = 100 / n sum_i (-1)^{l_i} (M_i - B_i) / B_i, with l_i = 1 where lower is better."""
     changes = [(-1) ** (not higher) * (M - B) / B for M, B, higher in zip(*comparison, strict=True)]
     assert mean_relative_change(*comparison) == pytest.approx(100 * sum(changes) / len(changes))
@@ -42,8 +42,8 @@ def test_better_is_positive(comparison: tuple[list[float], list[float], list[boo
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=6), st.data())
-def test_ranks_are_those_of_sorting(table: list[list[int]], data: st.DataObject) -> None:
-    """Few different numbers, so that many tie: those share the mean of the places that they take."""
+def test_ranks_equal_those_from_sorting(table: list[list[int]], data: st.DataObject) -> None:
+    """Few different numbers, so that there are many ties, which share their mean rank."""
     higher_is_better = data.draw(st.lists(st.booleans(), min_size=3, max_size=3))
     ranks = mean_rank(
         {f"method {row}": [float(value) for value in values] for row, values in enumerate(table)}, higher_is_better
@@ -58,7 +58,7 @@ def test_ranks_are_those_of_sorting(table: list[list[int]], data: st.DataObject)
     assert sum(ranks.values()) == pytest.approx(len(table) * (len(table) + 1) / 2)
 
 
-def test_sequences_and_tensors_are_the_same() -> None:
+def test_sequences_and_tensors_are_equivalent() -> None:
     M, B = [0.5, 2.0], [0.4, 3.0]
     tensors = torch.tensor(M, requires_grad=True), torch.tensor(B, dtype=torch.float64)
     change = mean_relative_change(M, tuple(B), (True, False))

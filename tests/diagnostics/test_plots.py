@@ -1,4 +1,4 @@
-"""Plots show the numbers of a history, and stay readable from 1 to 40 tasks."""
+"""Plots show the numbers of a history, and are readable for 1 to 40 tasks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FIELDS: dict[Plot, str] = {plot_losses: "losses", plot_grad_norms: "grad_norms",
 @pytest.fixture(autouse=True)
 def figures_are_closed() -> Iterator[None]:
     matplotlib.use("Agg")
-    plt.close("all")  # those of a page of the documentation that ran in this process
+    plt.close("all")  # figures of a documentation page that ran in this process
     yield
     plt.close("all")
 
@@ -92,7 +92,7 @@ UNUSUAL: list[tuple[Plot, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("K", [3, 5, 9])
 @pytest.mark.parametrize(("plot", "fields"), UNUSUAL)
-def test_what_has_nothing_to_show_can_be_drawn(plot: Plot, fields: dict[str, Any], K: int) -> None:
+def test_empty_panels_can_be_drawn(plot: Plot, fields: dict[str, Any], K: int) -> None:
     own: dict[str, Any] = {
         name: value[:K] if isinstance(value, Tensor) and value.dim() else value for name, value in fields.items()
     }
@@ -102,7 +102,7 @@ def test_what_has_nothing_to_show_can_be_drawn(plot: Plot, fields: dict[str, Any
 
 
 @pytest.mark.parametrize("plot", FIELDS, ids=lambda plot: plot.__name__)
-def test_lines_are_the_numbers(plot: Plot) -> None:
+def test_lines_show_the_numbers(plot: Plot) -> None:
     history = random_history(3, 20, absent=0.3, names=["a", "b", "c"])
     values = history.to_dict()
     drawn = lines(plot(history))
@@ -114,7 +114,7 @@ def test_lines_are_the_numbers(plot: Plot) -> None:
         assert points(drawn[name])[1] == series[known].tolist()
 
 
-def test_lines_of_pairs_are_their_cosines() -> None:
+def test_lines_of_pairs_show_their_cosines() -> None:
     history = random_history(3, 20, names=["a", "b", "c"])
     cosines = history.to_dict()["cosines"]
     drawn = lines(plot_cosines(history))
@@ -122,7 +122,7 @@ def test_lines_of_pairs_are_their_cosines() -> None:
         assert points(drawn[f"{'abc'[i]}, {'abc'[j]}"])[1] == cosines[:, i, j].tolist()
 
 
-def test_long_series_are_smooth_before_their_values() -> None:
+def test_long_series_are_smoothed_in_front_of_their_values() -> None:
     history = random_history(2, 300, names=["a", "b"])
     ax = plot_losses(history)
     assert len(ax.lines) == 4
@@ -156,7 +156,7 @@ def test_maps_of_conflicts_begin_with_the_greatest(K: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize("plot", FIELDS, ids=lambda plot: plot.__name__)
-def test_maps_of_tasks_are_the_numbers(plot: Plot) -> None:
+def test_maps_of_tasks_show_the_numbers(plot: Plot) -> None:
     history = random_history(9, 30, absent=0.3)
     values = history.to_dict()[FIELDS[plot]].double()
     if plot is plot_losses:
@@ -167,7 +167,7 @@ def test_maps_of_tasks_are_the_numbers(plot: Plot) -> None:
     assert row_labels(ax) == list(history.task_names)
 
 
-def test_losses_below_zero_are_shown_by_their_largest_change() -> None:
+def test_negative_losses_are_scaled_by_their_largest_change() -> None:
     losses = torch.linspace(-2, 3, 9)
     history, optimizer = History(), FakeOptimizer([f"t{task}" for task in range(9)])
     for change in (0.0, -1.0, 0.5):
@@ -178,7 +178,7 @@ def test_losses_below_zero_are_shown_by_their_largest_change() -> None:
 @pytest.mark.parametrize("K", [2, 5, 9, 40])
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: plot.__name__)
 def test_text_is_readable(plot: Plot, K: int) -> None:
-    """No label of a row overlaps the next, no legend the data, and nothing is outside of the figure."""
+    """Labels do not overlap, legends do not cover data, and nothing is outside of the figure."""
     ax = plot(random_history(K, 60, rotation_lr=1e-3))
     figure = ax.figure
     figure.canvas.draw()
@@ -219,7 +219,7 @@ def test_a_changing_rate_is_drawn_beside_the_angles() -> None:
 
 
 @pytest.mark.parametrize(("span", "scale"), [(1e3, "log"), (3.0, "linear"), (0.0, "linear"), (-1e3, "linear")])
-def test_axis_is_logarithmic_where_values_span_decades(span: float, scale: str) -> None:
+def test_axis_is_logarithmic_if_values_span_decades(span: float, scale: str) -> None:
     for plot, field in FIELDS.items():
         if plot is not plot_rotations:
             fields: dict[str, Any] = {field: torch.tensor([1.0, span])}
@@ -229,7 +229,7 @@ def test_axis_is_logarithmic_where_values_span_decades(span: float, scale: str) 
 
 @pytest.mark.parametrize("K", [2, 5, 40])
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: plot.__name__)
-def test_draws_where_it_is_told_and_changes_no_settings(plot: Plot, K: int) -> None:
+def test_draws_on_the_given_axes_and_changes_no_settings(plot: Plot, K: int) -> None:
     settings = dict(matplotlib.rcParams)
     history = random_history(K, 10)
     _, (first, second) = plt.subplots(1, 2)
@@ -249,20 +249,20 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_optional_packages_are_imported_by_who_needs_them_only() -> None:
+def test_optional_packages_are_imported_only_when_needed() -> None:
     code = "import sys, rotoopt.diagnostics; assert not {'matplotlib', 'pandas', 'tensorboard'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("plot", [plot_history, *PLOTS], ids=lambda plot: plot.__name__)
-def test_nothing_recorded_is_an_error(plot: Plot) -> None:
+def test_empty_history_is_an_error(plot: Plot) -> None:
     with pytest.raises(RuntimeError, match="must have records, got none"):
         plot(History())
     assert not plt.get_fignums()
 
 
 @pytest.mark.parametrize("gap", [0.0, 0.2])
-def test_lines_that_coincide_are_all_seen(gap: float) -> None:
+def test_lines_that_coincide_are_all_visible(gap: float) -> None:
     drawn = lines(plot_rotations(random_history(3, 60, total_angles=0.5 + gap * torch.arange(3)))).values()
     patterns = {str(line._dash_pattern) for line in drawn}  # type: ignore[attr-defined]
     assert len(patterns) == (1 if gap else 3)  # the first is solid, those above it have gaps

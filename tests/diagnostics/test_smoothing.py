@@ -1,4 +1,4 @@
-"""Few points stand for many, without hiding anything."""
+"""Series are drawn with few points, without hiding anything."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LENGTHS = st.integers(1, 5000)
 
 
 @given(length=LENGTHS, seed=SEEDS)
-def test_running_median_is_that_of_the_windows(length: int, seed: int) -> None:
+def test_running_median_equals_that_of_the_windows(length: int, seed: int) -> None:
     torch.manual_seed(seed)
     values = torch.randn(length, 2)
     values[torch.rand(length, 2) < 0.3] = torch.nan
@@ -52,7 +52,7 @@ def test_outline_has_every_peak(length: int, seed: int) -> None:
 
 
 @given(length=LENGTHS, num_bins=st.integers(1, 50), seed=SEEDS)
-def test_bins_leave_nothing_out(length: int, num_bins: int, seed: int) -> None:
+def test_bins_cover_all_values(length: int, num_bins: int, seed: int) -> None:
     torch.manual_seed(seed)
     num_bins = min(num_bins, length)
     values = torch.randn(length, 2, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Two processes of one gloo group, which wait for functions to run: starting them takes longer than most tests."""
+"""Two processes of one gloo group, which wait for functions to run: starting them takes longer than most tests.
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 COUNT = 2
-TIMEOUT = 60.0  # seconds, for a function on both ranks: a deadlock is to fail, not to hang
+TIMEOUT = 60.0  # seconds, for a function on both ranks: a deadlock must fail, not hang
 
 
 class Ranks:
     """Runs a function on both ranks at once.
 
     Args:
-        rendezvous: A file where the processes can meet.
+        rendezvous: A file for the rendezvous of the processes.
     """
 
     def __init__(self, rendezvous: Path) -> None:
@@ -37,14 +37,14 @@ class Ranks:
             process.start()
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Return ``function(rank, *args)`` of both ranks; raises what one of them raised."""
+        """Return ``function(rank, *args)`` of both ranks, or raise the exception of one of them."""
         for connection in self._connections:
             connection.send((function, args))
-        answers = []  # of both, also where one failed: the next function is to find none
+        answers = []  # of both, even if one failed: no result may be left for the next function
         for rank, connection in enumerate(self._connections):
             answered = connection.poll(TIMEOUT)
             if not answered:
-                self._kill()  # else each later function would wait as long
+                self._kill()  # otherwise each later function would wait as long
             assert answered, f"rank {rank} did not answer: a deadlock?"
             answers.append(connection.recv())
         for rank, (succeeded, result) in enumerate(answers):

@@ -18,7 +18,7 @@ from rotoopt import GradNorm, RotoGradOptimizer
 from tests.contract.models import Make, TwoTasks, adam, assert_same, parameters, sgd, snapshot, train, wrap
 from tests.distributed.ranks import Ranks
 
-# Of torch itself, without a process group.
+# Warnings of torch itself, without a process group.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
 ]
@@ -67,7 +67,7 @@ def test_resume(options: str, num_steps: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_steps", [0, 3])
 @pytest.mark.parametrize("make_bare", [adam, sgd, torch.optim.SGD])
 def test_getting_and_setting_have_no_side_effects(make_bare: Make, num_steps: int) -> None:
-    """Without moments, torch makes them by a step with zero gradients: no reason to warn or to turn."""
+    """Torch initializes missing moments by a step with zero gradients, which must not warn or update rotations."""
     model, optimizer = wrap(make_bare)
     train(model, optimizer, *range(num_steps))
     before = parameters(model), copy.deepcopy(optimizer.state_dict()["rotograd"])
@@ -85,13 +85,13 @@ def test_setting_without_the_entry_warns_and_names_it() -> None:
     with pytest.warns(UserWarning, match=r"without\..*torch.distributed.checkpoint: save and load optimizer.rotograd_"):
         set_optimizer_state_dict(model, optimizer, optim)
     optimizer.rotograd_state.load_state_dict(optimizer.rotograd_state.state_dict())
-    set_optimizer_state_dict(model, optimizer, optim)  # loaded first, as it should be
+    set_optimizer_state_dict(model, optimizer, optim)  # loaded first, as recommended
     train(model, optimizer, 1)
     with pytest.warns(UserWarning, match="should have an entry 'rotograd'"):
         set_optimizer_state_dict(model, optimizer, optim)
 
 
-def test_misfit_is_refused() -> None:
+def test_state_that_does_not_fit_is_rejected() -> None:
     (_, saved), (model, optimizer) = wrap(rotation_size=4), wrap(rotation_size=5)
     before = snapshot(model, optimizer)
     with pytest.raises(ValueError, match="must have rotations of 5 features, got 4"):
@@ -100,7 +100,7 @@ def test_misfit_is_refused() -> None:
 
 
 def resume_sharded(rank: int, folder: Path) -> list[Any]:
-    """Train under FSDP2, save, load into a fresh run, and go on with both."""
+    """Train under FSDP2, save, load into a new run, and continue both."""
     results, runs = [], []
     for _ in range(2):
         model = TwoTasks()

@@ -1,4 +1,4 @@
-"""Two ranks with half of the batch each do what one process with all of it does."""
+"""Two ranks with half of the batch each equal one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.distributed.training import OPTIONS, Result, Setup, train
 
 pytestmark = pytest.mark.distributed
 
-# Rounding: sums over the batch have another order. Measured after 25 steps: 3e-7 and 5e-16.
+# Rounding errors: sums over the batch have another order. Measured after 25 steps: 3e-7 and 5e-16.
 BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 

@@ -1,4 +1,4 @@
-"""The example runs as its header says, both ways end alike, and both end."""
+"""The example runs as its header says, both commands give the same result, and both terminate."""
 
 import os
 import runpy
@@ -29,7 +29,7 @@ def run(*arguments: str) -> list[float]:
     try:
         output, errors = process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun then ends its processes, which a kill would leave behind
+        process.terminate()  # torchrun then ends its processes; after a kill they would keep running
         output, errors = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -45,7 +45,7 @@ def test_example_under_torchrun_is_the_example_in_one_process() -> None:
 
 
 def models_left(rank: int) -> list[bool]:
-    """Return, for each model that the example wraps, whether it is still there when the process group is destroyed."""
+    """Return, for each model that the example wraps, whether it still exists when the process group is destroyed."""
     wrapped: list[weakref.ref[nn.Module]] = []
     left: list[bool] = []
 
@@ -59,16 +59,16 @@ def models_left(rank: int) -> list[bool]:
         patch.setenv("WORLD_SIZE", str(COUNT))
         patch.setattr(sys, "argv", EXAMPLE)
         patch.setattr(nn.parallel, "DistributedDataParallel", wrap)
-        patch.setattr(dist, "init_process_group", lambda backend: None)  # the ranks have a group, and go on to use it
+        patch.setattr(dist, "init_process_group", lambda backend: None)  # the ranks still need their group
         patch.setattr(dist, "destroy_process_group", lambda: left.extend(model() is not None for model in wrapped))
         runpy.run_path(str(ROOT / EXAMPLE[0]), run_name="__main__")
     return left
 
 
 def test_model_is_gone_before_its_process_group(ranks: Ranks) -> None:
-    """Else processes hang on their way out, now and then: the last to use a group must not be the reducer of a model.
+    """Otherwise processes may hang at exit: the reducer of a model must not hold the last reference to a group.
 
-    The reducer, unlike the group itself, keeps the interpreter's lock while it waits for the threads of gloo; one of
-    these may want the lock for the tensors of the last collective, if the machine is busy and the thread is late.
+    Unlike the group itself, the reducer holds the GIL while it waits for the threads of gloo. One of these may need the
+    GIL to free the tensors of the last collective, if the machine is busy and the thread is late.
     """
     assert ranks.run(models_left) == [[False], [False]]

@@ -1,4 +1,4 @@
-"""Collectives do not depend on data: bad batches on one rank do not hang the others; groups are respected."""
+"""Collectives do not depend on data: bad batches on one rank cause no deadlock; process groups are respected."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_haar_start_is_the_same_on_all_ranks(ranks: Ranks, rotation_size: int | 
     (first, own), (second, other) = ranks.run(draw_haar, rotation_size)
     torch.testing.assert_close(first, second, rtol=0.0, atol=0.0)
     assert not torch.equal(first[0], first[1])
-    assert not torch.equal(own, other)  # the generator of each rank goes on as it was
+    assert not torch.equal(own, other)  # the generator of each rank is not changed
 
 
 def load_on_one_rank(rank: int) -> str:
@@ -124,8 +124,8 @@ def shard_too_late(rank: int) -> bool:
     return optimizer.last_step.lagged
 
 
-def test_heads_that_are_sharded_after_the_optimizer_was_built_get_tensors_of_their_own(ranks: Ranks) -> None:
-    """So weights come from the step before; build the optimizer last, and they come from the same one."""
+def test_heads_that_are_sharded_after_the_optimizer_was_built_get_separate_tensors(ranks: Ranks) -> None:
+    """Weights then come from the previous step; if the optimizer is built last, from the same step."""
     assert ranks.run(shard_too_late) == [True, True]
 
 

@@ -35,7 +35,7 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 class Model(nn.Module):
-    """A backbone and K heads; ``tasks`` says which heads run."""
+    """A backbone and K heads; ``tasks`` are the heads to run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,15 +49,15 @@ class Model(nn.Module):
 
 @dataclass(frozen=True)
 class Setup:
-    """What is trained, and how.
+    """A model, and how to train it.
 
     Attributes:
         options: Key of ``OPTIONS``.
-        wrapper: Option of DistributedDataParallel to switch on; ``"fsdp"``: FSDP2 instead.
+        wrapper: Option of DistributedDataParallel to enable; ``"fsdp"``: FSDP2 instead.
         sizes: Samples of each rank.
         absent: Task that is absent on the second rank, in every other step.
         micro_batches: Backward passes per step, all but the last without synchronization.
-        scaled: Whether a GradScaler, which grows all the time, multiplies the losses.
+        scaled: Whether to scale the losses by a GradScaler that grows in every step.
     """
 
     options: str = "default"
@@ -76,8 +76,8 @@ def train(rank: int | None, setup: Setup, steps: int = STEPS) -> Result:
     """Return parameters, rotations and task weights after some steps.
 
     Args:
-        rank: Whose samples to train on; ``None``: those of both, in one process.
-        setup: What is trained, and how.
+        rank: The rank whose samples to train on; ``None``: those of both, in one process.
+        setup: The model, and how to train it.
         steps: Number of steps.
     """
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Accelerate: what prepared models and optimizers train is what a plain loop does."""
+"""Accelerate: training with prepared models and optimizers equals a plain loop."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ OPTIONS = {"default": dict, "every step": lambda: {"turn_every": 1}, **SEEING_LO
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., Accelerator]]:
-    """Return a function that makes an accelerator; what all accelerators share is forgotten afterwards."""
+    """Return a function that creates an accelerator; the shared state of accelerators is reset afterwards."""
     yield lambda **options: Accelerator(cpu=True, **options)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
 def losses_of(model: Any, batch: int) -> list[Tensor]:
-    """Return the losses by way of ``forward``, where Accelerate sets the precision."""
+    """Return the losses computed by ``forward``, for which Accelerate sets the precision."""
     left, right = model(model.inputs(batch))
     return [(left - 1).square().mean(), 0.1 * right.square().sum()]
 
 
 def back(optimizer: Any, losses: list[Tensor], options: str, backward: Any = torch.autograd.backward) -> None:
-    """Back-propagate the losses one by one where they must be seen, and else their sum."""
+    """Back-propagate the individual losses if they are needed, otherwise their sum."""
     if options in SEEING_LOSSES:
         optimizer.backward(losses)
     else:
@@ -56,7 +56,7 @@ def back(optimizer: Any, losses: list[Tensor], options: str, backward: Any = tor
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_prepared_loop(make: Callable[..., Accelerator], options: str, precision: str) -> None:
-    """Also with a scheduler, which Accelerate steps in its own way."""
+    """Also with a scheduler, which Accelerate steps by its own rules."""
     accelerator = make(mixed_precision=precision)
     own_model, own = wrap(adam, **OPTIONS[options]())
     before = snapshot(*wrap(rotation_size=6))
@@ -85,7 +85,7 @@ def test_prepared_loop(make: Callable[..., Accelerator], options: str, precision
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_accumulation_and_clipping(make: Callable[..., Accelerator], options: str) -> None:
-    """One turn of the rotations, and one count, per optimizer step."""
+    """The rotations are updated, and steps counted, once per optimizer step."""
     accelerator = make(gradient_accumulation_steps=2)
     own_model, own = wrap(adam, **OPTIONS[options]())
     model, optimizer = accelerator.prepare(own_model, own)
@@ -93,7 +93,7 @@ def test_accumulation_and_clipping(make: Callable[..., Accelerator], options: st
     for batch in range(6):
         with accelerator.accumulate(model):
             losses = losses_of(model, batch)
-            # Accelerate divides what it back-propagates itself.
+            # Accelerate divides the losses that it back-propagates itself.
             losses = [loss / 2 for loss in losses] if options in SEEING_LOSSES else losses
             back(optimizer.optimizer, losses, options, accelerator.backward)
             if accelerator.sync_gradients:
@@ -135,7 +135,7 @@ def test_sum_does_not_show_the_losses(make: Callable[..., Accelerator]) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_float16(make: Callable[..., Accelerator], options: str) -> None:
-    """Accelerate makes a GradScaler on GPUs only; its optimizer takes one anywhere. The third batch overflows."""
+    """Accelerate creates a GradScaler on GPUs only; its optimizer accepts one anywhere. The third batch overflows."""
     make()
     scaler, plain_scaler = (GradScaler("cpu", init_scale=2.0**10) for _ in range(2))
     model, own = wrap(adam, **OPTIONS[options]())

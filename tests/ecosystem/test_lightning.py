@@ -1,4 +1,4 @@
-"""Lightning: what the Trainer, in automatic and in manual optimization, and Fabric train is what a plain loop does."""
+"""Lightning: the Trainer, with automatic and manual optimization, and Fabric equal a plain loop."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OPTIONS = {"default": dict, "every step": lambda: {"turn_every": 1}, **SEEING_LO
 
 
 class Training(LightningModule):
-    """Trains the two-task model by automatic optimization, on batches that are given by their seeds."""
+    """Trains the two-task model by automatic optimization, on batches that are defined by their seeds."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Scheduled(Training):
 
 
 class SeesLosses(Training):
-    """Shows the losses to the optimizer in automatic optimization."""
+    """Passes the losses to the optimizer in automatic optimization."""
 
     def training_step(self, batch: int, index: int) -> Any:
         self.losses, _ = self.model.losses(batch)
@@ -76,7 +76,7 @@ class Manual(Training):
 
     Args:
         step: Trains on the losses and the representation of one batch.
-        options: Of the optimizer.
+        options: Options of the optimizer.
     """
 
     def __init__(self, step: Callable[[Any, list[Tensor], Tensor], None], **options: Any) -> None:
@@ -90,11 +90,11 @@ class Manual(Training):
 
 
 class ManualSeesLosses(Manual, SeesLosses):
-    """Shows the losses to the optimizer, and has Lightning call the backward pass of manual optimization."""
+    """Passes the losses to the optimizer, and calls the backward pass of manual optimization by Lightning."""
 
 
 class Restores(Training):
-    """Loads the rotations wherever Lightning loads the model, which is not only where it resumes."""
+    """Loads the rotations whenever Lightning loads the model, not only when it resumes."""
 
     outputs: Sequence[Tensor] = ()
 
@@ -119,7 +119,7 @@ def manual_backward_of_losses(module: Any, losses: list[Tensor], rep: Tensor) ->
 
 
 def own_backward(module: Any, losses: list[Tensor], rep: Tensor) -> None:
-    optimizer = module.optimizers()  # a proxy: what `backward` writes to `self` would stay there
+    optimizer = module.optimizers()  # a proxy, which would store what `backward` writes to `self`
     optimizer.backward(losses, rep)
     optimizer.step()
 
@@ -134,7 +134,7 @@ def trainer(**options: Any) -> Trainer:
 
 
 def fit(module: Training, batches: Iterable[int], **options: Any) -> dict[str, Any]:
-    """Train ``module``, and return what it and its optimizer have become."""
+    """Train ``module``, and return its state and that of its optimizer."""
     before = snapshot(*wrap(rotation_size=6))
     trainer(**options).fit(module, batches)
     assert_moved(module.model, module.rotograd, before)
@@ -200,7 +200,7 @@ def test_scheduler() -> None:
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_accumulation_and_clipping(options: str) -> None:
-    """One turn of the rotations, and one count, per optimizer step; the fifth batch is a step of its own."""
+    """The rotations are updated, and steps counted, once per optimizer step; the fifth batch is a separate step."""
     module = SeesLosses if options in SEEING_LOSSES else Training
     actual = fit(module(**OPTIONS[options]()), range(5), accumulate_grad_batches=2, gradient_clip_val=0.1)
     model, optimizer = wrap(adam, **OPTIONS[options]())
@@ -227,7 +227,7 @@ def test_resume(options: str, tmp_path: Path) -> None:
     assert_same(snapshot(resumed.model, resumed.rotograd), expected)
 
 
-def test_second_fit_goes_on() -> None:
+def test_second_fit_continues() -> None:
     module = Training()
     fit(module, range(4))
     assert_same(fit(module, range(4)), fit(Training(), range(4), max_epochs=2))
@@ -240,7 +240,7 @@ def test_evaluation_of_a_checkpoint(load: str, tmp_path: Path) -> None:
     trained.save_checkpoint(path)
     expected = [output.detach() for output in module.model(module.model.inputs(0))]
     if load == "test(ckpt_path=)":
-        train(module.model, module.rotograd, 4, 5)  # the checkpoint is not what is in memory
+        train(module.model, module.rotograd, 4, 5)  # the checkpoint differs from the state in memory
         trainer().test(module, range(1), ckpt_path=path, verbose=False)
     else:
         module = Restores.load_from_checkpoint(path)
@@ -275,7 +275,7 @@ def test_mixed_precision(options: str, dtype: torch.dtype) -> None:
 
 
 def fit_on(rank: int, make: Callable[..., Training], options: str) -> list[dict[str, Any]]:
-    """Return what Lightning trains on this rank, and what a loop does that averages the gradients itself."""
+    """Return the results of Lightning on this rank, and of a loop that averages the gradients itself."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": COUNT, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test"}
     os.environ.update({name: str(value) for name, value in variables.items()})  # as torchrun does
     batches = range(rank, 10, COUNT)

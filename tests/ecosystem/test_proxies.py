@@ -1,4 +1,4 @@
-"""What Lightning, Accelerate and the Trainer of Hugging Face do to an optimizer, done here without them."""
+"""How Lightning, Accelerate and the Hugging Face Trainer use an optimizer, tested without them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 class Proxy:
-    """Lightning's: an object of a subclass of the optimizer's class, so methods run with the proxy as ``self``."""
+    """Like that of Lightning: a subclass of the optimizer's class, so methods run with the proxy as ``self``."""
 
     def __init__(self, optimizer: RotoGradOptimizer) -> None:
         self._optimizer = optimizer
@@ -108,7 +108,7 @@ def test_proxy_acts_on_the_original(use: Callable[[TwoTasks, Any], object], opti
         user: Any = wrapper(optimizer)
         result = use(model, user)
         after = snapshot(model, optimizer)
-        train(model, optimizer, 3)  # what was written to the proxy would be missing here
+        train(model, optimizer, 3)  # attributes written to the proxy would be missing here
         results.append((result, after, snapshot(model, optimizer), optimizer.defaults))
         assert user is optimizer or vars(user) == {"_optimizer": optimizer}
     assert_same(*results)
@@ -135,7 +135,7 @@ def test_removal_through_a_proxy() -> None:
     assert all(not head._forward_pre_hooks for head in model.heads.values())
 
 
-def test_proxy_shows_the_original() -> None:
+def test_proxy_exposes_the_original() -> None:
     model, optimizer = wrap(weighting=GradNorm())
     train(model, optimizer, 0)
     proxy: Any = Proxy(optimizer)
@@ -149,7 +149,7 @@ def test_proxy_shows_the_original() -> None:
 
 
 def rebuilt(state: Any) -> Any:
-    """Return a copy made as Accelerate makes it where it moves a state dict to a device."""
+    """Return a copy as Accelerate makes it to move a state dict to a device."""
     if isinstance(state, list | tuple):
         return type(state)(rebuilt(each) for each in state)
     if isinstance(state, dict):
@@ -160,7 +160,7 @@ def rebuilt(state: Any) -> Any:
 @pytest.mark.parametrize("num_steps", [0, 3])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_loading_the_own_state_dict_changes_nothing(options: str, num_steps: int) -> None:
-    """Accelerate does it when it prepares the optimizer, also before the first step."""
+    """Accelerate does this when it prepares the optimizer, also before the first step."""
     pairs = [wrap(adam, **OPTIONS[options]()) for _ in range(2)]
     for pair in pairs:
         train(*pair, *range(num_steps))
@@ -176,7 +176,7 @@ def test_loading_the_own_state_dict_changes_nothing(options: str, num_steps: int
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradients_are_cleared_by_the_model(options: str) -> None:
-    """The Trainer of Hugging Face calls zero_grad() of the model, never that of the optimizer."""
+    """The Hugging Face Trainer calls zero_grad() of the model, never that of the optimizer."""
     results = []
     for by_model in (False, True):
         model, optimizer = wrap(adam, **OPTIONS[options]())
@@ -191,7 +191,7 @@ def test_gradients_are_cleared_by_the_model(options: str) -> None:
 
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_step_is_replaced_for_a_while(scheduled: bool) -> None:
-    """Accelerate does it in every step, to see whether the scaler leaves it out, and passes None by position."""
+    """Accelerate does this in every step, to detect whether the scaler skips it, and passes None by position."""
     pairs = [wrap(adam, turn_every=1) for _ in range(2)]
     before = snapshot(*wrap(rotation_size=6))
     schedulers = [StepLR(optimizer, 1) for _, optimizer in pairs] if scheduled else []
@@ -222,7 +222,7 @@ def test_step_is_replaced_for_a_while(scheduled: bool) -> None:
     assert_moved(model, optimizer, before)
     assert_same(snapshot(model, optimizer), snapshot(*pairs[1]))
 
-    copied_model, copied = copy.deepcopy((model, optimizer))  # the replaced `step` must not come along
+    copied_model, copied = copy.deepcopy((model, optimizer))  # the replaced `step` must not be copied
     train(copied_model, copied, 3)
     assert_same(snapshot(model, optimizer), snapshot(*pairs[1]))
     train(model, optimizer, 3)

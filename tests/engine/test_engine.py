@@ -1,4 +1,4 @@
-"""Homogenization: what is recorded, and that no gradient whatever spoils the state."""
+"""Homogenization: the records, and that no gradient corrupts the state."""
 
 import math
 from functools import partial
@@ -45,7 +45,7 @@ def test_alignment_is_the_cosine_with_the_mean_direction(drawn: tuple[Bench, lis
     bench.step(grads)
     present = [task for task, grad in enumerate(grads) if grad is not None]
     target = units[present].mean(dim=0)
-    # Where the target is short, its length is a small difference of cosines.
+    # If the target is short, its norm is a small difference of cosines.
     assert_close(bench.record.alignment, units @ target / target.norm(), rtol=0, atol=1e-13 / float(target.norm()) ** 2)
 
 
@@ -72,7 +72,7 @@ def test_absent_tasks_have_norms_cosines_and_weights_of_zero(
 
 
 @given(drawn=dictated(), seed=SEEDS)
-def test_losses_are_recorded_as_they_were(drawn: tuple[Bench, list[Tensor | None], Tensor], seed: int) -> None:
+def test_losses_are_recorded_unchanged(drawn: tuple[Bench, list[Tensor | None], Tensor], seed: int) -> None:
     bench, grads, _ = drawn
     values = Sampler(seed).normal(bench.K)
     bench.step(grads, values.tolist())
@@ -87,7 +87,7 @@ def test_every_finite_scale_stays_finite(K: int, layout: Layout, seed: int, make
     bench = Bench(shape, K, torch.float32, dim=dim, weighting=weighting, init="haar", burn_in_period=2)
     scale = st.one_of(st.sampled_from([0.0, 1e-30, 1e30]), st.floats(-30, 30).map(lambda power: 10.0**power))
     for step in range(4):
-        if step == 0 or make is not ProgressWeighting:  # whose weights are in proportion to the gradients of before
+        if step == 0 or make is not ProgressWeighting:  # whose weights are proportional to the earlier gradients
             scales = torch.tensor(data.draw(st.lists(scale, min_size=K, max_size=K)))
         received = bench.step(list(sampler.normal(K, *shape) * scales.view(K, *[1] * len(shape))))
         assert received.isfinite().all()
@@ -118,7 +118,7 @@ def bad_batch(bad: str, K: int, sampler: Sampler, shape: tuple[int, int] = (3, 4
 
 @pytest.mark.parametrize("bad", BAD_TASKS)
 @given(K=NUM_TASKS, seed=SEEDS, weighting=WEIGHTINGS, adam=st.booleans(), good_steps=st.integers(0, 3))
-def test_bad_batch_leaves_the_state_alone(
+def test_bad_batch_does_not_change_the_state(
     bad: str, K: int, seed: int, weighting: Any, adam: bool, good_steps: int
 ) -> None:
     sampler = Sampler(seed, torch.float32)
@@ -135,7 +135,7 @@ def test_bad_batch_leaves_the_state_alone(
 
 
 @given(K=NUM_TASKS, seed=SEEDS)
-def test_good_batch_after_a_bad_one_is_the_first(K: int, seed: int) -> None:
+def test_good_batch_after_a_bad_one_counts_as_the_first(K: int, seed: int) -> None:
     sampler = Sampler(seed)
     grads = sampler.normal(K, 3, 4)
     spoiled, fresh = (Bench((3, 4), K, torch.float64) for _ in range(2))
@@ -143,20 +143,20 @@ def test_good_batch_after_a_bad_one_is_the_first(K: int, seed: int) -> None:
     for bench in (spoiled, fresh):
         bench.step(list(grads))
     assert (fresh.matrices != torch.eye(4).double()).flatten(1).any(1).all()
-    # Only the column that is repaired is another one.
+    # Only the index of the repaired column differs.
     assert relative_error(spoiled.matrices, fresh.matrices) <= 20 * eps(torch.float64)
     assert torch.equal(spoiled.record.weights, fresh.record.weights)
 
 
 @pytest.mark.parametrize("bad", BAD_TASKS)
 @given(K=NUM_TASKS, seed=SEEDS)
-def test_bad_batch_adds_nothing_to_what_a_step_learns(bad: str, K: int, seed: int) -> None:
+def test_bad_batch_adds_nothing_to_the_statistics_of_a_step(bad: str, K: int, seed: int) -> None:
     results = []
     for with_bad in (False, True):
         sampler, gradnorm = Sampler(seed), GradNorm()
         bench = Bench((4, 4), K, torch.float64, weighting=gradnorm, rotation_optimizer=partial(SGD, lr=0.1))
         bench.backward(list(sampler.normal(K, 4, 4)), sampler.uniform(K).tolist())
-        if with_bad:  # it does not count in the mean either
+        if with_bad:  # it is not counted in the mean either
             bench.backward(*bad_batch(bad, K, sampler, (4, 4)))
         bench.optimizer.step()
         results.append((bench.matrices, gradnorm.logits.detach().clone()))

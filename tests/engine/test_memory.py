@@ -1,4 +1,4 @@
-"""What is remembered: where, how wide, and what a record says while a step is not finished."""
+"""The memory: its device and dtype, and records of unfinished steps."""
 
 import math
 
@@ -11,7 +11,7 @@ from rotoopt._engine.memory import Memory
 from tests.contract.models import back_propagate, wrap
 
 
-def test_everything_is_where_the_network_is_and_as_wide() -> None:
+def test_everything_has_the_device_and_dtype_of_the_network() -> None:
     weight = nn.Parameter(torch.zeros(1, device="meta", dtype=torch.float64))
     memory = RotoGradOptimizer(SGD([weight], lr=0.1), num_tasks=3)._core.engine.memory
     check(memory, weight)
@@ -35,18 +35,18 @@ def test_options_reach_the_backward_pass() -> None:
     losses, _ = model.losses(0)
     optimizer._core.engine.backward(losses, None, None, retain_graph=True)
     weights = [next(head.parameters()) for head in model.heads.values()]
-    again = torch.autograd.grad(losses[0], weights[0])[0]  # the graph is still there
+    again = torch.autograd.grad(losses[0], weights[0])[0]  # the graph was retained
     assert isinstance(weights[0].grad, Tensor)
     assert torch.equal(again, weights[0].grad)
 
 
-def test_record_before_the_step_and_with_losses_that_were_not_seen() -> None:
+def test_record_before_the_step_and_with_unknown_losses() -> None:
     model, optimizer = wrap()
     back_propagate(model.losses(0)[0])
     optimizer.backward(*model.losses(1))
     record = optimizer.last_step
     assert record is not None
-    assert record.losses is None  # those of the first pass of this step are not known
+    assert record.losses is None  # the losses of the first pass of this step are unknown
     assert isinstance(record.rotation_lr, float)
     assert math.isnan(record.rotation_lr)
 

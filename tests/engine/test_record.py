@@ -1,4 +1,4 @@
-"""What ``last_step`` says is what happened."""
+"""``last_step`` describes the last step."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_gradient_that_is_not_finite_has_no_direction(value: float, K: int, seed
 
 
 def test_loss_that_is_not_finite_makes_a_step_that_was_not_measured() -> None:
-    """Its gradients may be finite: what the rotations do not use, the record does not show."""
+    """Its gradients may be finite, but the record only shows gradients that the rotations use."""
     bench = Bench((3, 4), 2, torch.float32)
     bench.backward(list(torch.randn(2, 3, 4)), [1.0, math.inf])
     assert bench.record.cosines.isfinite().all()
@@ -56,7 +56,7 @@ def test_loss_that_is_not_finite_makes_a_step_that_was_not_measured() -> None:
 
 @pytest.mark.parametrize("own_optimizer", [False, True])
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS)
-def test_angles_are_by_how_much_vectors_turn(own_optimizer: bool, K: int, m: int, seed: int) -> None:
+def test_angles_are_those_between_vectors_before_and_after(own_optimizer: bool, K: int, m: int, seed: int) -> None:
     """The chord of the angle, |R' - R|_F / sqrt(m), is that angle to second order."""
     sampler = Sampler(seed)
     options = {"rotation_optimizer": partial(SGD, lr=1e-2)} if own_optimizer else {"rotation_lr": 1e-3}
@@ -84,14 +84,14 @@ def test_steps_count_and_rates_are_those_of_the_scheduler() -> None:
         scheduler.step()
 
 
-def test_orthogonality_error_is_that_of_now() -> None:
+def test_orthogonality_error_is_the_current_one() -> None:
     bench = Bench((3, 4), 2, torch.float32, init="haar", rotation_lr=0.1)
     bench.step(list(torch.randn(2, 3, 4)))
     assert_close(bench.record.orthogonality_error, orthogonality_error(bench.matrices))
     assert bench.record.orthogonality_error.shape == (2,)
 
 
-def test_looking_changes_nothing() -> None:
+def test_reading_the_record_changes_nothing() -> None:
     matrices = []
     for look in (False, True):
         bench = Bench((3, 4), 3, torch.float32, weighting=EqualWeighting(), rotation_lr=0.1)
@@ -106,7 +106,7 @@ def test_looking_changes_nothing() -> None:
     assert torch.equal(*matrices)
 
 
-def test_record_of_an_earlier_step_stays_as_it_was() -> None:
+def test_record_of_an_earlier_step_does_not_change() -> None:
     bench = Bench((3, 4), 2, torch.float32, rotation_lr=0.1)
     bench.step(list(torch.randn(2, 3, 4)))
     record = bench.record
@@ -118,8 +118,8 @@ def test_record_of_an_earlier_step_stays_as_it_was() -> None:
 
 
 @given(K=NUM_TASKS, seed=SEEDS, data=st.data())
-def test_passes_of_a_step_leave_the_latest_of_each_task(K: int, seed: int, data: st.DataObject) -> None:
-    """And those of the step before are no part of it."""
+def test_record_has_the_latest_pass_of_each_task(K: int, seed: int, data: st.DataObject) -> None:
+    """Passes of the previous step are not included."""
     sampler = Sampler(seed)
     bench = Bench((3, 4), K, torch.float64, rotate=False)
     present = st.sets(st.sampled_from(range(K)), min_size=1)
@@ -139,8 +139,8 @@ def test_passes_of_a_step_leave_the_latest_of_each_task(K: int, seed: int, data:
 
 
 @given(K=NUM_TASKS, seed=SEEDS)
-def test_cosines_are_nan_before_gradients_met(K: int, seed: int) -> None:
-    """After loading, as long as the rotations rest."""
+def test_cosines_are_nan_before_gradients_were_collected(K: int, seed: int) -> None:
+    """After loading, until the next update of the rotations."""
     sampler = Sampler(seed, torch.float32)
     trained, resumed = (Bench((3, 4), K, torch.float32, weighting=EqualWeighting(), turn_every=3) for _ in range(2))
     trained.step(list(sampler.normal(K, 3, 4)))

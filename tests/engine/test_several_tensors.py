@@ -1,4 +1,4 @@
-"""Weights where gradients cannot wait for each other: those that the paper's formula makes of the step before."""
+"""Weights if gradients cannot be collected: the formula of the paper, with the norms of the previous step."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ BURN_IN = 2
 
 
 class Apart:
-    """K tasks, each with a tensor of its own; the gradient there is dictated."""
+    """K tasks, each with its own tensor, whose gradient is prescribed."""
 
     def __init__(self, K: int) -> None:
         self.optimizer = RotoGradOptimizer(
@@ -29,7 +29,7 @@ class Apart:
         )
 
     def step(self, grads: Tensor, present: list[int]) -> list[Tensor | None]:
-        """Train one step, and return what each of the tensors received, None for that of an absent task."""
+        """Train one step, and return the gradient of each tensor, None for an absent task."""
         reps = [torch.zeros(grads.shape[1:], dtype=grads.dtype, requires_grad=True) for _ in grads]
         fed = [self.optimizer.rotate(rep)[task] for task, rep in enumerate(reps)]
         losses = [(fed[task] * grads[task]).sum() + 1 if task in present else None for task in range(len(grads))]
@@ -38,13 +38,13 @@ class Apart:
 
 
 @given(K=NUM_TASKS, seed=SEEDS, data=st.data())
-def test_weights_are_those_of_the_norms_of_the_step_before(K: int, seed: int, data: st.DataObject) -> None:
-    """Of norms of any size, of which some are zero; absent tasks count with their latest norm."""
+def test_weights_are_computed_from_the_norms_of_the_previous_step(K: int, seed: int, data: st.DataObject) -> None:
+    """For norms of any size, including zero; absent tasks count with their latest norm."""
     sampler, apart = Sampler(seed), Apart(K)
     references, known, expected = References(K, BURN_IN), torch.full((K,), torch.nan).double(), torch.ones(K).double()
     sizes = sampler.log_scales(K, -3, 3)
     for step in range(5):
-        present = sorted(data.draw(st.sets(st.integers(0, K - 1), min_size=2)))  # one alone has one tensor
+        present = sorted(data.draw(st.sets(st.integers(0, K - 1), min_size=2)))  # a single task has one tensor
         zero = data.draw(st.sampled_from([-1, *range(K)]))
         grads = sampler.normal(K, 4) * (sizes * (0.5 + sampler.uniform(K)))[:, None]
         grads[zero] *= zero < 0
@@ -62,8 +62,8 @@ def test_weights_are_those_of_the_norms_of_the_step_before(K: int, seed: int, da
             expected[seen] = scale(known[seen], shares(known[seen], references.values[seen]))
 
 
-def test_losses_of_two_forward_passes_in_one_backward_pass_are_refused() -> None:
-    """Where the first one came before the latest backward pass, so that nobody expects its gradients any more."""
+def test_losses_of_two_forward_passes_in_one_backward_pass_are_rejected() -> None:
+    """If the first one came before the latest backward pass, so that its gradients are not expected any more."""
     model, optimizer = wrap(weighting=RotoGradWeighting())
     back_propagate(model.losses(0)[0])
     optimizer.step()

@@ -1,4 +1,4 @@
-"""What the rotations turn by, and what is known of the angles between gradients that met in parts."""
+"""Updates of the rotations, and cosines between gradients that were collected in parts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tests.samplers import NUM_TASKS, SEEDS, Bench, Lagged, Sampler
 
 
 @given(K=NUM_TASKS, seed=SEEDS, passes=st.integers(1, 4), data=st.data())
-def test_rotations_turn_alike_whether_or_not_gradients_wait_for_their_weights(
+def test_updates_do_not_depend_on_when_the_weights_are_known(
     K: int, seed: int, passes: int, data: st.DataObject
 ) -> None:
-    """And with weights that are known, whether the batch comes whole or in parts."""
+    """With weights known beforehand, they also do not depend on how the batch is split."""
     absent = data.draw(st.sets(st.sampled_from(range(K)), max_size=K - 2))
     results = []
     for weighting, parts in ((RotoGradWeighting(), 1), (Lagged(), passes)):
@@ -40,10 +40,8 @@ def test_rotations_turn_alike_whether_or_not_gradients_wait_for_their_weights(
 
 
 @given(K=NUM_TASKS, seed=SEEDS, readers=st.lists(st.sets(st.integers(0, 9), min_size=1), min_size=1, max_size=4))
-def test_cosines_over_several_tensors_are_those_of_all_that_a_task_reads(
-    K: int, seed: int, readers: list[set[int]]
-) -> None:
-    """What reads a tensor alone meets nobody there."""
+def test_cosines_over_several_tensors_include_all_inputs_of_a_task(K: int, seed: int, readers: list[set[int]]) -> None:
+    """Gradients at a tensor that only one task reads have no inner product with others."""
     sampler, read = Sampler(seed), [{task % K for task in tasks} for tasks in readers]
     mask = torch.stack([task_mask(tasks, torch.ones(K)) for tasks in read], dim=1)
     grads = sampler.normal(K, len(read), 5) * mask[:, :, None] * sampler.log_scales(K, -2, 2)[:, None, None]

@@ -1,6 +1,6 @@
-"""Two processes with the same data are one with the data twice. Here without a second process: its answers are known.
+"""Two processes with the same data equal one with the data twice. The second process is simulated.
 
-With processes of their own, and other data on each: tests/distributed.
+Tests with real processes and different data are in tests/distributed.
 """
 
 from __future__ import annotations

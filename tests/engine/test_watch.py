@@ -1,4 +1,4 @@
-"""Who is warned of: heads that fall silent, and parameters that stay as they were, neither sooner nor twice."""
+"""Warnings about heads that stop running and parameters that are not updated: in time, and once."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def warned(call: Callable[[], object]) -> list[str]:
 
 
 @given(blocks=st.lists(BLOCK, min_size=1, max_size=6))
-def test_each_silence_of_a_head_in_backward_passes_of_ones_own_is_reported_once(
+def test_a_head_without_gradients_in_the_users_own_backward_is_reported_once(
     blocks: list[tuple[int, bool, set[int]]],
 ) -> None:
     watch, silence = SilentHeads(NAMES), dict.fromkeys(range(3), 0)
     for own, tasks in [(own, tasks) for length, own, tasks in blocks for _ in range(length)]:
-        # A step of ours beside one of the user's is still one in which nobody said who is absent.
+        # A step of the optimizer along with the user's own backward does not specify absent tasks either.
         passes: Any = [
             SimpleNamespace(tasks=tasks, number=None, expected=frozenset()),
             SimpleNamespace(tasks=set(), number=3 if own else None, expected=frozenset()),
@@ -62,7 +62,7 @@ FATES = st.lists(
 
 
 @given(fates=FATES)
-def test_parameters_of_heads_that_nobody_updates_are_named_after_some_steps(fates: list[str]) -> None:
+def test_parameters_of_heads_that_no_optimizer_updates_are_named_after_some_steps(fates: list[str]) -> None:
     heads: list[Parts] = [
         (nn.Linear(2, 2),),
         (nn.Linear(2, 2, bias=False), nn.Parameter(torch.ones(2))),
@@ -117,8 +117,8 @@ def test_steps_of_another_optimizer_are_reported_once(num_passes: int, changed_a
     )
 
 
-def test_backward_passes_that_nobody_steps_on() -> None:
-    """Accumulated gradients are no steps of another optimizer, nor are passes between ``zero_grad``."""
+def test_backward_passes_without_a_step() -> None:
+    """Accumulated gradients are not steps of another optimizer, nor are passes between ``zero_grad``."""
     for steps, clears in ((False, False), (True, True), (True, False)):
         model, optimizer = wrap()
         bare = SGD(model.parameters(), lr=0.01)
@@ -135,7 +135,7 @@ def test_backward_passes_that_nobody_steps_on() -> None:
 
 
 def test_a_head_that_reads_a_detached_tensor_is_named_once() -> None:
-    """Its loss is there, and it may be a probe: no error. A task that is absent is not meant."""
+    """It has a loss, and may be a probe, so there is no error. Absent tasks are not reported."""
     model, optimizer = wrap()
     found = []
     for step in range(2 * SILENT_STEPS):

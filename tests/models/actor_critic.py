@@ -13,7 +13,7 @@ from tests.models.case import Case
 
 
 def make_ppo() -> Any:
-    """Return PPO with the policy of the library, for images of the smallest size that it takes."""
+    """Return PPO with the policy of the library, for images of the smallest supported size."""
     stable_baselines3 = pytest.importorskip("stable_baselines3")
     envs = pytest.importorskip("stable_baselines3.common.envs")
     return stable_baselines3.PPO(

@@ -1,4 +1,4 @@
-"""BERT of transformers: masked words and the next sentence, with word embeddings that are the weights of a head."""
+"""BERT of transformers: masked words and the next sentence, with word embeddings tied to a head."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _case(model: Any, heads: dict[str, Any], own: dict[str, tuple[str, ...]]) ->
 
 
 def pooler_shared() -> Case:
-    """The heads that the model calls so: they read different tensors."""
+    """The heads as the model defines them: they read different tensors."""
     model = _bert()
     return _case(
         model,
@@ -49,7 +49,7 @@ def pooler_shared() -> Case:
 
 
 def pooler_of_a_task() -> Case:
-    """The first modules that one task has for itself: they read one tensor."""
+    """The first modules that belong to one task alone: they read one tensor."""
     model = _bert()
     return _case(
         model,

@@ -1,4 +1,4 @@
-"""A real model and its tasks, and the truth about its gradients."""
+"""A real model and its tasks, and its true gradients."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Case:
 
     Attributes:
         model: The model, or several in a ``ModuleDict``.
-        heads: What is given to the optimizer.
-        own: By task, how the names of the parameters begin that belong to it alone.
-        losses: Computes the losses of the batch by a model, which may be a copy.
+        heads: Argument of the optimizer.
+        own: By task, prefixes of the names of the parameters that belong to it alone.
+        losses: Computes the losses of a model, which may be a copy, on the batch.
         options: Further options of the optimizer.
     """
 
@@ -40,10 +40,10 @@ class Case:
 
 
 def library(name: str) -> Any:
-    """Return a library; skip the test where it is missing, or cannot work with the torchvision that is there."""
+    """Return a library; skip the test if it is missing, or incompatible with the installed torchvision."""
     try:
         with suppress(ImportError):
-            import_module("torchvision")  # for a reason: others import it late, and hide what is wrong
+            import_module("torchvision")  # imported first, because others import it late and hide its error
         return pytest.importorskip(name)
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
@@ -52,7 +52,7 @@ def library(name: str) -> Any:
 
 
 def untied(model: nn.Module) -> nn.Module:
-    """Return a copy in which no weight is tied: every module has parameters, and gradients, of its own."""
+    """Return a copy without tied weights: every module has its own parameters and gradients."""
     twin = copy.deepcopy(model)
     for module in twin.modules():
         for name, param in list(module.named_parameters(recurse=False)):
@@ -61,14 +61,14 @@ def untied(model: nn.Module) -> nn.Module:
 
 
 def true_gradients(case: Case, twin: nn.Module, weights: Mapping[str, float], seed: int) -> dict[int, Tensor]:
-    r"""Return the gradients, by the ids of the parameters of the model, that the method asks for.
+    r"""Return the expected gradients, by the ids of the parameters of the model.
 
     :math:`\sum_k w_k \nabla L_k` where tasks share, and the plain gradient of its own loss in each head. A weight
     that is tied across this border gets one part of each kind.
 
     Args:
         case: The model, and its losses.
-        twin: What :func:`untied` made of it; never wrapped.
+        twin: Its copy from :func:`untied`, never wrapped.
         weights: :math:`w_k`.
         seed: Seed of the dropout.
     """

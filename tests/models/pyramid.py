@@ -15,7 +15,7 @@ CLASSES = 4
 
 
 class Detector(nn.Module):
-    """Predicts at every place of every level whether something is there, and its box."""
+    """Predicts at every position of every level whether there is an object, and its box."""
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""T5 of transformers: a decoder that is a head, beside a classifier; embeddings are tied on both sides."""
+"""T5 of transformers: the decoder is a head, as well as a classifier; embeddings are tied on both sides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Unmodified models of other libraries train, and their gradients are those that the method asks for."""
+"""Unmodified models of other libraries can be trained, and their gradients are as expected."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ CASES = {
     "actor-critic": actor_critic.on_images,
 }
 STEPS = 30
-# Another order of summation, in float32, over all layers; the second one, of the largest gradient in the model, is for
-# those that are nothing but rounding, as that of a bias in front of a batch normalization.
+# Another order of summation in float32, over all layers. The second one, relative to the largest gradient, is for
+# gradients that are only rounding errors, such as that of a bias in front of a batch normalization.
 RELATIVE, ABSOLUTE = 1e-4, 1e-6
 
 pytestmark = pytest.mark.slow
@@ -62,7 +62,7 @@ def test_training(case: Case) -> None:
 
 @pytest.mark.parametrize("way", ["backward(losses)", "sum(losses).backward()"])
 def test_gradients(case: Case, way: str) -> None:
-    """Those of a copy that was never wrapped, each times the weight of its task where tasks share."""
+    """Equal to those of a copy that was never wrapped, times the weights of the tasks at shared parameters."""
     twin = untied(case.model)
     optimizer = wrapped(case, rotate=False)
     for seed in range(5):
@@ -84,7 +84,7 @@ def test_gradients(case: Case, way: str) -> None:
 
 
 def test_evaluation_before_training(case: Case) -> None:
-    """It computes what it did before it was wrapped, and the first step comes after it as well."""
+    """It computes the same as before it was wrapped, and the first step may come later."""
     case.model.eval()
     with torch.no_grad():
         before = case.losses(case.model)
@@ -103,8 +103,8 @@ def test_invariants(case: Case, num_steps: int) -> None:
     check_invariants(optimizer, lambda: case.losses(case.model))
 
 
-def test_ppo_learns_by_its_own_loop() -> None:
-    """Which adds up three losses, two of them of the actor, back-propagates the sum and clips."""
+def test_ppo_learns_in_its_own_loop() -> None:
+    """It sums three losses, two of them of the actor, back-propagates the sum and clips."""
     ppo = actor_critic.make_ppo()
     optimizer = RotoGradOptimizer(ppo.policy.optimizer, heads=actor_critic.heads_of(ppo.policy))
     ppo.policy.optimizer = optimizer
