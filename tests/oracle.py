@@ -65,32 +65,42 @@ def gradnorm_gradient(J: Tensor, logits: Tensor, loss_ratios: Tensor, present: l
 class Progress:
     """Equal norms on average, times progress and signal: w_k = share_k / norm_k * (sum of norms), from steps before."""
 
-    def __init__(self, n_tasks: int, alpha: float, decay: float = 0.95) -> None:
-        self.alpha, self.slowest = alpha, 1 - decay
-        self.norms, self.losses, self.peaks, self.counts = torch.zeros(4, n_tasks).double()
+    def __init__(self, n_tasks: int, alpha: float, decay: float) -> None:
+        self.alpha, self.length = alpha, 1 / (1 - decay)
+        self.norms, self.losses, self.peaks, self.num_norms, self.num_losses = torch.zeros(5, n_tasks).double()
+        self.first_losses = torch.full((n_tasks,), math.nan).double()
         self.agreements: list[list[float]] = [[] for _ in range(n_tasks)]  # all so far
+        self.unknown_rate = 1.0
         self.weights = torch.ones(n_tasks).double()
         self.signed = [False] * n_tasks
 
-    def update(self, norms: Tensor, losses: Tensor, references: Tensor, agreement: Tensor | None = None) -> None:
+    def update(self, norms: Tensor, losses: Tensor, agreement: Tensor | None = None, *, burnt_in: bool) -> None:
         """``norms`` and ``losses`` are NaN for absent tasks."""
-        common, rates = self.peaks.clone(), torch.ones_like(self.weights)
+        common, rates = self.peaks.clone(), torch.full_like(self.weights, math.nan)
         for k, (norm, loss) in enumerate(zip(norms.tolist(), losses.tolist(), strict=True)):
             if norm > 0:
-                self.counts[k] += 1
-                gain = max(self.slowest, 1 / self.counts[k].item())
-                self.norms[k] += gain * (norm - self.norms[k])
-                self.losses[k] += gain * (loss - self.losses[k])
+                self.num_norms[k] += 1
+                self.num_losses[k] += burnt_in
+                self.norms[k] += self._gain(self.num_norms[k]) * (norm - self.norms[k])
+                self.losses[k] += self._gain(self.num_losses[k]) * (loss - self.losses[k])
                 self.signed[k] = self.signed[k] or loss < 0
+                if self.num_losses[k] <= round(self.length):
+                    self.first_losses[k] = self.losses[k]
             if agreement is not None and agreement[k] < math.inf:
                 self.agreements[k].append(agreement[k].item())
             self.peaks[k] = max(self.peaks[k].item(), self.norms[k].item())
             common[k] = max(self.norms[k].item(), norm / 3 if norm > 0 else 0.0, self.peaks[k].item() / 1000)
-            if not self.signed[k] and not references[k].isnan():
-                rates[k] = (self.losses[k] / references[k]).clamp(1e-4, 1e4)
+            if not self.signed[k]:
+                rates[k] = (self.losses[k] / self.first_losses[k]).clamp(1e-4, 1.0)
+        if agreement is not None:
+            self.unknown_rate = rates.log().nanmean().nan_to_num(0.0).exp().item()
+        rates = rates.nan_to_num(self.unknown_rate)
         known = common > 0
         shares = torch.where(known, (rates * self.signal()) ** self.alpha, 0.0)
         self.weights = torch.where(known, shares / shares.sum() * common.sum() / common, 1.0)
+
+    def _gain(self, count: Tensor) -> float:
+        return 1 / min(max(count.item(), 1.0), self.length)
 
     def signal(self) -> Tensor:
         """One minus the part that is noise; nearer to the geometric mean over the tasks the fewer measurements."""
@@ -178,7 +188,7 @@ class Oracle:
     """Trains a float64 backbone and heads, whose parameters are in ``optimizer``.
 
     The arguments are those of ``RotoGradOptimizer``, those of the weighting (``alpha``,
-    ``weight_lr``), and ``matrices``, the first rotations. ``losses``, ``norms`` and ``weights``
+    ``decay``, ``weight_lr``), and ``matrices``, the first rotations. ``losses``, ``norms`` and ``weights``
     are the last step's, NaN for absent tasks; a callable ``weighting`` has no weights.
     """
 
@@ -191,6 +201,7 @@ class Oracle:
     rotate: bool | Sequence[bool] = True
     weighting: Literal["rotograd", "equal", "gradnorm", "progress"] | Callable[[Tensor], Tensor] = "rotograd"
     alpha: float = 1.5
+    decay: float = 0.95
     weight_lr: float = 1e-3
     normalize_losses: bool = False
     burn_in_period: int = 20
@@ -207,7 +218,7 @@ class Oracle:
         self.squares, self.logits = torch.zeros(K).double(), torch.zeros(K).double()
         self.highest_lr = 0.0
         self.logit_optimizer = Adam([self.logits], lr=self.weight_lr)
-        self.progress = Progress(K, self.alpha)
+        self.progress = Progress(K, self.alpha, self.decay)
         self.agreement: Tensor | None = None  # that of the step before, if it was measured
         self.told: set[int] = set()  # tasks whose agreement was measured since the rotations turned
 
@@ -254,7 +265,7 @@ class Oracle:
             if self.weighting == "gradnorm":
                 self._step_logits(J, present)
             agreement_before, self.agreement = self.agreement, self._agreement(J, present, index, z.detach())
-            self.progress.update(self.norms, self.losses, self.loss_references.values, agreement_before)
+            self.progress.update(self.norms, self.losses, agreement_before, burnt_in=self.t >= self.burn_in_period)
             if len(present) > 1:
                 self._step_rotations(J, present, index, z.detach().flatten()[index])
         self.t += 1
@@ -297,9 +308,9 @@ class Oracle:
         elif self.weighting == "gradnorm":
             weights = (len(self.heads) * self.logits.softmax(0))[present]
         elif self.weighting == "progress":
-            progress = self.progress if self.t >= 2 else Progress(len(self.heads), self.alpha)
+            progress = self.progress if self.t >= 2 else Progress(len(self.heads), self.alpha, self.decay)
             if self.t < 2:  # of this step alone
-                progress.update(self.norms, self.losses, self.loss_references.values)
+                progress.update(self.norms, self.losses, burnt_in=self.t >= self.burn_in_period)
             weights = progress.weights[present]
         else:
             weights = torch.ones(len(present)).double()

@@ -26,6 +26,7 @@ from tests.samplers import LAYOUTS, SEEDS, Layout, Network, Sampler, batches, ne
 
 BOUNDS = {torch.float32: 2e-5, torch.float64: 1e-10}
 STEPS, BURN_IN = 18, 10
+DECAY = 0.75  # so that the losses of four steps are the reference, and more follow
 ALPHA, WEIGHT_LR = 1.2, 0.01
 
 
@@ -37,7 +38,7 @@ WEIGHTINGS: dict[str, Callable[[], Any]] = {
     "rotograd": RotoGradWeighting,
     "equal": EqualWeighting,
     "gradnorm": lambda: GradNorm(ALPHA, lr=WEIGHT_LR),
-    "progress": lambda: ProgressWeighting(ALPHA),
+    "progress": lambda: ProgressWeighting(ALPHA, decay=DECAY),
     "callable": lambda: mean_of_units,
 }
 ROTATION_OPTIMIZERS: dict[str | None, Any] = {
@@ -172,6 +173,7 @@ def check(case: Case, dtype: torch.dtype) -> Tensor:
         make_optimizer(truth, case, scales.double()),
         weighting=mean_of_units if case.weighting == "callable" else case.weighting,  # type: ignore[arg-type]
         alpha=ALPHA,
+        decay=DECAY,
         weight_lr=WEIGHT_LR,
         rotation_size=size,
         matrices=start,

@@ -76,7 +76,13 @@ class Engine:
         )
         self.memory = Memory(rotations, weighting)
         self._weighing = Weighing(
-            weighting, self.memory, rotations, processes, burn_in_period=burn_in_period, turn_every=turn_every
+            weighting,
+            self.memory,
+            rotations,
+            processes,
+            burn_in_period=burn_in_period,
+            turn_every=turn_every,
+            normalize_losses=normalize_losses,
         )
         self._wiring = Wiring(self.names, heads, self.capture.places)
         self.frozen_representation = FrozenRepresentation()

@@ -29,6 +29,7 @@ class Weighing:
         processes: The processes that share a batch.
         burn_in_period: Step in which the references are measured again.
         turn_every: Number of steps between updates of the rotations.
+        normalize_losses: Whether losses are divided by their references.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Weighing:
         *,
         burn_in_period: int,
         turn_every: int,
+        normalize_losses: bool,
     ) -> None:
         self._weighting = weighting
         self._memory = memory
@@ -47,6 +49,7 @@ class Weighing:
         self._processes = processes
         self._burn_in_period = burn_in_period
         self._turn_every = turn_every
+        self._keeps_loss_references = normalize_losses or weighting.needs_references
         self._processes_checked = False
 
     @property
@@ -157,14 +160,13 @@ class Weighing:
             losses = this.losses if len(this.tasks) == len(norms) else this.losses.masked_fill(~present, 0.0)
             sizes = torch.hypot(sizes, losses)
         finite = all_finite(sizes)
-        if this.losses is not None:
+        if this.losses is not None and self._keeps_loss_references:
             this.loss_reference = this.loss_reference.updated(this.losses.abs(), finite, burnt_in=self.burnt_in)
         if not this.lagged:  # otherwise once per step, from all backward passes jointly
             this.norm_reference = this.norm_reference.updated(norms, finite, burnt_in=self.burnt_in)
             norms = torch.where(present, norms, this.known_norms)
-        return Measurements(
-            norms, present, finite, this.losses, cosines, this.norm_reference.values, this.loss_reference.values
-        )
+        references = this.norm_reference.values, this.loss_reference.values
+        return Measurements(norms, present, finite, this.losses, cosines, *references, burnt_in=self.burnt_in)
 
     def learn(self, passes: Sequence[BackwardPass]) -> Measurements:
         """Compute the weights of a lagged weighting; return the joint measurements of all ``passes`` of a step."""
@@ -184,7 +186,7 @@ class Weighing:
             self._check_processes()
             measured = joined_across(measured, self._processes)
         seen = replace(measured, present=measured.present & measured.finite, agreement=self._agreement(passes))
-        if self._weighting.needs_old_norms:
+        if self._weighting.needs_references:
             seen = self._with_old_norms(seen)
         weights = self._weighting(seen).to(memory.weights)
         if memory.num_steps + 1 < self._weighting.num_waiting:

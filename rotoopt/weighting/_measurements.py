@@ -33,6 +33,7 @@ class Measurements:
             that is pure noise; it is the number of samples if all are equal; NaN for a task absent there. Estimated
             from 64 random projections. Shape ``(K,)``. ``None`` if it was not measured: see
             :attr:`Weighting.needs_agreement`.
+        burnt_in: Whether the burn-in is over.
     """
 
     norms: Tensor
@@ -43,6 +44,7 @@ class Measurements:
     norm_references: Tensor
     loss_references: Tensor
     agreement: Tensor | None = None
+    burnt_in: bool = True
 
     @cached_property
     def norm_ratios(self) -> Tensor:

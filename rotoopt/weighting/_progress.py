@@ -10,7 +10,7 @@ from rotoopt.weighting._weighting import Weighting
 
 BURST = 3.0  # a gradient up to this many times its mean norm is weighted by the mean, a larger one by its own norm
 VANISHED = 1e-3  # relative to the largest mean norm of the task: below it, the weight stops growing
-RATES = 1e-4, 1e4  # bounds of r
+RATES = 1e-4, 1.0  # bounds of r
 NOISE = 0.1  # lower bound of s: a smaller estimate is not significant, and a task may show its signal late
 PRIOR = 1.0  # number of measurements after which an estimate of s counts as much as that all tasks have the same
 TURNS = 30  # length of the running mean of the agreement: its standard error is then about 0.1
@@ -22,14 +22,15 @@ class ProgressWeighting(Weighting):
     .. math:: w_k = \frac{\pi_k}{\nu_k} \sum_j \nu_j, \qquad
         \pi_k = \frac{(r_k s_k)^\alpha}{\sum_j (r_j s_j)^\alpha}
 
-    .. math:: \nu_k = \overline{\lVert G_k \rVert}, \qquad r_k = \frac{\overline{L_k}}{|L_k(t_0)|}, \qquad
+    .. math:: \nu_k = \overline{\lVert G_k \rVert}, \qquad r_k = \frac{\overline{L_k}}{\overline{L_k}(t_0)}, \qquad
         s_k = 1 - \frac{1}{\overline{F_k}}
 
     Bars denote running means. The sum of the weighted norms is the same as in the plain sum, so that its learning rate
     still fits. Task k has the share :math:`\pi_k` of it:
 
-    - r is the remaining loss, relative to its first value. For a loss that is quadratic around zero, :math:`\nu_k` is
-      proportional to :math:`\sqrt{r_k}`: with :math:`\alpha = 1/2`, its weight does not grow as it converges.
+    - r is the remaining loss, relative to its first running mean, at :math:`t_0`, 20 steps (1 / (1 - decay)) after the
+      burn-in. Before that, it is one. For a loss that is quadratic around zero, :math:`\nu_k` is proportional to
+      :math:`\sqrt{r_k}`: with :math:`\alpha = 1/2`, its weight does not grow as it converges.
     - s is the share of the gradient that is signal. F is the agreement of the samples of a batch
       (:attr:`Measurements.agreement`, measured when rotations are updated, or soon after, and used from the next step
       on): one if they have nothing in common, as for random labels. With one sample per batch it cannot be estimated.
@@ -41,13 +42,13 @@ class ProgressWeighting(Weighting):
     weights of one otherwise. One such step is not enough: a loss that starts at its minimum, as in distillation,
     has a gradient that is only rounding errors.
 
-    Unknown values have no influence: all r are one if the losses are unknown (your own ``sum(losses).backward()``),
-    and so is the r of a task whose loss has been negative, since a ratio of losses is then meaningless; an unknown s
-    is the geometric mean of the others. The weight of a task that has had no gradient yet is one. Absent tasks keep
-    their running means, so that a batch per task is weighted like a batch with all of them.
+    Unknown values have no influence: all r are one if the losses are unknown (your own ``sum(losses).backward()``).
+    The r of a task whose loss has been negative is unknown as well. An unknown r or s is the geometric mean of the
+    others, renewed when the agreement is measured. The weight of a task that has had no gradient yet is one. Absent
+    tasks keep their running means, so that a batch per task is weighted like a batch with all of them.
 
     Weights are bounded: a gradient more than three times as large as its mean is weighted by a third of its own
-    norm, a vanishing one by a thousandth of its largest mean so far; r is between 1e-4 and 1e4, and s at least 0.1.
+    norm, a vanishing one by a thousandth of its largest mean so far; r is between 1e-4 and 1, and s at least 0.1.
     A gradient that grows by orders of magnitude within one step is still used once with the previous weight.
 
     Args:
@@ -65,14 +66,14 @@ class ProgressWeighting(Weighting):
         >>> ProgressWeighting()(measured)  # both gradients get the norm 2
         tensor([0.6667, 2.0000])
 
-    Source: r is the target of Chen et al., GradNorm, ICML 2018, eq. 2, without trained weights. s is new. Equal norms
-    are from RotoGrad, ICLR 2022, eq. 1, which uses the current gradients instead of running means.
+    Source: r is the target of Chen et al., GradNorm, ICML 2018, eq. 2, at most one, without trained weights. s is new.
+    Equal norms are from RotoGrad, ICLR 2022, eq. 1, which uses the current gradients instead of running means.
     """
 
     lagged = True
     num_waiting = 2
     needs_agreement = True
-    needs_old_norms = False
+    needs_references = False
 
     def __init__(self, alpha: float = 0.5, *, decay: float = 0.95) -> None:
         if not alpha >= 0:
@@ -86,8 +87,11 @@ class ProgressWeighting(Weighting):
         """Update the running means, and return w."""
         latest, means = self._remember(measured)
         norms = self._bounded(latest[0], means[0])
-        rates = (means[1] / measured.loss_references).clamp(*RATES).nan_to_num(1.0)
-        logits = torch.add(self._log_signal(measured), rates.log(), alpha=self.alpha)
+        rates = (means[1] / self.state["first_losses"]).clamp(*RATES).log()  # NaN where unknown
+        if measured.agreement is not None:
+            self._renew(measured.agreement, rates)
+        rates = torch.where(rates.isnan(), self._remembered("unknown_rate", norms[:1]), rates)
+        logits = torch.add(self._remembered("signal", norms), rates).mul_(self.alpha)
         shares = logits.masked_fill(norms == 0, -torch.inf).softmax(0)
         # NaN (0 / 0) for a task that has had no gradient yet; infinite if norms nearly overflow.
         return (shares * (norms.sum() / norms)).nan_to_num(1.0)
@@ -102,8 +106,12 @@ class ProgressWeighting(Weighting):
             latest, learned = torch.stack([norms, losses.masked_fill(losses < 0, torch.nan).to(norms)]), seen
         latest = torch.where(seen, latest, before)
         count = self._remembered("count", latest).to(latest) + learned
-        means = torch.lerp(before, latest, count.clamp(1.0, 1 / (1 - self.decay)).reciprocal())
-        self.state["means"], self.state["count"] = means, count
+        if not measured.burnt_in:
+            count[1] = 0.0  # the mean of the losses starts after the burn-in
+        length = 1 / (1 - self.decay)
+        means = torch.lerp(before, latest, count.clamp(1.0, length).reciprocal())
+        first = torch.where(count[1] <= round(length), means[1], self._remembered("first_losses", norms).to(means))
+        self.state["means"], self.state["count"], self.state["first_losses"] = means, count, first
         return latest, means
 
     def _bounded(self, latest: Tensor, means: Tensor) -> Tensor:
@@ -111,23 +119,25 @@ class ProgressWeighting(Weighting):
         self.state["peaks"] = torch.maximum(self._remembered("peaks", means).to(means), means)
         return torch.maximum(torch.maximum(means, latest / BURST), VANISHED * self.state["peaks"])
 
-    def _log_signal(self, measured: Measurements) -> Tensor:
-        r"""Return :math:`\alpha \log s`, closer to the mean over the tasks the less is known. Shape ``(K,)``."""
-        latest = measured.agreement
-        if latest is not None:
-            known = latest < torch.inf  # NaN is not
-            before = self._remembered("agreement", measured.norms).to(measured.norms)
-            count = self._remembered("num_agreements", before).to(before) + known
-            gain = count.clamp(1.0, TURNS).reciprocal()
-            mean = torch.lerp(before, torch.where(known, latest.to(before), before), gain)
-            logs = (1 - mean.reciprocal()).clamp(min=NOISE).log()
-            average = (logs * (count > 0)).sum() / (count > 0).sum().clamp(min=1)
-            self.state["agreement"], self.state["num_agreements"] = mean, count
-            self.state["log_signal"] = self.alpha * torch.lerp(average, logs, count / (count + PRIOR))
-        return self._remembered("log_signal", measured.norms).to(measured.norms)
+    def _renew(self, agreement: Tensor, rates: Tensor) -> None:
+        r"""Renew :math:`\log s`, closer to its mean over the tasks the less is known, and the mean of ``rates``."""
+        known = agreement < torch.inf  # NaN is not
+        before = self._remembered("agreement", rates).to(rates)
+        count = self._remembered("num_agreements", before).to(before) + known
+        gain = count.clamp(1.0, TURNS).reciprocal()
+        mean = torch.lerp(before, torch.where(known, agreement.to(before), before), gain)
+        logs = (1 - mean.reciprocal()).clamp(min=NOISE).log()
+        self.state["agreement"], self.state["num_agreements"] = mean, count
+        self.state["signal"] = torch.lerp(_mean(logs, count > 0), logs, count / (count + PRIOR))
+        self.state["unknown_rate"] = _mean(rates, ~rates.isnan())
 
     def _remembered(self, name: str, like: Tensor) -> Tensor:
         return self.state[name] if name in self.state else torch.zeros_like(like)
 
     def __repr__(self) -> str:
         return f"ProgressWeighting(alpha={self.alpha})"
+
+
+def _mean(values: Tensor, known: Tensor) -> Tensor:
+    """Return the mean of the ``known`` values, zero if there is none. Shape ``()``."""
+    return torch.where(known, values, 0.0).sum() / known.sum().clamp(min=1)

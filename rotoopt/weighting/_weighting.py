@@ -32,8 +32,8 @@ class Weighting(ABC):
         needs_cosines: Whether the K gradients must be collected in every step to compute their cosines.
         needs_agreement: Whether to measure :attr:`Measurements.agreement`: in the steps that update the rotations, and
             for a task that is absent there in one of the next K - 1. It is available one step later.
-        needs_old_norms: Whether :attr:`Measurements.norm_references` or the norms of absent tasks are used; otherwise
-            both may be unknown.
+        needs_references: Whether :attr:`Measurements.norm_references`, :attr:`Measurements.loss_references` or the
+            norms of absent tasks are used; otherwise all of them may be unknown.
         needs_one_tensor: Whether all heads must read one tensor, because :meth:`combine` is not a weighted sum.
         state: State of the weighting: tensors by name, saved and loaded with the optimizer and moved to the device of
             the representation. Initially empty.
@@ -44,7 +44,7 @@ class Weighting(ABC):
     needs_losses: bool = False
     needs_cosines: bool = False
     needs_agreement: bool = False
-    needs_old_norms: bool = True
+    needs_references: bool = True
     needs_one_tensor: bool = False
     _bound: bool = False
 
