@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -90,9 +90,17 @@ class Method:
 
 
 class WithoutSignal(ProgressWeighting):
-    """The default as it was at first."""
+    """The default with progress alone."""
 
     needs_agreement = False
+
+
+class WithoutProgress(ProgressWeighting):
+    """The default with the signal alone."""
+
+    def __call__(self, measured: Measurements) -> Tensor:
+        """Return the weights as if the losses were unknown."""
+        return super().__call__(replace(measured, losses=None))
 
 
 class FirstNorms(Weighting):
@@ -134,7 +142,6 @@ def _aggregated(name: str, told: dict[str, Any]) -> Callable[..., Training]:
 SINGLE_TASK = "one network per task"
 PLAIN_SUM = "plain sum"
 DEFAULT = "default"
-WITHOUT_SIGNAL = "default without signal"
 
 _ours = partial(WithModule, package="rotoopt.rotograd")
 
@@ -147,17 +154,16 @@ METHODS = {
         Method("sum of log losses", sum_of_logs),
         Method("first norms", _weighted(FirstNorms)),
         Method(DEFAULT, WithOptimizer),
-        Method(WITHOUT_SIGNAL, _weighted(WithoutSignal, rotate=True), variant=DEFAULT),
         *(
-            Method(f"{WITHOUT_SIGNAL}, {name}", make, variant=WITHOUT_SIGNAL)
+            Method(f"{DEFAULT}, {name}", make, variant=DEFAULT)
             for name, make in {
-                "rotate=False": _weighted(WithoutSignal),
-                "random turns": _weighted(WithoutSignal, RandomTurns, rotate=True),
-                "fixed haar": _weighted(WithoutSignal, rotate=True, init="haar", rotation_lr=0.0),
-                "haar": _weighted(WithoutSignal, rotate=True, init="haar"),
-                "first layers": _weighted(WithoutSignal, with_first_layers),
-                "no progress": _weighted(partial(WithoutSignal, alpha=0.0)),
-                "no memory": _weighted(partial(WithoutSignal, decay=0.0)),
+                "rotate=False": _weighted(ProgressWeighting),
+                "no signal": _weighted(WithoutSignal, rotate=True),
+                "no progress": _weighted(WithoutProgress, rotate=True),
+                "no memory": _weighted(partial(ProgressWeighting, decay=0.0), rotate=True),
+                "random turns": _weighted(ProgressWeighting, RandomTurns, rotate=True),
+                "fixed haar": _weighted(ProgressWeighting, rotate=True, init="haar", rotation_lr=0.0),
+                "first layers": _weighted(ProgressWeighting, with_first_layers),
             }.items()
         ),
         Method("scale only", _weighted(RotoGradWeighting)),

@@ -13,7 +13,7 @@ from rotoopt.comparison import _table as tables
 from rotoopt.comparison._table import row, rule
 from rotoopt.diagnostics import mean_rank
 from tests.benchmarks.comparison import SEARCH_SEEDS, Results, choose, final_jobs
-from tests.benchmarks.comparison_methods import DEFAULT, METHODS, PLAIN_SUM, SINGLE_TASK, WITHOUT_SIGNAL, Method
+from tests.benchmarks.comparison_methods import DEFAULT, METHODS, PLAIN_SUM, SINGLE_TASK, Method
 from tests.benchmarks.comparison_run import Job
 from tests.benchmarks.problems import Problem
 
@@ -33,8 +33,7 @@ def markdown(problems: Sequence[Problem], results: Results, seeds: int) -> str:
         if SINGLE_TASK in metrics:
             changes[problem.name] = relative_changes(problem, metrics)
             details.append(_metrics(problem, metrics, changes[problem.name], results))
-    parts = [_parts(changes, whole) for whole in (DEFAULT, WITHOUT_SIGNAL)]
-    return "\n\n".join([_summary(changes), *parts, _untuned(problems, results), *details])
+    return "\n\n".join([_summary(changes), _parts(changes, DEFAULT), _untuned(problems, results), *details])
 
 
 def tested(problem: Problem, results: Results, seeds: int) -> dict[str, Tensor]:
