@@ -1,4 +1,4 @@
-"""Two processes of one gloo group, which wait for functions to run: starting them takes longer than most tests.
+"""Two processes of one gloo group, which wait for functions to run: starting them takes longer than most tests."""
 
 from __future__ import annotations
 
