@@ -31,15 +31,16 @@ class Progress:
     def report(self, run: Run, result: Trained | Failure) -> None:
         """Print the result of a run."""
         self._done += 1
+        details = ""
         if isinstance(result, Failure):
-            outcome = f"failed\n{result.traceback}"
+            outcome, details = "failed", f"\n{result.traceback.rstrip()}"
         else:
             numbers = {name: "diverged" if value is None else f"{value:.4g}" for name, value in result.metrics.items()}
             outcome = ", ".join(f"{name} {number}" for name, number in numbers.items())
             outcome += f" ({result.seconds:.1f} s)"
         left = (time.perf_counter() - self._start) / self._done * (self._count - self._done)
         rest = f"; about {_duration(left)} left" if self._done < self._count else ""
-        self._say(f"{self._done}/{self._count}  {run}: {outcome}{rest}")
+        self._say(f"{self._done}/{self._count}  {run}: {outcome}{rest}{details}")
 
     def _say(self, line: str) -> None:
         if not self._quiet:

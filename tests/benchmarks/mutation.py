@@ -70,6 +70,8 @@ def pytest_collection_modifyitems(items):
         durations = json.loads(stats.read_text())["duration_by_test"]
         items.sort(key=lambda item: durations.get(item.nodeid, 0.0))
 """
+# What draws: sizes and places of texts and dots.
+DRAWS = ["rotoopt/comparison/_picture.py"]
 # Those that mutmut can keep, and one that has no function to call.
 KEPT = ("staticmethod", "classmethod", "overload", "abstractmethod")
 
@@ -90,6 +92,7 @@ def copy_repository(folder: Path, package: str) -> None:
     settings = {
         "source_paths": ["rotoopt"],
         "only_mutate": [f"rotoopt/{package}/*"],
+        "do_not_mutate": DRAWS,
         "also_copy": ["conftest.py"],
         "pytest_add_cli_args": ["-p", "no:xdist", "-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})"],
         "pytest_add_cli_args_test_selection": [f"tests/{name}" for name in tests],

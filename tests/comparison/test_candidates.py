@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +75,9 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"weighting": torch.nn.Linear(1, 1)},
     {"weighting": torch.sum},
     {"weighting": make_losses},
+    {"weighting": functools.partial(torch.sum, dim=0)},
+    {"weighting": functools.partial(torch.sum, dim=1)},
+    {"weighting": functools.partial(torch.mean, dim=0)},
     {"weighting": object()},
 )
 

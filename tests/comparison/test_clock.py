@@ -53,6 +53,20 @@ def test_a_wrapped_optimizer_counts_one_step() -> None:
     assert seconds >= 0.002
 
 
+def test_of_two_optimizers_the_one_with_more_steps_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("rotoopt.comparison._clock.time.perf_counter", lambda: now[0])
+    often, rarely = sgd(), sgd()
+    with StepClock() as clock:
+        for step in range(6):
+            now[0] = float(step)
+            often.step()
+            if step % 2 == 0:
+                now[0] += 0.5
+                rarely.step()
+    assert clock.seconds_per_step() == 1.0
+
+
 @pytest.mark.parametrize("steps", [0, 1])
 def test_no_time_without_two_steps(steps: int) -> None:
     optimizer = sgd()

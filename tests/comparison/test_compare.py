@@ -17,6 +17,9 @@ from hypothesis import strategies as st
 
 from rotoopt import GradNorm, RotoGradOptimizer
 from rotoopt.comparison import Comparison, compare
+from rotoopt.comparison._processes import Failure
+from rotoopt.comparison._progress import Progress, _duration
+from rotoopt.comparison._run import Run, Trained
 from tests.comparison.trainings import HIGHER_IS_BETTER, formula, make_network, raises, train
 
 VALUES: dict[str, Mapping[str, Any]] = {"plain sum": {"value": 1.0}, "two": {"value": 2.0}, "half": {"value": 0.5}}
@@ -51,7 +54,7 @@ def test_resumed_comparison_is_the_uninterrupted_one(done: int, searches: bool) 
         return formula(seed, **options)
 
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "new" / "comparison.json"
+        path = Path(folder) / "new" / "results" / "comparison.json"
         try:
             compared(interrupted, path=path, **options)
         except Interrupted:
@@ -158,6 +161,7 @@ def test_a_run_that_diverges_is_reported_and_does_not_affect_others(name: str, b
     for other in VALUES:
         others = result.delta_m(other)[[0, 2]]
         assert others.isfinite().all()
+        assert result.delta_m(other, clipped=True)[[0, 2]].isfinite().all()
         if name != "plain sum":
             torch.testing.assert_close(others, compared().delta_m(other)[[0, 2]])
     changes = result.delta_m(name, clipped=True)
@@ -247,6 +251,32 @@ def test_time_per_step_is_in_milliseconds() -> None:
     assert (times["two"] < 1000).all()
 
 
+def test_exact_time_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(10**9, 10**9 + 100))
+    monkeypatch.setattr("rotoopt.comparison._clock.time.perf_counter", lambda: next(now))
+
+    def steps(seed: int, value: float) -> dict[str, float]:
+        sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        for _ in range(4):
+            sgd.step()
+        return formula(seed, value)
+
+    result = compared(steps, seeds=2, candidates={"plain sum": {"value": 1.0}})
+    assert result.ms_per_step["plain sum"].tolist() == [1000.0, 1000.0]
+
+
+def test_failures_after_a_success_do_not_stop_the_comparison() -> None:
+    """The search of learning rates succeeded."""
+
+    def fails(seed: int, value: float, lr: float) -> dict[str, float]:
+        if seed < 3:
+            raise ValueError("late")
+        return formula(seed, value, lr)
+
+    result = compared(fails, lrs=[0.1, 1.0])
+    assert len(result.failures) == 3 * len(VALUES)
+
+
 def test_progress_is_one_line_per_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     compared(raises, quiet=False, path=tmp_path / "comparison.json")
     captured = capsys.readouterr()
@@ -263,6 +293,36 @@ def test_progress_is_one_line_per_run(capsys: pytest.CaptureFixture[str], tmp_pa
     assert capsys.readouterr().err == ""
 
 
+def test_every_line_of_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 2.0, 12.0, 100.0, 108.0, 5000.0, 100_000.0, 100_001.0])
+    monkeypatch.setattr("rotoopt.comparison._progress.time.perf_counter", lambda: next(now))
+    progress = Progress(quiet=False)
+    run = Run("two", "", 0.01, 3, ("error",))
+    progress.begin("Comparison", 9, 0, None)
+    progress.report(run, Trained({"left": 0.123456, "right": None}, None, 4.04))
+    progress.begin("Search", 9, 5, Path("file.json"))
+    progress.report(run, Failure("ValueError: no", "Traceback\nValueError: no\n"))
+    progress.report(Run("two", "", None, 3, ("error",)), Trained({"left": 1.0}, None, 1.0))
+    progress.report(run, Trained({"left": 1.0}, None, 1.0))
+    progress.report(run, Trained({"left": 1.0}, None, 1.0))
+    assert capsys.readouterr().err.splitlines() == [
+        "Comparison: 9 runs",
+        "1/9  two, lr 0.01, seed 3: left 0.1235, right diverged (4.0 s); about 80 s left",
+        "Search: 9 runs, 5 of them found in file.json",
+        "1/4  two, lr 0.01, seed 3: failed; about 24 s left",
+        "Traceback",
+        "ValueError: no",
+        "2/4  two, seed 3: left 1 (1.0 s); about 82 min left",
+        "3/4  two, lr 0.01, seed 3: left 1 (1.0 s); about 9.2 h left",
+        "4/4  two, lr 0.01, seed 3: left 1 (1.0 s)",
+    ]
+
+
+def test_durations() -> None:
+    seconds = (1.4, 89.0, 90.0, 5300.0, 5400.0)
+    assert [_duration(each) for each in seconds] == ["1 s", "89 s", "2 min", "88 min", "1.5 h"]
+
+
 def used() -> GradNorm:
     weighting = GradNorm()
     backbone, heads = make_network()
@@ -273,14 +333,20 @@ def used() -> GradNorm:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"candidates": {}}, "`candidates` must have at least one entry, got none"),
-        ({"candidates": {"a": {"weighting": used()}}}, r"`candidates\['a'\]` must have a weighting of its own"),
+        ({"candidates": {}}, r"^`candidates` must have at least one entry, got none\.$"),
+        (
+            {"candidates": {"a": {"weighting": used()}}},
+            r"^`candidates\['a'\]` must have a weighting of its own, got a GradNorm that an optimizer uses. Make a new "
+            "GradNorm; every run gets a copy of it.$",
+        ),
         ({"higher_is_better": {}}, r"one bool per metric, got \{\}"),
         ({"higher_is_better": {"left": 1}}, r"one bool per metric, got \{'left': 1\}"),
         ({"seeds": 0}, r"`seeds` must be a positive number, or different seeds, got \[\]"),
         ({"seeds": [1, 1]}, r"different seeds, got \[1, 1\]"),
         ({"baseline": "sum"}, "one of the candidates, plain sum, two, half, or a number for every metric, got 'sum'"),
         ({"baseline": {"left": 1.0}}, "a number for every metric, left, right, got left"),
+        ({"baseline": {"left": 1.0, "up": 1.0}}, r"for every metric, left, right, got left, up\.$"),
+        ({"baseline": {}}, r"for every metric, left, right, got none\.$"),
         ({"processes": 0}, "`processes` must be at least 1, got 0"),
         ({"lrs": []}, r"`lrs` must be different positive learning rates, got \[\]"),
         ({"lrs": [0.1, 0.1]}, "different positive learning rates"),
@@ -297,7 +363,7 @@ def test_bad_arguments_are_rejected_before_anything_runs(options: dict[str, Any]
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (0.5, r"`train` must return a dict of metrics, got 0.5"),
+        (0.5, r"`train` must return a dict of metrics, got 0.5. .*, with the names of `higher_is_better`\.\n"),
         ({"left": 1.0}, "the metrics of `higher_is_better`, left, right, got left"),
         ({"left": 1.0, "right": 1.0, "more": 1.0}, "left, right, got left, right, more"),
     ],

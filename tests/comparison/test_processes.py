@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from rotoopt.comparison import CANDIDATES, compare
+from rotoopt.comparison._processes import Failure, check_importable, outcomes
 from tests.comparison.test_compare import VALUES, compared, numbers, table
 from tests.comparison.trainings import HIGHER_IS_BETTER, ends, raises, threads, train
 
@@ -75,3 +79,67 @@ def test_a_function_of_a_notebook_is_rejected(script: str | None, monkeypatch: p
     for function in (of_a_session, functools.partial(of_a_session, value=1)):
         with pytest.raises(ValueError, match="defined in a notebook or an interactive session"):
             compared(function, processes=2)
+
+
+def test_a_function_of_a_script_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_a_script() -> None: ...
+
+    main = sys.modules["__main__"]
+    of_a_script.__module__, of_a_script.__qualname__ = "__main__", "of_a_script"
+    monkeypatch.setattr(main, "of_a_script", of_a_script, raising=False)
+    monkeypatch.setattr(main, "__file__", __file__, raising=False)
+    check_importable("train", of_a_script)
+
+
+class Pool:
+    """A pool without processes: every job runs immediately, in this process."""
+
+    made: ClassVar[list[Pool]] = []
+
+    def __init__(self, num: int, *, mp_context: Any, initializer: Any, initargs: tuple[Any, ...]) -> None:
+        self.started = (num, mp_context.get_start_method(), initializer, initargs)
+        self.shut_down_with: dict[str, bool] = {}
+        Pool.made.append(self)
+
+    def submit(self, function: Any, *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args))
+        except BrokenProcessPool as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **options: bool) -> None:
+        self.shut_down_with = options
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(7, 3), (1, 1)])
+def test_the_pool_spawns_processes_and_divides_the_threads(ours: int, theirs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rotoopt.comparison._processes.ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: ours)
+    found = list(outcomes(lambda job: 1 / job, [4, 2, 0], 2))
+    assert {outcome.job: outcome.result for outcome in found if outcome.job} == {4: 0.25, 2: 0.5}
+    (failure,) = (outcome.result for outcome in found if not outcome.job)
+    assert isinstance(failure, Failure)
+    assert failure.error == "ZeroDivisionError: division by zero"
+    assert failure.traceback.startswith("Traceback")
+    pool = Pool.made.pop()
+    assert pool.started == (2, "spawn", torch.set_num_threads, (theirs,))
+    assert pool.shut_down_with == {"cancel_futures": True}
+
+
+def test_a_broken_pool_is_reported_and_the_remaining_jobs_are_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rotoopt.comparison._processes.ProcessPoolExecutor", Pool)
+    monkeypatch.setattr("rotoopt.comparison._processes._attempt", lambda function, job: function(job))
+
+    def breaks(job: int) -> None:
+        raise BrokenProcessPool
+
+    message = (
+        "Every process must live until its runs are done, got one that exited without a result. Either (a) there is "
+        "not enough memory for so many: lower `processes`; or (b) a script calls this outside of "
+        '`if __name__ == "__main__":`, so that every process runs it again. Finished runs are in `path`.'
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        list(outcomes(breaks, [1, 2], 2))
+    assert Pool.made.pop().shut_down_with == {"cancel_futures": True}

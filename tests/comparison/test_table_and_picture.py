@@ -14,6 +14,7 @@ from matplotlib.colors import to_rgb
 
 from rotoopt.comparison import Comparison
 from rotoopt.comparison._table import plus_minus
+from rotoopt.diagnostics._drawing import COLORS
 from tests.comparison.test_compare import compared
 
 mpl.use("Agg")
@@ -52,12 +53,61 @@ def test_all_rows_have_as_many_cells() -> None:
         assert len({line.count("|") for line in rows}) == 1
 
 
+WHOLE = """\
+| candidate | accuracy ↑ | error ↓ | Delta-m, % | clipped, % | lr | ms per step |
+|---|---:|---:|---:|---:|---:|---:|
+| plain sum | 0.600 ± 0.041 | 0.020 ± 0.004 | 0 | 0 | 0.001 | 12.0 |
+| default | 0.750 ± 0.050 (2 of 4) | 0.040 ± 0.012 (3 of 4) | -75.0 ± 50.0 (2 of 4) | -50.0 ± 17.7 | 0.25 |  |
+| mine | 0.700 ± 0.058 (3 of 4) | 0.020 ± 0.000 (3 of 4) | +5.6 ± 15.5 (3 of 4) | +5.6 ± 15.5 (3 of 4) |  | 9.0 |
+
+Mean ± standard error, 4 seeds.
+Delta-m: mean change of the metrics relative to plain sum, paired by seed; positive is better.
+Clipped: changes are limited to 100 %; a run that diverged counts as -100 %.
+default diverged with seed 1, 7.
+mine failed with seed 0: ValueError: no"""
+
+
+def test_a_whole_table() -> None:
+    nan = torch.nan
+    numbers = {
+        "plain sum": ([0.5, 0.6, 0.7, 0.6], [0.02, 0.03, 0.01, 0.02], [10.0, 12.0, 30.0, nan]),
+        "default": ([0.8, nan, 0.7, nan], [0.04, 0.02, 0.06, nan], [nan] * 4),
+        "mine": ([nan, 0.6, 0.7, 0.8], [nan, 0.02, 0.02, 0.02], [nan, 9.0, 9.0, 9.0]),
+    }
+    result = Comparison(
+        {
+            name: {"accuracy": torch.tensor(accuracy).double(), "error": torch.tensor(error).double()}
+            for name, (accuracy, error, _) in numbers.items()
+        },
+        {"accuracy": True, "error": False},
+        (0, 1, 2, 7),
+        "plain sum",
+        ms_per_step={name: torch.tensor(times) for name, (_, _, times) in numbers.items()},
+        learning_rates={"plain sum": 0.001, "default": 0.25},
+        failures={("mine", 0): "ValueError: no\nplease"},
+    )
+    assert str(result) == WHOLE
+
+
+def test_where_the_number_of_digits_changes() -> None:
+    numbers = torch.tensor([10.0, 1.0, 0.01, 0.001, 0.0001, 0.0], dtype=torch.float64)
+    texts = ["10.0", "1.00", "0.010", "0.00100", "1.00e-04", "0.000"]
+    assert [plus_minus(each) for each in numbers[:, None]] == texts
+
+
 @pytest.mark.parametrize("default", [[0.5, 0.7], [0.5, torch.nan], [torch.nan, torch.nan]])
 def test_the_picture_shows_the_means_and_is_visible_on_any_page(default: list[float]) -> None:
     result = made([1.0, 2.0], default)
     figure = result.plot()
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Delta-m", "error"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["default", "plain sum"]
+    assert figure.axes[0].get_ylim() == (-0.5, 1.5)
+    assert figure.get_supxlabel() == "change against plain sum, % (clipped to 100; right is better)"
+    colors: list[set[str]] = [set(), set()]
+    for line in figure.axes[0].lines[1:]:  # behind that of zero
+        (row,) = set(cast(Any, line.get_ydata()))
+        colors[row].add(mpl.colors.to_hex(line.get_color()))
+    assert colors == [{COLORS[1]}, {COLORS[0]}]
     expected = result.delta_m("default", clipped=True).mean().item()
     drawn = [[float(x) for x in cast(Any, line.get_xdata())] for line in figure.axes[0].lines]
     assert any(len(places) == 1 and abs(places[0] - expected) < 1e-6 for places in drawn)

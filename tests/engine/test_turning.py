@@ -62,7 +62,7 @@ def test_cosines_over_several_tensors_include_all_inputs_of_a_task(K: int, seed:
 
 
 def test_cosines_are_where_the_norms_are() -> None:
-    """The tensors of a model that is split over devices are not all there."""
+    """The tensors of a model split over devices may be on others."""
     grads = torch.ones(2, 5)
     met = Met(TaskGradients.of(grads, (0, 1), torch.ones(2, dtype=torch.bool)), torch.Size([5]), False, None)
     assert partial_cosines([met], torch.ones(2, device="meta")).device.type == "meta"

@@ -151,7 +151,7 @@ def test_a_head_that_reads_a_detached_tensor_is_named_once() -> None:
     assert f"got none from right in {SILENT_STEPS} steps with its loss" in found[0]
 
 
-def test_a_lazy_layer_that_never_runs_is_not_updated() -> None:
+def test_a_lazy_layer_that_never_runs_is_reported() -> None:
     head = nn.ModuleList([nn.Linear(2, 1), nn.LazyLinear(1, bias=False)])
     watch = UntrainedHeads(SGD(head[0].parameters(), lr=0.1), [(head,)], ["a"])
     (message,) = [each for _ in range(UNTRAINED_STEPS) for each in warned(watch.observe)]
