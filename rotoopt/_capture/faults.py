@@ -8,7 +8,7 @@ from rotoopt._capture.bypasses import check_not_bypassed, check_shared, not_thro
 from rotoopt._capture.dependence import Dependence
 from rotoopt._capture.fed import Fed
 from rotoopt._capture.fork import SPENT
-from rotoopt._capture.graph import Edge, Node, behind, is_tap, taps_of
+from rotoopt._capture.graph import Edge, Node, behind, is_tap, leaves, reached, taps_of
 from rotoopt.weighting import Weighting
 
 
@@ -30,7 +30,7 @@ def check_losses(
     dependence = Dependence(losses.values())
     for task, loss in losses.items():
         through = dependence.tasks(loss)
-        if task not in through and (through or not fed.is_frozen([task])):
+        if task not in through and (through or not (fed.is_frozen([task]) or _trains_only(task, loss, own))):
             raise RuntimeError(not_through_its_head(names[task], ", ".join(names[other] for other in sorted(through))))
         if dependence.is_mixed(loss):
             raise RuntimeError(_mixed([task, *sorted(through - {task})], names))
@@ -46,6 +46,12 @@ def check_losses(
         )
     check_heads_apart(taps, names)
     check_shared(dependence, losses, names, own)
+
+
+def _trains_only(task: int, loss: Edge, own: Mapping[int, int]) -> bool:
+    """Whether ``loss`` depends on parameters of ``task`` alone: there is nothing to weight."""
+    trained = leaves(reached([loss[0]]))
+    return bool(trained) and all(own.get(id(param)) == task for param in trained)
 
 
 def check_sum(roots: Sequence[Edge], names: Sequence[str], own: Mapping[int, int]) -> set[Node]:

@@ -34,6 +34,7 @@ class Wiring:
         self._one_tensor: dict[frozenset[int], bool] = {}
         self._made_by: dict[frozenset[int], list[str]] = {}  # the latest operations of the losses
         self._num_known: Counter[frozenset[int]] = Counter()
+        self._tied: set[int] = set()  # ids of parameters of a task that others read as well
 
     def check(self, losses: Mapping[int, Tensor], fed: Fed, backbone_loss: Tensor | None) -> bool:
         """Return whether ``losses`` reach one tensor through their heads, and no other; raise if wired incorrectly."""
@@ -78,19 +79,24 @@ class Wiring:
 
     def _remember(self, tasks: frozenset[int], taps: Iterable[Node]) -> bool:
         own = self._own_parameters()
-        has_own = any(id(param) in own for param in leaves(behind(taps)))
-        for tap in taps if has_own else ():
-            made_of = leaves(behind([tap]))
-            if made_of and all(own.get(id(param)) == tap.task for param in made_of):
-                self._places.own.add((tap.task, tap.place))  # there is nothing to weight
-        self._one_tensor[tasks] = len({tap.fork for tap in taps}) == 1
+        taps = list(taps)
+        if any(id(param) in own for param in leaves(behind(taps))):
+            made_of = [leaves(behind([tap])) for tap in taps]
+            for tap, params in zip(taps, made_of, strict=True):
+                self._tied.update(id(param) for param in params if own.get(id(param), tap.task) != tap.task)
+            for tap, params in zip(taps, made_of, strict=True):
+                if params and self._are_own(params, tap.task):
+                    self._places.own.add((tap.task, tap.place))  # there is nothing to weight
+        self._one_tensor[tasks] = len({tap.fork for tap in taps}) <= 1
         return self._one_tensor[tasks]
 
     def is_own(self, rep: Tensor, task: int) -> bool:
         """Return whether ``rep`` was computed from parameters of ``task`` alone, such as an embedding."""
+        return self._are_own([rep] if rep.is_leaf else leaves(reached([rep.grad_fn])), task)
+
+    def _are_own(self, params: Iterable[Tensor], task: int) -> bool:
         own = self._own_parameters()
-        made_of = [rep] if rep.is_leaf else leaves(reached([rep.grad_fn]))
-        return all(own.get(id(param)) == task for param in made_of)
+        return all(own.get(id(param)) == task and id(param) not in self._tied for param in params)
 
     def _own_parameters(self) -> dict[int, int]:
         """Return the tasks by the ids of the parameters that belong to them alone."""

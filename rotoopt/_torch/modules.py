@@ -27,15 +27,15 @@ def living_modules() -> Iterator[nn.Module]:
 
 
 def living_optimizers() -> Iterator[Optimizer]:
-    """Return all existing optimizers."""
-    return (each for each in gc.get_objects() if issubclass(type(each), Optimizer))
+    """Return all existing optimizers, except those whose constructor has not run to its end, or has failed."""
+    return (each for each in gc.get_objects() if issubclass(type(each), Optimizer) and hasattr(each, "param_groups"))
 
 
 def is_trained(leaf: Tensor) -> bool:
     """Whether ``leaf`` is a parameter, not an input that requires grad; slow for an input."""
     if isinstance(leaf, nn.Parameter):
         return True
-    groups = (group for each in living_optimizers() for group in getattr(each, "param_groups", ()))  # once it is built
+    groups = (group for each in living_optimizers() for group in each.param_groups)
     return any(leaf is param for group in groups for param in group["params"])
 
 

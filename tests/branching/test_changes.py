@@ -275,11 +275,17 @@ def test_a_module_of_a_task_may_look_up_indices(own: bool) -> None:
 
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("num_tasks", [1, 2])
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("weighting", [None, torch.Tensor.sum], ids=["default", "aggregator"])
 @pytest.mark.filterwarnings("ignore:The representation should require grad")
-def test_a_forward_pass_before_the_backbone_is_frozen_has_no_effect(own: bool, num_tasks: int) -> None:
-    """A forward pass to infer shapes; then only the heads are trained at first."""
-    model, optimizer = wrap()
-    model(model.inputs(0))
+def test_a_forward_pass_before_the_backbone_is_frozen_has_no_effect(
+    weighting: Any, kept: bool, num_tasks: int, own: bool
+) -> None:
+    """A forward pass to infer shapes, whose outputs may still exist; then only the heads are trained at first."""
+    model, optimizer = wrap(weighting=weighting)
+    outputs = model(model.inputs(0))
+    if not kept:
+        del outputs
     model.backbone.requires_grad_(False)
     for batch in range(3):
         before = [param.detach().clone() for param in model.heads.parameters()]
@@ -289,3 +295,31 @@ def test_a_forward_pass_before_the_backbone_is_frozen_has_no_effect(own: bool, n
         optimizer.step()
         changed = [not torch.equal(*pair) for pair in zip(before, model.heads.parameters(), strict=True)]
         assert sum(changed) == num_tasks * len(changed) // 2
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_tied_weight_gets_a_gradient_of_each_kind(own: bool) -> None:
+    """As two layers that are not tied: plain where the head uses it, weighted where the backbone does."""
+    torch.manual_seed(0)
+    embedding, words, other = nn.Embedding(5, 6), nn.Linear(6, 5, bias=False), nn.Linear(6, 2)
+    words.weight = embedding.weight
+    optimizer = RotoGradOptimizer(SGD([embedding.weight, *other.parameters()], lr=1e-3), [words, other], rotate=False)
+    ids = torch.arange(5)
+
+    def losses(z: Tensor, output: Tensor) -> list[Tensor]:
+        return [F.cross_entropy(F.linear(z, output), ids), 30 * F.linear(z, *other.parameters()).square().mean()]
+
+    for step in range(3):
+        z = embedding(ids)
+        output = embedding.weight.detach().requires_grad_()
+        true = losses(z, output)
+        grads = [torch.autograd.grad(loss, embedding.weight, retain_graph=True)[0] for loss in true]
+        (plain,) = torch.autograd.grad(true[0], output)
+        optimizer.zero_grad()
+        z = embedding(ids)
+        given = [F.cross_entropy(words(z), ids), 30 * other(z).square().mean()]
+        back_propagate(given) if own else optimizer.backward(given)
+        weights = optimizer.last_step.weights  # type: ignore[union-attr]
+        assert step == 0 or weights[0] > weights[1]
+        assert_close(embedding.weight.grad, plain + weights[0] * grads[0] + weights[1] * grads[1])
+        optimizer.step()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from rotoopt import EqualWeighting, GradNorm, testing
+from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer, testing
 from rotoopt.testing import check_invariants
 from tests.contract.models import adam, assert_same, snapshot, train, wrap
 
@@ -88,6 +88,15 @@ def test_errors_while_the_model_runs_are_let_through() -> None:
     with pytest.raises(KeyError, match="middle"):
         check_invariants(optimizer, lambda: [model.heads["middle"](torch.zeros(1)), None])
     assert_same(snapshot(model, optimizer), before)
+
+
+def test_an_optimizer_whose_constructor_failed_may_still_exist() -> None:
+    """As the traceback of an error keeps it."""
+    model, optimizer = wrap(adam)
+    failed = RotoGradOptimizer.__new__(RotoGradOptimizer)
+    with pytest.raises(ValueError, match="must be"):
+        failed.__init__(optimizer.optimizer, model.heads, burn_in_period=-1)  # type: ignore[misc]
+    check_invariants(optimizer, lambda: model.losses(0)[0])
 
 
 def test_rotations_may_not_exist_yet() -> None:
