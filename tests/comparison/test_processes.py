@@ -114,7 +114,7 @@ class Pool:
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(7, 3), (1, 1)])
-def test_the_pool_spawns_processes_and_divides_the_threads(ours: int, theirs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_are_spawned_and_divide_the_threads(ours: int, theirs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rotoopt.comparison._processes.ProcessPoolExecutor", Pool)
     monkeypatch.setattr(torch, "get_num_threads", lambda: ours)
     found = list(outcomes(lambda job: 1 / job, [4, 2, 0], 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,3 +67,16 @@ def test_cosines_are_where_the_norms_are() -> None:
     grads = torch.ones(2, 5)
     met = Met(TaskGradients.of(grads, (0, 1), torch.ones(2, dtype=torch.bool)), torch.Size([5]), False, None)
     assert partial_cosines([met], torch.ones(2, device="meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("weighting", [RotoGradWeighting, Lagged])
+def test_a_step_with_one_task_does_not_update_the_rotations(weighting: Any) -> None:
+    """Not even by the momentum of an optimizer: the target of a single task is its own gradient."""
+    optimizer = partial(SGD, lr=0.1, momentum=0.9)
+    bench = Bench((3, 4), 2, torch.float64, weighting=weighting(), rotation_optimizer=optimizer)
+    for grads in torch.randn(2, 2, 3, 4).double():
+        bench.step(list(grads))
+    before = bench.matrices
+    assert (bench.record.angles > 0).all()
+    bench.step([torch.randn(3, 4).double(), None])
+    assert torch.equal(bench.matrices, before)
