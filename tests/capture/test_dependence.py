@@ -292,3 +292,16 @@ def test_outputs_of_an_opaque_function_may_be_those_of_single_heads() -> None:
     bench.optimizer.step(losses)
     assert bench.optimizer.last_step is not None
     assert bench.optimizer.last_step.present.all()
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_labels_of_a_freed_graph_miss_no_task(name: str, dim: int) -> None:
+    """After a backward pass, the graph does not contain indices and masks."""
+    fed, parts = outputs(0)
+    x = OPERATIONS[name](torch.stack(parts, dim))
+    expected = labels_by_gradients(x, fed)
+    torch.autograd.grad(x.sum(), fed, allow_unused=True)  # frees the graph
+    edge = made_by(x)
+    labels = Dependence([edge])._label(edge).expand(x.shape)
+    assert ((labels == expected) | (labels < NONE) | (expected == NONE)).all()
