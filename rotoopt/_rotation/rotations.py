@@ -59,7 +59,7 @@ class Rotations(nn.Module):
         self.init: Init = init
         self.seeds: list[int | None] = [None] * num_tasks
         if init == "haar":
-            first = int(torch.randint(2**31, ())) if seed is None else seed
+            first = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
             self.seeds = [first + task if flag else None for task, flag in enumerate(rotate)]
         self.dtype = dtype
         self.manifold: geotorch.SO | None = None

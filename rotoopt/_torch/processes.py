@@ -62,8 +62,8 @@ class Processes:
     def shared_seed(self) -> int:
         """Return a random number from torch's global generator, that of the first process on all."""
         if self.count == 1:
-            return int(torch.randint(2**31, ()))
-        box = [int(torch.randint(2**31, ()))]
+            return int(torch.randint(2**31, (), device="cpu"))
+        box = [int(torch.randint(2**31, (), device="cpu"))]
         dist.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]
 
