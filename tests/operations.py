@@ -1,4 +1,4 @@
-"""Counts operations: on a GPU each is a launch, whatever its size."""
+"""Counts operations: on a GPU each is a kernel launch, whatever its size."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Views, allocations without a value, and marks for the profiler launch nothing.
+# Views, uninitialized allocations and profiler records launch nothing.
 FREE = re.compile(
     "view|reshape|_unsafe_view|expand|t|transpose|permute|movedim|unsqueeze|squeeze|select|slice|detach|alias|as_strided|"
     "empty|empty_like|empty_strided|new_empty|new_empty_strided|split|split_with_sizes|unbind|diagonal|flatten|unflatten|"
@@ -17,7 +17,7 @@ FREE = re.compile(
 
 
 class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations that launch something."""
+    """Counts the operations that launch a kernel."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -54,7 +54,7 @@ def gradnorm_gradient(J: Tensor, logits: Tensor, loss_ratios: Tensor, present: l
     """Gradient at the logits of sum_P |w_k norm_k - T_k|, w = K softmax(logits), T_k constant."""
     weights = len(logits) * logits.softmax(0)
     slopes = torch.zeros_like(logits)  # at the weights
-    if len(present) > 1:  # a lone task is its own target; rounding must not give 0 a sign
+    if len(present) > 1:  # a single task is its own target; rounding must not give 0 a sign
         w, norms = weights[present], J.norm(dim=1)
         rates = (loss_ratios / loss_ratios.mean()).pow(alpha)
         targets = combine(J, w / len(present)).norm() * rates
@@ -63,7 +63,7 @@ def gradnorm_gradient(J: Tensor, logits: Tensor, loss_ratios: Tensor, present: l
 
 
 class Progress:
-    """Equal norms on average, times progress and signal: w_k = share_k / norm_k * (sum of norms), from steps before."""
+    """Equal mean norms, times progress and signal: w_k = share_k / norm_k * (sum of norms), from earlier steps."""
 
     def __init__(self, n_tasks: int, alpha: float, decay: float) -> None:
         self.alpha, self.length = alpha, 1 / (1 - decay)
@@ -234,7 +234,7 @@ class Oracle:
         if self.t == 0:
             self._create_rotations(self.rotation_size or index.shape[1])
 
-        leaf = z.detach().requires_grad_()  # what comes back from a head stops here
+        leaf = z.detach().requires_grad_()  # the gradient from a head stops here
         K = len(self.heads)
         self.losses, self.norms, self.weights = torch.full((3, K), math.nan).double().unbind()
         J, present = torch.zeros(K, z.numel()).double(), []
@@ -277,7 +277,7 @@ class Oracle:
         if since and (since >= K or len(self.told) == K):
             return None
         self.told = set(present) if since == 0 else self.told | set(present)
-        if first_is_rotated or len(z) == 1:  # one sample has nobody to agree with
+        if first_is_rotated or len(z) == 1:  # one sample has no others to agree with
             return None
         samples = index.view(len(z), -1, index.shape[1])
         found = torch.full((len(self.heads),), math.nan).double()
@@ -296,7 +296,7 @@ class Oracle:
         if callable(self.weighting):
             return self.weighting(J)
         if self.weighting == "rotograd":
-            # An absent task keeps its last known norm in C, which a batch per task is scaled to as one of all is.
+            # An absent task contributes its last known norm to C, so a batch per task is scaled like a joint batch.
             norms = torch.where(
                 torch.isin(torch.arange(len(self.heads)), torch.tensor(present)), self.norms, self.known_norms
             )
@@ -320,7 +320,7 @@ class Oracle:
     def _step_logits(self, J: Tensor, present: list[int]) -> None:
         ratios = (self.losses / self.loss_references.values.nan_to_num(1.0))[present]
         gradient = gradnorm_gradient(J, self.logits, ratios, present, self.alpha)
-        if gradient.isfinite().all():  # a negative ratio has no power alpha
+        if gradient.isfinite().all():  # no power alpha of a negative ratio
             self.logits.grad = gradient
             self.logit_optimizer.step()
 

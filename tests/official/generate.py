@@ -1,11 +1,11 @@
-"""Writes numbers.json and toy.json: what the official rotograd 0.1.6.0 computes, for tests to compare with.
+"""Writes numbers.json and toy.json: results of the official rotograd 0.1.6.0, for tests to compare with.
 
     python -c 'from tests.benchmarks.official_rotograd import make_environment; make_environment()'
     .venv-official/bin/python -m tests.official.generate
 
-From the root of the repository, and as a module: run as a file, this folder would come first among those that are
-searched, and its numbers.py would hide the one of the standard library. The first line makes the environment, pinned to
-torch 2.13.0, geotorch 0.3.0 and rotograd 0.1.6.0; any Python with torch will do for it.
+Run it from the root of the repository and as a module: if it is run as a file, numbers.py in this folder hides that of
+the standard library. The first line creates the environment, pinned to torch 2.13.0, geotorch 0.3.0 and rotograd
+0.1.6.0; it works with any Python that has torch.
 
 Both files are read by :mod:`tests.official.numbers`, whose classes describe every entry. All is float64: torch's
 default dtype is set to it, since ``model.double()`` of the official package does not reach the network. What goes in is

@@ -1,6 +1,6 @@
-"""Networks, losses and the toy problem of the comparison with the official package, built alike on both sides.
+"""Networks, losses and the toy problem of the comparison with the official package, the same on both sides.
 
-The official package lives in an environment without rotoopt: nothing but torch is imported here.
+The environment of the official package has no rotoopt, so only torch is imported here.
 """
 
 import math
@@ -27,7 +27,7 @@ TOY_ROTATION_DECAY = 0.99999  # of that rate, after every step
 
 
 class Network(nn.Module):
-    """Holds the modules that the models of either side are made of, so that their parameters have names."""
+    """Contains the modules of the models, so that their parameters have names on both sides."""
 
     def __init__(self, backbone: nn.Module, heads: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Network(nn.Module):
 
 
 class ExtraOutputs(nn.Module):
-    """Returns the output of ``module`` and two tensors more, which take no part in the losses."""
+    """Returns the output of ``module`` and two further tensors, which the losses do not use."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -78,12 +78,12 @@ def task_losses(predictions: Sequence[Tensor], targets: Sequence[Tensor], scales
 
 
 def backbone_loss(rep: Tensor) -> Tensor:
-    """Return the loss of the backbone alone, in the cases that have one."""
+    """Return the loss of the backbone alone, for cases that have one."""
     return 0.3 * rep.square().mean()
 
 
 def build_toy() -> Network:
-    """Return the network of the official example: 2-10-2, and heads that do nothing."""
+    """Return the network of the official example: 2-10-2, and identity heads."""
     backbone = nn.Sequential(nn.Linear(2, 10), nn.ReLU(), nn.Linear(10, 2))
     return Network(backbone, [nn.Identity() for _ in TOY_OPTIMA])
 

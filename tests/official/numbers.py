@@ -1,4 +1,4 @@
-"""Reads what the official package computed: see generate.py, which wrote it. All tensors are float64."""
+"""Reads the results of the official package, written by generate.py. All tensors are float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One batch, and what ``model.backward`` made of it. Dictionaries are keyed as ``named_parameters()`` are.
+    """One batch, and the results of ``model.backward``. Dictionaries have the keys of ``named_parameters()``.
 
     Attributes:
         inputs: Input of the model.
@@ -56,7 +56,7 @@ class Case:
     Attributes:
         model: Name of the class.
         options: Its keyword arguments, ``rotation_shape`` among them, beside backbone and heads.
-        kind: What ``networks.build`` made, from this, ``size`` and the number of tasks.
+        kind: Argument of ``networks.build``, along with ``size`` and the number of tasks.
         size: Features or channels of the representation.
         loss_scales: Third argument of ``networks.task_losses``.
         parameters: State dict of the ``Network``.

@@ -19,7 +19,7 @@ class Spec:
 
 
 def _rotated(shape: int | tuple[int, ...], post_shape: tuple[int, ...] = (), **options: Any) -> dict[str, Any]:
-    # The references are taken anew in the fourth of the six steps.
+    # The references are measured again in the fourth of the six steps.
     return {"rotation_shape": shape, "post_shape": post_shape, "burn_in_period": 3, **options}
 
 

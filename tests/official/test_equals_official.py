@@ -1,4 +1,4 @@
-"""Our module API computes what the official package computed from the same state and inputs: numbers.json."""
+"""The module API computes the same as the official package from the same state and inputs: numbers.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.asserts import relative_error
 from tests.official import networks
 from tests.official.numbers import Case, cases, toy_runs
 
-# What is stored has ten significant digits.
+# Stored numbers have ten significant digits.
 BOUND = 2e-9
 
 
@@ -27,7 +27,7 @@ def build(case: Case) -> VanillaMTL:
 
 
 def at_original(skew: Tensor, rotation: Tensor, base: Tensor, original: Tensor) -> Tensor:
-    r"""Pull our rotation gradient back to the official parameter.
+    r"""Convert our rotation gradient to the official parameter.
 
     There :math:`R = B \exp(A - A^\top)` with A the lower triangle of ``original``. Ours is the gradient in the
     coordinates of the Lie algebra at R itself; at R it is :math:`R S / 2`.
@@ -58,7 +58,7 @@ def test_case(name: str) -> None:
             assert model.rep is not None
             if case.options.get("normalize_losses") and count in (0, case.options["burn_in_period"]):
                 divisor = float(step.backbone_loss)
-            penalty = networks.backbone_loss(model.rep) / divisor  # which the official package does by itself
+            penalty = networks.backbone_loss(model.rep) / divisor  # which the official package does itself
         model.backward(losses, backbone_loss=penalty)
         check_network_gradients(model, step.network_gradients)
         if isinstance(model, RotateOnly):
@@ -147,8 +147,8 @@ def test_toy_without_rotations_ends_at_the_same_losses() -> None:
     assert relative_error(run_toy("VanillaMTL"), official_toy("VanillaMTL")) <= 1e-6
 
 
-def test_toy_ends_as_well() -> None:
-    """Rotation updates differ in second order, and this problem turns that into other valleys: so on average.
+def test_toy_reaches_similar_losses() -> None:
+    """On average: rotation updates differ in second order, which leads to other local minima in this problem.
 
     Measured, mean of both losses over 5 seeds: RotateOnly -2.76 (official -3.06), RotoGrad -3.15 (official -2.37).
     """
@@ -163,7 +163,7 @@ def test_exports() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, case in cases().items() if case.state])
-def test_what_is_loaded_from_the_official_package_is_not_reported(name: str) -> None:
+def test_entries_of_the_official_package_are_not_reported_as_unexpected(name: str) -> None:
     case = cases()[name]
     network = case.network()
     model: VanillaMTL = getattr(rotograd, case.model)(network.backbone, list(network.heads), **case.options)

@@ -1,4 +1,4 @@
-"""Runs the Python blocks of README.md with the package that is installed, not with the one in this checkout.
+"""Runs the Python blocks of README.md with the installed package, not with the one in this checkout.
 
 cd /tmp && python <checkout>/tests/publishing/readme_example.py
 """

@@ -1,8 +1,8 @@
-"""Finds what built pages load from other hosts: without a network, that would be missing.
+"""Finds resources that built pages load from other hosts, which are missing without a network.
 
     python -m tests.publishing.remote docs/_build/html
 
-prints them, and fails if there are any. Links that a reader may follow are no such thing.
+prints them, and fails if there are any. Ordinary links are not included.
 """
 
 from __future__ import annotations

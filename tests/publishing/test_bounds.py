@@ -1,4 +1,4 @@
-"""What is declared, what `make test-bounds` tries and what continuous integration tries are the same."""
+"""The declared versions are those of `make test-bounds` and of continuous integration."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_lower_bounds_are_those_of_the_dependencies() -> None:
     ],
     ids=["several", "one"],
 )
-def test_both_ends_of_torch_are_tried(pythons: list[str], expected: list[tuple[str, str]]) -> None:
+def test_oldest_and_newest_torch_are_tested(pythons: list[str], expected: list[tuple[str, str]]) -> None:
     assert bounds.pairs(pythons) == expected
 
 
@@ -54,7 +54,7 @@ def test_missing_python_is_skipped() -> None:
     assert bounds.run("3.99", "newest") == ("Python 3.99: not here, skipped", True)
 
 
-def test_continuous_integration_tries_the_same() -> None:
+def test_continuous_integration_tests_the_same() -> None:
     matrix = read(ROOT / ".github" / "workflows" / "checks.yml")["jobs"]["bounds"]["strategy"]["matrix"]
     tried = [(python, torch) for python in matrix["python"] for torch in matrix["torch"]]
     tried += [(each["python"], each["torch"]) for each in matrix["include"]]
@@ -62,7 +62,7 @@ def test_continuous_integration_tries_the_same() -> None:
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form.name != "config.yml"], ids=lambda form: form.stem)
-def test_issue_form_has_what_github_asks_for(form: Path) -> None:
+def test_issue_form_has_the_keys_that_github_requires(form: Path) -> None:
     content = read(form)
     assert {"name", "description", "body"} <= set(content)
     ids = [field["id"] for field in content["body"]]

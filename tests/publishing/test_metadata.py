@@ -1,4 +1,4 @@
-"""README.md on a package index: its links have addresses of their own there, and these are written in one place."""
+"""README.md on a package index: its links are absolute there, with a base address that is defined once."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def without_code(text: str) -> str:
     return re.sub(r"^ *```.*?^ *```|`[^`\n]+`", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_relative_links_of_the_readme_lead_to_files_and_are_absolute_on_an_index(hook: ModuleType) -> None:
+def test_relative_links_of_the_readme_exist_and_are_absolute_on_an_index(hook: ModuleType) -> None:
     relative = r"(?:\]\(|src=\"|srcset=\"|href=\")((?!https?:|#)[^)\s\"#]+)"
     links = re.findall(relative, without_code(README))
     assert links
@@ -71,13 +71,13 @@ def files() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("setting", ["repository", "documentation"])
-def test_address_is_written_once(setting: str) -> None:
+def test_address_is_defined_once(setting: str) -> None:
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (address,) = re.findall(rf'^{setting} = "https://(.+)"$', settings, re.MULTILINE)
     host_and_name = address.partition("/en/")[0].encode()
     assert [path.name for path in files() for _ in range(path.read_bytes().count(host_and_name))] == ["pyproject.toml"]
 
 
-def test_version_is_the_one_of_the_package() -> None:
+def test_version_is_that_of_the_package() -> None:
     assert metadata("rotoopt")["Version"] == rotoopt.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|rc\d+)?", rotoopt.__version__)

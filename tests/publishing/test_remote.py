@@ -1,4 +1,4 @@
-"""The check of the built documentation finds what pages load from elsewhere, and nothing else."""
+"""The check of the built documentation finds resources of other hosts, and nothing else."""
 
 from __future__ import annotations
 

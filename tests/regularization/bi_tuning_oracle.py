@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 
 class Key(NamedTuple):
-    """Features h, not rotated, and projection z of a sample, both as they are: of any length."""
+    """Features h, not rotated, and projection z of a sample, neither normalized."""
 
     h: Tensor
     z: Tensor
 
 
 class Outputs(NamedTuple):
-    """What Bi-Tuning returns, with log-probabilities of -inf for empty slots."""
+    """The outputs of Bi-Tuning, with log-probabilities of -inf for empty slots."""
 
     y: Tensor
     logits_z: Tensor
@@ -30,7 +30,7 @@ Ring = list[Key | None]
 
 
 def enqueue(rings: list[Ring], pointers: list[int], keys: list[Key], labels: list[int]) -> None:
-    """Put one key after the other into the ring of its class."""
+    """Put each key into the ring buffer of its class."""
     for key, label in zip(keys, labels, strict=True):
         rings[label][pointers[label]] = key
         pointers[label] = (pointers[label] + 1) % len(rings[label])
@@ -45,7 +45,7 @@ def with_one(h: Tensor) -> Tensor:
 
 
 class BiTuningOracle:
-    """Holds a key encoder and queues of its own; the query encoder is the one that is trained.
+    """Has its own key encoder and queues; the query encoder is the trained one.
 
     Args:
         encoder_q: Has ``backbone``, ``head`` and ``projector``.
@@ -61,13 +61,13 @@ class BiTuningOracle:
         self.pointers = [0] * encoder_q.num_classes
 
     def __call__(self, x_q: Tensor, x_k: Tensor, labels: Tensor, rotations: Tensor | None = None) -> Outputs:
-        """Return the outputs for one batch, and go on.
+        """Return the outputs for one batch, and update the state.
 
         Args:
             x_q: Query views.
             x_k: Key views.
             labels: Classes.
-            rotations: Those in front of classifier and projector. Shape ``(2, d, d)``.
+            rotations: Rotations in front of classifier and projector. Shape ``(2, d, d)``.
         """
         q = self.encoder_q
         R_head, R_projector = torch.eye(q.features_dim).expand(2, -1, -1).to(x_q) if rotations is None else rotations

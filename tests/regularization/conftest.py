@@ -1,4 +1,4 @@
-"""The pair of processes of the distributed tests, for these tests as well."""
+"""The fixture ``ranks`` of the distributed tests."""
 
 from tests.distributed.conftest import ranks
 

@@ -1,4 +1,4 @@
-"""Small networks, ways to copy them, and a training loop, for what trains heads of its own."""
+"""Small networks, ways to copy them, and a training loop, for regularizers with their own heads."""
 
 import copy
 import io
@@ -23,7 +23,7 @@ class Backbone(nn.Sequential):
 
 
 class Elsewhere(nn.Module):
-    """Notes on which devices its inputs are, and returns source logits on the CPU, where numbers can be read."""
+    """Records the devices of its inputs, and returns source logits on the CPU, where numbers can be read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def train(
     """Return the losses of every step, by task.
 
     Args:
-        optimizer: Trains.
+        optimizer: The optimizer.
         losses_of: Returns losses and representation of a batch.
         steps: Number of batches.
     """

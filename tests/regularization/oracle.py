@@ -42,7 +42,7 @@ def bss(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def attention_by_ablation(
     model: nn.Module, layer: str, loss_fn: Callable[[Tensor, Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """Channel attention of a linear or convolutional layer: one forward pass per channel, without its weights."""
+    """Channel attention of a linear or convolutional layer: one forward pass per channel, with its weights zeroed."""
     rises: list[list[float]] = []
     for x, y in batches:
         whole = loss_fn(model(x), y).item()

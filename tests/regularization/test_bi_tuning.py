@@ -42,9 +42,7 @@ from tests.samplers import SEEDS
     T=st.sampled_from([0.07, 1.0]),
     sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4),
 )
-def test_outputs_gradients_and_queues_are_those_of_loops(
-    seed: int, K: int, m: float, T: float, sizes: list[int]
-) -> None:
+def test_outputs_gradients_and_queues_equal_loops(seed: int, K: int, m: float, T: float, sizes: list[int]) -> None:
     bi_tuning = make(seed, K=K, m=m, T=T)
     expected = BiTuningOracle(bi_tuning.encoder_q, K, m, T)
     params = list(bi_tuning.encoder_q.parameters())
@@ -76,7 +74,7 @@ def test_probabilities_and_targets_sum_to_one(seed: int) -> None:
         assert (labels_c[:, 5:] == 0).all()  # negatives
 
 
-def test_contrast_is_cross_entropy_less_the_entropy_of_the_targets() -> None:
+def test_contrast_is_cross_entropy_minus_the_entropy_of_the_targets() -> None:
     """With full queues: KL = CE - log(K + 1)."""
     bi_tuning = make()
     fill(bi_tuning)
@@ -88,7 +86,7 @@ def test_contrast_is_cross_entropy_less_the_entropy_of_the_targets() -> None:
 
 
 def test_first_step_has_no_contrast() -> None:
-    """There is no key yet to compare with; random vectors would pass for positives."""
+    """There are no keys yet; random vectors would be used as positives."""
     bi_tuning = make()
     x_q, x_k, labels = batch(0)
     _, logits_z, logits_y, labels_c = bi_tuning(x_q, x_k, labels)
@@ -101,7 +99,7 @@ def test_first_step_has_no_contrast() -> None:
 
 @given(seed=SEEDS)
 def test_order_of_the_batch_does_not_matter(seed: int) -> None:
-    """While no ring overflows."""
+    """As long as no ring buffer overflows."""
     bi_tuning = make(seed, K=20)
     bi_tuning(*batch(seed))
     other = copy.deepcopy(bi_tuning)
@@ -145,7 +143,7 @@ def test_gradcheck() -> None:
 
 
 def test_who_gets_gradients() -> None:
-    """The projector's term trains backbone and projector, the classifier's the backbone, and neither the keys."""
+    """The projector's term trains backbone and projector, the classifier's the backbone; none trains the keys."""
     bi_tuning = make()
     fill(bi_tuning)
     x_q, x_k, labels = batch(9)
@@ -187,12 +185,12 @@ def test_buffers_of_the_key_encoder_follow() -> None:
     query, key = (Classifier(each, C, P) for each in backbones)
     bi_tuning = BiTuning(query, key, C)
     assert_same(state(key), state(query))
-    key.eval()  # so that nothing but the update changes the buffers
+    key.eval()  # so that only the update changes the buffers
     bi_tuning(*batch(0, dtype=torch.float32))
     assert_same(dict(key.named_buffers()), dict(query.named_buffers()))
 
 
-def test_encoder_returns_what_it_says() -> None:
+def test_encoder_returns_the_documented_outputs() -> None:
     model, (x, _, _) = encoder(), batch(0)
     h = model.backbone(x)
     y, z, hn = model(x)
@@ -206,7 +204,7 @@ def test_encoder_returns_what_it_says() -> None:
 
 
 @given(seed=SEEDS)
-def test_encoder_pools_what_the_backbone_returns(seed: int) -> None:
+def test_encoder_pools_the_output_of_the_backbone(seed: int) -> None:
     torch.manual_seed(seed)
     pool = nn.Linear(FEATURES, FEATURES)
     model, x = Classifier(Backbone(), C, P, pool_layer=pool), torch.randn(7, INPUTS)
@@ -225,7 +223,7 @@ def test_parameter_groups(finetune: bool) -> None:
         assert rates[id(param)] == pytest.approx(0.05 if finetune and not name.startswith("head") else 0.5)
 
 
-def test_defaults_are_tllibs() -> None:
+def test_defaults_are_those_of_tllib() -> None:
     model = Classifier(Backbone(), C)
     assert model.projector.out_features == model.projection_dim == 128
     assert [group["lr"] for group in model.get_parameters()] == [0.1, 1.0, 0.1]
@@ -233,7 +231,7 @@ def test_defaults_are_tllibs() -> None:
     assert (bi_tuning.K, bi_tuning.m, bi_tuning.T) == (40, 0.999, 0.07)
 
 
-def test_signatures_are_tllibs_and_one_more() -> None:
+def test_signatures_are_those_of_tllib_plus_one_argument() -> None:
     names = ["encoder_q", "encoder_k", "num_classes", "K", "m", "T", "process_group"]
     assert list(inspect.signature(BiTuning).parameters) == names
     names = ["backbone", "num_classes", "projection_dim", "finetune", "pool_layer"]

@@ -1,4 +1,4 @@
-"""What Bi-Tuning refuses, with which words, and what it takes."""
+"""Arguments that Bi-Tuning rejects, with its errors, and unusual ones that it accepts."""
 
 from __future__ import annotations
 

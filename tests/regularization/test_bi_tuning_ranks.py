@@ -1,4 +1,4 @@
-"""Bi-Tuning on two processes is Bi-Tuning on one with the joined batch, and both have the same queues."""
+"""Bi-Tuning on two processes equals Bi-Tuning on one with the joined batch, and both have the same queues."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZE, STEPS = 6, 5
 
 
 def train(rank: int | None, wrapped: bool = False) -> tuple[dict[str, Tensor], Tensor]:
-    """Train on the part of a rank, or with None on all of the batch; return the state, and the rotations."""
+    """Train on the part of a rank, or on the whole batch if None; return the state and the rotations."""
     bi_tuning = make(K=3)
     model: Any = bi_tuning
     if wrapped and rank is not None:
@@ -46,14 +46,14 @@ def train(rank: int | None, wrapped: bool = False) -> tuple[dict[str, Tensor], T
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_two_processes_are_one(ranks: Ranks, wrapped: bool) -> None:
-    """With DistributedDataParallel around the module, or with gradients that the user averages."""
+    """With DistributedDataParallel around the module, or with gradients averaged by the user."""
     first, second = ranks.run(train, wrapped)
     assert_same(first, second)
     assert_close(first, train(None), rtol=1e-9, atol=1e-9)
 
 
 def start_differently(rank: int) -> dict[str, Tensor]:
-    """Each process has other random numbers and other samples; only the weights are the same."""
+    """The processes have different random numbers and samples; only the weights are the same."""
     bi_tuning = make()
     torch.manual_seed(rank)
     for step in range(3):
@@ -101,6 +101,6 @@ def copy_it(rank: int) -> dict[str, Tensor]:
     return state(bi_tuning)
 
 
-def test_copies_share_their_keys_too(ranks: Ranks) -> None:
+def test_copies_also_exchange_their_keys(ranks: Ranks) -> None:
     first, second = ranks.run(copy_it)
     assert_same(first["queue_h"], second["queue_h"])

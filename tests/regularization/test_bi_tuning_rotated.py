@@ -1,4 +1,4 @@
-"""Bi-Tuning behind rotations: its keys stay valid while they turn."""
+"""Bi-Tuning behind rotations: its keys stay valid when the rotations are updated."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def padded(matrices: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("seed", range(3))
-def test_keys_stay_valid_while_rotations_turn(options: str, seed: int) -> None:
-    """What was queued under other rotations is compared as if it had just been rotated by those of now."""
+def test_keys_stay_valid_when_rotations_are_updated(options: str, seed: int) -> None:
+    """Keys queued under earlier rotations are compared as if they had been rotated by the current ones."""
     bi_tuning = make(seed)
     optimizer = wrap(bi_tuning, rotation_lr=0.1, turn_every=1, **OPTIONS[options])
     expected = BiTuningOracle(bi_tuning.encoder_q, bi_tuning.K, bi_tuning.m, bi_tuning.T)
@@ -69,7 +69,7 @@ def test_keys_stay_valid_while_rotations_turn(options: str, seed: int) -> None:
 
 
 def test_task_gradients_are_those_of_the_whole_losses() -> None:
-    """The classifier's contrast is a part of its task, and passes through its rotation like the cross-entropy."""
+    """The contrast of the classifier is a part of its task, and uses its rotation like the cross-entropy."""
     bi_tuning = make()
     optimizer = wrap(bi_tuning, init="haar")
     fill(bi_tuning)
@@ -149,7 +149,7 @@ def test_resumed_run_is_the_uninterrupted_one() -> None:
     assert_same(state(resumed), state(whole))
 
 
-def test_copy_of_both_goes_on_as_the_original() -> None:
+def test_copy_of_both_continues_like_the_original() -> None:
     bi_tuning = make()
     optimizer = wrap(bi_tuning, init="haar", rotation_size=FEATURES)
     copied, other = copy.deepcopy((bi_tuning, optimizer))

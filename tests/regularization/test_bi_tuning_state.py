@@ -36,7 +36,7 @@ def test_state_dict_has_keys_and_shapes_of_tllib() -> None:
 
 
 @pytest.mark.parametrize("way", [*COPIES, "state dict"])
-def test_copy_goes_on_as_the_original(way: str) -> None:
+def test_copy_continues_like_the_original(way: str) -> None:
     bi_tuning = make()
     bi_tuning(*batch(0))
     if way == "state dict":
@@ -54,7 +54,7 @@ def test_copy_goes_on_as_the_original(way: str) -> None:
     assert_same(state(copied), state(bi_tuning))
 
 
-def test_queues_are_made_where_the_encoders_are() -> None:
+def test_queues_are_created_on_the_device_of_the_encoders() -> None:
     bi_tuning = BiTuning(encoder().to("meta"), encoder(1).to("meta"), C)
     assert all(buffer.is_meta for buffer in bi_tuning.buffers())
     assert bi_tuning.queue_z.dtype == bi_tuning.queue_h.dtype == torch.float64
@@ -68,13 +68,13 @@ def test_module_moves_as_a_whole() -> None:
 
 
 def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which does not know this device
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which does not support this device
     bi_tuning = make().to("meta")
     optimizer = RotoGradOptimizer(SGD(bi_tuning.encoder_q.parameters(), lr=0.1), heads=bi_tuning.encoder_q.heads)
     x_q, x_k, labels = (each.to("meta") for each in batch(0, 30))
     for _ in range(2):
         y, logits_z, logits_y, labels_c = bi_tuning(x_q, x_k, labels)
-        # `kl_div` of torch asks for numbers there.
+        # `kl_div` of torch reads numbers there.
         losses = [F.cross_entropy(y, labels) - (logits_y * labels_c).sum(), -(logits_z * labels_c).sum()]
         optimizer.zero_grad()
         optimizer.step(losses)
@@ -89,14 +89,14 @@ def test_compiles_without_graph_breaks() -> None:
 
 
 @pytest.mark.parametrize("T", [1e-4, 0.07, 1e4])
-def test_empty_slots_count_for_nothing_at_any_temperature(T: float) -> None:
+def test_empty_slots_do_not_count_at_any_temperature(T: float) -> None:
     bi_tuning = make(T=T, m=1.0, dtype=torch.float32)
     with torch.no_grad():
         for param in bi_tuning.encoder_k.projector.parameters():
             param.neg_()
     x_q, _, labels = batch(0, 4, dtype=torch.float32)
     for logits in bi_tuning(x_q, x_q, labels)[1:3]:
-        assert_same(logits[:, 0], torch.zeros(4))  # alone, and so certain, also with a cosine of -1
+        assert_same(logits[:, 0], torch.zeros(4))  # the only one, so its probability is one, also with a cosine of -1
     outputs = bi_tuning(*batch(1, 4, dtype=torch.float32))
     for logits in outputs[1:3]:
         assert_close(logits.exp().sum(dim=1), torch.ones(4))
@@ -120,7 +120,7 @@ def test_key_that_is_not_finite_leaves_its_slot_empty() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_modules_of_half_precision(dtype: torch.dtype) -> None:
-    """Up to the rounding of features, logits are those of float32 with the same weights and keys."""
+    """Up to the rounding of features, logits equal those of float32 with the same weights and keys."""
     bi_tuning, reference = make(dtype=dtype, T=1.0), make(dtype=torch.float32, T=1.0)
     for step in range(3):
         reference.load_state_dict(bi_tuning.state_dict())
@@ -136,7 +136,7 @@ def test_modules_of_half_precision(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_does_not_reach_the_logits(dtype: torch.dtype) -> None:
+def test_autocast_does_not_affect_the_logits(dtype: torch.dtype) -> None:
     bi_tuning = make(dtype=torch.float32)
     fill(bi_tuning)
     queue = bi_tuning.queue_z.clone()

@@ -1,4 +1,4 @@
-"""Batch spectral shrinkage: the singular values of a float64 decomposition, whatever the features look like."""
+"""Batch spectral shrinkage equals a float64 decomposition for any features."""
 
 import copy
 import itertools
@@ -43,7 +43,7 @@ def conditioned(b: int, d: int, log_condition: float, seed: int) -> Tensor:
 
 
 @given(b=ROWS, d=COLUMNS, data=st.data(), seed=SEEDS, dtype=DTYPES, scale=st.floats(-6, 6))
-def test_value_and_gradient_are_the_oracles(
+def test_value_and_gradient_equal_the_oracle(
     b: int, d: int, data: st.DataObject, seed: int, dtype: torch.dtype, scale: float
 ) -> None:
     features = Sampler(seed, dtype).normal(b, d) * 10**scale
@@ -52,8 +52,9 @@ def test_value_and_gradient_are_the_oracles(
     assert value.dtype == grad.dtype == dtype
     expected_value, expected_grad = oracle.bss(features, k)
     sigma = torch.linalg.svdvals(features.double())
-    # Rounding turns the vectors by eps / gap, and that moves the gradient; the value, which is least there, moves by
-    # the square of the angle, and by the rounding of sigma itself, eps times the largest one, in the oracle as well.
+    # Rounding turns the singular vectors by eps / gap, which changes the gradient. The value has its minimum there, so
+    # it changes by the square of the angle, and by the error of sigma itself, eps times the largest one, which the
+    # oracle has as well.
     gap = float(sigma[-k - 1] ** 2 - sigma[-k] ** 2) / float(sigma[0] ** 2) if k < len(sigma) else 1.0
     exact, largest = torch.finfo(torch.float64).eps, float(sigma[0])
     angle = 100 * exact / max(gap, exact)
@@ -63,7 +64,7 @@ def test_value_and_gradient_are_the_oracles(
     assert_close(grad, expected_grad.to(dtype), rtol=4 * torch.finfo(dtype).eps, atol=grad_atol)
 
 
-# Features as they are in practice, and worse. The numbers: how far the gradient of the original is off, in float32.
+# Features as in practice, and worse. The numbers are the errors of the gradient of the original in float32.
 HARD = {
     "gaussian": torch.randn(48, 512, generator=torch.Generator().manual_seed(0)),  # 5e-6
     "relu": (torch.randn(48, 512, generator=torch.Generator().manual_seed(0)) + 3).relu(),  # 8e-5
@@ -76,8 +77,8 @@ HARD = {
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("name", HARD)
-def test_ill_conditioned_features_lose_nothing_to_rounding(name: str, k: int) -> None:
-    """Measured: value 4e-8, gradient 3e-7; a Gram matrix in float32 has no digit right in the lower half."""
+def test_ill_conditioned_features_are_accurate(name: str, k: int) -> None:
+    """Measured: value 4e-8, gradient 3e-7; with a Gram matrix in float32, the smaller half has no correct digit."""
     value, grad = measure(HARD[name], k)
     expected_value, expected_grad = oracle.bss(HARD[name], k)
     assert relative_error(value, expected_value) < 1e-6
@@ -126,7 +127,7 @@ def test_permuted_samples_and_features_have_the_same_penalty(b: int, d: int, dat
 
 @given(b=ROWS, d=COLUMNS, data=st.data(), seed=SEEDS, power=st.integers(-60, 60))
 def test_penalty_is_homogeneous_of_degree_two(b: int, d: int, data: st.DataObject, seed: int, power: int) -> None:
-    """Exactly, where the scale is a power of two."""
+    """Exactly, if the scale is a power of two."""
     features, k = Sampler(seed).normal(b, d), data.draw(st.integers(1, min(b, d)))
     value, grad = measure(features, k)
     scaled_value, scaled_grad = measure(features * 2.0**power, k)
@@ -135,7 +136,7 @@ def test_penalty_is_homogeneous_of_degree_two(b: int, d: int, data: st.DataObjec
 
 
 @given(b=ROWS, d=COLUMNS, seed=SEEDS)
-def test_all_singular_values_make_the_squared_norm(b: int, d: int, seed: int) -> None:
+def test_penalty_on_all_singular_values_is_the_squared_norm(b: int, d: int, seed: int) -> None:
     features = Sampler(seed).normal(b, d)
     value, grad = measure(features, min(b, d))
     assert_close(value, features.square().sum(), rtol=1e-13, atol=0.0)
@@ -169,7 +170,7 @@ def test_degenerate_features_have_a_finite_gradient(name: str) -> None:
     expected, _ = oracle.bss(features, 1)
     assert_close(value.double(), expected, rtol=1e-6, atol=1e-12 * float(features.abs().max()) ** 2)
     assert grad.isfinite().all()
-    # Any unit vector of an eigenspace does: the gradient is 2 sigma u v' for one of them.
+    # Any unit vector of an eigenspace is valid: the gradient is 2 sigma u v' for one of them.
     assert float(grad.norm()) == pytest.approx(2 * float(expected.sqrt()), rel=1e-5, abs=1e-5 * float(features.norm()))
 
 
@@ -193,7 +194,7 @@ def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_features_that_are_not_finite_have_a_penalty_that_is_not(bad: float) -> None:
+def test_penalty_of_non_finite_features_is_not_finite(bad: float) -> None:
     features = torch.randn(4, 6)
     features[1, 2] = bad
     value, grad = measure(features, 1)
@@ -201,7 +202,7 @@ def test_features_that_are_not_finite_have_a_penalty_that_is_not(bad: float) -> 
     assert not grad.isfinite().all()
 
 
-def test_nothing_is_copied_to_the_host_but_by_the_decomposition() -> None:
+def test_only_the_decomposition_copies_to_the_host() -> None:
     features = torch.randn(4, 6, device="meta", requires_grad=True)
     BatchSpectralShrinkage(2)(features).backward()
     assert features.grad is not None
@@ -222,7 +223,7 @@ class Doubles(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def test_features_on_a_device_without_float64_are_decomposed_on_the_cpu() -> None:
-    """With a tensor that pretends to be there."""
+    """With a tensor subclass that reports such a device."""
     with FakeTensorMode(), Doubles() as doubles:
         value = BatchSpectralShrinkage(2)(torch.ones(4, 6, device="mps"))
     assert (value.device.type, value.dtype) == ("mps", torch.float32)
@@ -253,7 +254,7 @@ def test_number_of_singular_values_is_positive(k: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (5, 2), (0, 5)])
-def test_number_of_singular_values_is_at_most_what_there_are(shape: tuple[int, int]) -> None:
+def test_number_of_singular_values_is_at_most_the_rank(shape: tuple[int, int]) -> None:
     found = f"got {min(shape)} for shape {shape}"
     with pytest.raises(ValueError, match=re.escape(f"`feature` must have at least k=3 singular values, {found}")):
         BatchSpectralShrinkage(3)(torch.randn(shape))
@@ -272,7 +273,7 @@ def test_features_are_real_floating_point_numbers(dtype: torch.dtype) -> None:
 
 
 def test_as_backbone_loss_it_adds_its_gradient_at_the_representation() -> None:
-    """Whatever the rotations are, since the penalty does not depend on them."""
+    """For any rotations, since the penalty does not depend on them."""
     found = []
     for weight in (0.0, 1e-1):
         torch.manual_seed(0)

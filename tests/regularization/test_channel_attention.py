@@ -1,4 +1,4 @@
-"""Channel attention: equal to one forward pass per channel, in far fewer, on a model that is left as it was."""
+"""Channel attention equals one forward pass per channel, with far fewer, and does not change the model."""
 
 import copy
 from collections.abc import Callable
@@ -25,7 +25,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Network(nn.Module):
-    """Two convolutions with normalization, dropout and a connection around the second one, and a head."""
+    """Two convolutions with normalization, dropout and a skip connection around the second one, and a head."""
 
     def __init__(self, *, inplace: bool = False) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Network(nn.Module):
 def network(seed: int = 0, *, inplace: bool = False) -> Network:
     torch.manual_seed(seed)
     model = Network(inplace=inplace).double()
-    model(torch.randn(16, 2, 6, 6, dtype=torch.float64))  # statistics to normalize by
+    model(torch.randn(16, 2, 6, 6, dtype=torch.float64))  # statistics for the normalization
     return model
 
 
@@ -119,7 +119,7 @@ class PermutedTail(nn.Module):
 
 
 @pytest.mark.parametrize("layer", ["1", "0"])
-def test_first_order_is_exact_where_the_loss_is_linear(layer: str) -> None:
+def test_first_order_is_exact_if_the_loss_is_linear(layer: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 4), nn.Linear(4, 2)).double()
     batches = [(torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)) for _ in range(3)]
@@ -157,7 +157,7 @@ def count_passes(**options: Any) -> int:
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 100])
 def test_number_of_passes(chunk_size: int) -> None:
-    """One to learn the number of channels, and for every layer and batch one per chunk of them."""
+    """One to determine the number of channels, and for every layer and batch one per chunk of channels."""
     assert count_passes(chunk_size=chunk_size) == 1 + 3 * 2 * -(-5 // chunk_size)
 
 
@@ -165,7 +165,7 @@ def test_number_of_passes_of_first_order() -> None:
     assert count_passes(method="first_order") == 1 + 3
 
 
-def test_what_comes_before_the_layer_runs_on_one_batch() -> None:
+def test_modules_before_the_layer_run_on_one_batch() -> None:
     """Under vmap, only what depends on the channel is computed for every channel."""
     model, sizes = network(), []
     model.first.register_forward_hook(lambda module, args, out: sizes.append(torch._C._functorch.is_batchedtensor(out)))
@@ -180,7 +180,7 @@ def fail(output: Tensor, target: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("method", ["ablation", "first_order"])
 @pytest.mark.parametrize("loss_fn", [F.cross_entropy, fail])
-def test_model_is_left_as_it_was(loss_fn: Callable[[Tensor, Tensor], Tensor], method: Any) -> None:
+def test_model_does_not_change(loss_fn: Callable[[Tensor, Tensor], Tensor], method: Any) -> None:
     model = network()
     model.norm.eval()
     model.second.requires_grad_(False)
@@ -214,7 +214,7 @@ def test_frozen_model_and_no_grad_change_nothing(method: Any, grad: bool) -> Non
 
 @pytest.mark.parametrize("method", ["ablation", "first_order"])
 @pytest.mark.parametrize("loss_fn", ["without the model", "without the layer"])
-def test_channels_that_make_no_difference_weigh_the_same(loss_fn: str, method: Any) -> None:
+def test_channels_without_effect_have_equal_weights(loss_fn: str, method: Any) -> None:
     model = network().float()
     nn.init.zeros_(model.head.weight)
     batches = [(x.float(), y) for x, y in draw_batches(3)]
@@ -229,7 +229,7 @@ def test_channels_that_make_no_difference_weigh_the_same(loss_fn: str, method: A
 @pytest.mark.parametrize("method", ["ablation", "first_order"])
 @given(seed=SEEDS, power=st.integers(-80, 80))
 def test_scale_of_the_loss_does_not_matter(method: Any, seed: int, power: int) -> None:
-    """Exactly, where it is a power of two, and also where the squares of the losses leave the range of float32."""
+    """Exactly, if it is a power of two, and also if the squares of the losses overflow in float32."""
     model = network(seed).float()
     batches = [(x.float(), y) for x, y in draw_batches()]
 
@@ -255,8 +255,8 @@ def test_models_of_half_precision(method: Any, dtype: torch.dtype) -> None:
     assert_close(attention, exact, rtol=0.0, atol=eps(dtype))  # a fifth to a third of it
 
 
-def test_small_differences_count() -> None:
-    """They are a thousandth of the loss here, and rounding in float32 is ten thousand times less."""
+def test_small_differences_are_not_lost() -> None:
+    """Here they are a thousandth of the loss, and rounding errors in float32 are ten thousand times smaller."""
     model, batches = network(), draw_batches(3)
     with torch.no_grad():
         model.head.weight.mul_(1e-2)
@@ -297,7 +297,7 @@ def compiled_in_part(model: Network) -> nn.Module:
 @pytest.mark.parametrize("wrapper", [nn.DataParallel, compiled, compiled_in_place, compiled_in_part])
 @pytest.mark.parametrize("method", ["ablation", "first_order"])
 def test_wrapped_models(method: Any, wrapper: Callable[[nn.Module], Any]) -> None:
-    """Those that are compiled ran before: their code has no place for masks."""
+    """Compiled models ran before: their code cannot apply masks."""
     torch.compiler.reset()
     model, batches = network(), draw_batches()
     expected = channel_attention(model, LAYERS, F.cross_entropy, batches, method=method)
@@ -321,7 +321,7 @@ def test_tokens_have_their_channels_last(method: Any) -> None:
 
 
 def test_model_with_rotations() -> None:
-    """They are part of what the model computes."""
+    """Rotations are part of the model."""
     model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)).double()
     head = nn.Linear(6, 1).double()
     optimizer = RotoGradOptimizer(
@@ -400,12 +400,12 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_measured_is_refused(name: str) -> None:
+def test_models_that_cannot_be_measured_are_rejected(name: str) -> None:
     error, message, call = BAD[name]
     with pytest.raises(error, match=message):
         call()
 
 
-def test_first_order_needs_nothing_of_the_model() -> None:
+def test_first_order_has_no_requirements_on_the_model() -> None:
     attention = channel_attention(network(inplace=True), LAYERS, F.cross_entropy, draw_batches(), method="first_order")
     assert all(weights.isfinite().all() for weights in attention.values())

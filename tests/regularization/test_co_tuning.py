@@ -58,7 +58,7 @@ def test_loss_is_its_formula_and_torchs_cross_entropy(seed: int, scale: float) -
 
 
 @given(seed=SEEDS)
-def test_loss_does_not_see_order(seed: int) -> None:
+def test_loss_does_not_depend_on_the_order(seed: int) -> None:
     logits, target = logits_and_labels(seed)
     generator = torch.Generator().manual_seed(seed)
     rows, columns = torch.randperm(4, generator=generator), torch.randperm(5, generator=generator)
@@ -158,7 +158,7 @@ def test_relationship_is_the_mean_prediction_of_each_class(seed: int, size: int,
 
 @given(seed=SEEDS, num_classes=st.integers(1, 4), of_each=st.integers(1, 3), known=st.booleans())
 def test_relationship_has_a_row_for_every_class(seed: int, num_classes: int, of_each: int, known: bool) -> None:
-    """Also where a batch is empty."""
+    """Also if a batch is empty."""
     torch.manual_seed(seed)
     labels = torch.arange(num_classes).repeat(of_each)
     whole = torch.randn(len(labels), INPUTS), labels
@@ -168,7 +168,7 @@ def test_relationship_has_a_row_for_every_class(seed: int, num_classes: int, of_
     assert_close(relationship.relationship.double(), oracle([whole], source_model()), rtol=0.0, atol=1e-7)
 
 
-def test_model_runs_on_the_device_and_the_relationship_is_there(tmp_path: Path) -> None:
+def test_model_and_relationship_are_on_the_device(tmp_path: Path) -> None:
     model, cache = Elsewhere(), tmp_path / "cache"
     assert Relationship([data()], model, "meta").relationship.is_meta
     Relationship([data()], model, "cpu", cache)
@@ -176,7 +176,7 @@ def test_model_runs_on_the_device_and_the_relationship_is_there(tmp_path: Path) 
     assert model.devices == ["meta", "cpu", "meta"]
 
 
-def test_signature_is_tllibs_and_one_more() -> None:
+def test_signature_is_that_of_tllib_plus_one_argument() -> None:
     parameters = inspect.signature(Relationship).parameters
     assert list(parameters) == ["data_loader", "classifier", "device", "cache", "num_classes"]
 
@@ -200,7 +200,7 @@ def test_label_out_of_range_is_an_error_at_look_up(category: Any) -> None:
 
 
 @pytest.mark.parametrize("category", [torch.tensor([0.5]), torch.tensor([True, False])])
-def test_what_is_no_label_is_an_error_at_look_up(category: Tensor) -> None:
+def test_invalid_labels_are_an_error_at_look_up(category: Tensor) -> None:
     with pytest.raises(ValueError, match="`labels` must be one class number per sample"):
         Relationship([data()], source_model(), "cpu")[category]
 
@@ -241,7 +241,7 @@ def test_classifier_answers_with_its_source_head(make: Callable[..., lwf.Classif
         Relationship([data()], nn.Sequential(classifier), "cpu")
 
 
-def test_every_part_has_its_mode_back() -> None:
+def test_modes_of_all_parts_are_restored() -> None:
     model = source_model().train()
     model[0].eval()  # type: ignore[index]
     Relationship([data()], model, "cpu")
@@ -315,9 +315,7 @@ def test_cache_without_a_matrix_is_an_error(tmp_path: Path) -> None:
     ("batches", "message"),
     [([], "`data_loader` must have a batch"), ([(X, torch.tensor([0, -1, 1]))], "`labels` must not be negative")],
 )
-def test_data_that_is_not_looked_at_because_of_a_cache_is_checked(
-    batches: Batches, message: str, tmp_path: Path
-) -> None:
+def test_data_is_checked_even_if_a_cache_is_used(batches: Batches, message: str, tmp_path: Path) -> None:
     Relationship([data()], source_model(), "cpu", tmp_path / "cache")
     with pytest.raises(ValueError, match=message):
         Relationship(batches, source_model(), "cpu", tmp_path / "cache")
@@ -330,7 +328,7 @@ def test_cache_runs_no_code(tmp_path: Path) -> None:
         Relationship([data()], source_model(), "cpu", tmp_path / "cache")
 
 
-def test_nothing_is_cached_where_there_is_an_error(tmp_path: Path) -> None:
+def test_nothing_is_cached_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must have a sample"):
         Relationship([data()], source_model(), "cpu", tmp_path / "relationship", num_classes=4)
     assert not list(tmp_path.iterdir())

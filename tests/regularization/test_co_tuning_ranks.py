@@ -1,4 +1,4 @@
-"""Relationship on two processes, each with its part of the data: the one of all data, on both."""
+"""Relationship on two processes, each with a part of the data: both get that of all data."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def relate_too_many(rank: int) -> str:
 
 
 def relate_twice(rank: int, folder: Path) -> list[Tensor]:
-    """The cache is there on rank 0 alone, then on both."""
+    """The cache exists on rank 0 only, then on both."""
     cache = folder / str(rank)
     if rank == 0:
         torch.save({"relationship": torch.zeros(3, 5)}, cache)
     return [relate(rank, cache), Relationship([data(1)], source_model(), "cpu", cache).relationship]
 
 
-def test_cache_is_used_where_all_have_it(ranks: Ranks, tmp_path: Path) -> None:
+def test_cache_is_used_if_all_ranks_have_it(ranks: Ranks, tmp_path: Path) -> None:
     expected = Relationship([data()], source_model(), "cpu").relationship
     for found in ranks.run(relate_twice, tmp_path):
         for each in found:

@@ -1,4 +1,4 @@
-"""The distances at work: with RotoGradOptimizer, on other devices, in copies, compiled, and on two ranks."""
+"""The penalties in use: with RotoGradOptimizer, on other devices, in copies, compiled, and on two ranks."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Training:
         self.model = nn.ModuleList([self.target, self.heads])
 
     def forward(self, batch: int, run: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return the inputs of one batch, their representation, and losses that never come near zero."""
+        """Return the inputs of one batch, their representation, and losses that stay away from zero."""
         x, noise = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(batch))
         rep = (run or self.target)(x)
         targets = [x[:, :1] + 1 + noise[:, :1], x[:, 1:] + noise[:, 1:]]
@@ -101,7 +101,7 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_first_step_is_that_without_penalty(penalty: str, options: str) -> None:
-    """The penalty is zero there. Divided by its first value, it would be NaN."""
+    """The penalty is zero there; divided by its first value, it would be NaN."""
     regularized, plain = (Training(each, **OPTIONS[options]()) for each in (penalty, None))
     assert regularized.step(0) == 0.0
     plain.step(0)
@@ -144,7 +144,7 @@ def test_penalty_keeps_the_target_near_the_source(penalty: str, options: str) ->
 
 
 def test_representation_may_come_from_the_getter() -> None:
-    """Its own feature map, too: what a penalty on it contributes is added to the gradients of the tasks."""
+    """Also as a feature map: the gradient of a penalty on it is added to those of the tasks."""
     found = []
     for once in (True, False):
         training, maps = Training(None), dict[str, Tensor]()
@@ -166,7 +166,7 @@ def test_representation_may_come_from_the_getter() -> None:
 
 
 def test_penalty_under_autocast_and_grad_scaler() -> None:
-    """The squares are not rounded to half precision, and carry the scale of the losses."""
+    """Squares are not rounded to half precision, and are scaled like the losses."""
     found = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
         training = Training("L2-SP")
@@ -231,7 +231,7 @@ def every_penalty(device: str = "cpu") -> Iterator[tuple[nn.Module, list[Any]]]:
 
 @pytest.mark.parametrize("number", range(4))
 def test_no_penalty_waits_for_the_device(number: int) -> None:
-    """On this device tensors have no values: what would copy one to the host raises."""
+    """On this device tensors have no values, so copies to the host raise an error."""
     penalty, maps = list(every_penalty("meta"))[number]
     value = penalty(*maps)
     assert value.device.type == "meta"
@@ -279,7 +279,7 @@ def test_two_ranks_do_what_one_process_does(ranks: Ranks, penalty: str) -> None:
 
 
 def shard_on_rank(rank: int) -> list[Tensor]:
-    """Return the gradients of a sharded model, half of whose batch is on this rank."""
+    """Return the gradients of a sharded model; half of the batch is on this rank."""
     start, target, mesh = backbone(0), backbone(1), init_device_mesh("cpu", (2,))
     fully_shard(start, mesh=mesh)
     fully_shard(target, mesh=mesh)

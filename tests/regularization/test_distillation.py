@@ -65,7 +65,7 @@ def test_both_forms_have_the_gradient_of_the_closed_form(seed: int, T: float) ->
 
 
 @given(seed=SEEDS, shift=st.floats(-50, 50), scale=st.floats(0, 5))
-def test_distillation_does_not_see_order_or_shifts(seed: int, shift: float, scale: float) -> None:
+def test_distillation_does_not_depend_on_order_or_shifts(seed: int, shift: float, scale: float) -> None:
     student, teacher = logits(seed, scale)
     loss = distillation_loss(student, teacher)
     generator = torch.Generator().manual_seed(seed)

@@ -106,7 +106,7 @@ def test_sequence_of_attentions_is_in_the_order_of_the_source(layout: Any, seed:
 
 @given(layout=LAYOUTS, seed=SEEDS)
 def test_permuted_samples_channels_and_positions(layout: Any, seed: int) -> None:
-    """The same permutation of source, target and attention changes nothing but the order of the sum."""
+    """The same permutation of source, target and attention only changes the order of summation."""
     case = Case(layout, seed)
     penalties = BehavioralRegularization(), case.with_attention()
     expected = [penalty(case.source, case.target) for penalty in penalties]
@@ -172,7 +172,7 @@ def test_source_gets_no_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["behavioral", "attention"])
 def test_half_precision_is_summed_in_float32(kind: str, dtype: torch.dtype) -> None:
-    """300^2 is more than float16 holds."""
+    """300^2 overflows in float16."""
     source, target = {"conv": torch.zeros(2, 4, 8, 8, dtype=dtype)}, {"conv": torch.full((2, 4, 8, 8), 300.0).to(dtype)}
     target["conv"].requires_grad_()
     attention = {"conv": torch.full((4,), 0.25).to(dtype)}
@@ -342,7 +342,7 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_does_not_match_is_refused(name: str) -> None:
+def test_mismatches_are_rejected(name: str) -> None:
     error, message, call = BAD[name]
     with pytest.raises(error, match=message):
         call()

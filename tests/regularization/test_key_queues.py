@@ -1,4 +1,4 @@
-"""Key queues: what a loop over samples would do, and nothing that would make a device wait."""
+"""Key queues equal a loop over samples, without synchronization."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ BATCH_SIZES = st.lists(st.integers(0, 20), min_size=1, max_size=6)
 
 
 @given(seed=SEEDS, C=st.integers(1, 5), K=st.integers(1, 7), sizes=BATCH_SIZES, skewed=st.booleans())
-@example(seed=0, C=3, K=2, sizes=[20, 20], skewed=True)  # each class goes round its ring several times
-def test_queues_are_those_of_a_loop(seed: int, C: int, K: int, sizes: list[int], skewed: bool) -> None:
+@example(seed=0, C=3, K=2, sizes=[20, 20], skewed=True)  # the ring buffer of each class overflows several times
+def test_queues_equal_a_loop(seed: int, C: int, K: int, sizes: list[int], skewed: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     queues, pointers = [torch.zeros(2, C, K), torch.zeros(3, C, K)], torch.zeros(C, dtype=torch.long)
     rings: list[Ring] = [[None] * K for _ in range(C)]
@@ -40,7 +40,7 @@ def test_queues_are_those_of_a_loop(seed: int, C: int, K: int, sizes: list[int],
 
 @given(seed=SEEDS)
 def test_order_within_other_classes_does_not_matter(seed: int) -> None:
-    """Only the order of the samples of one class does."""
+    """Only the order of samples of the same class matters."""
     generator = torch.Generator().manual_seed(seed)
     keys, labels = torch.randn(12, 2, generator=generator), torch.randint(3, (12,), generator=generator)
     grouped = torch.cat([(labels == c).nonzero().flatten() for c in (2, 0, 1)])
@@ -52,7 +52,7 @@ def test_order_within_other_classes_does_not_matter(seed: int) -> None:
 
 
 class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records what is written where, as a GPU would write it: in any order."""
+    """Records the writes to each position; a GPU may perform them in any order."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -65,8 +65,8 @@ class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def test_all_that_is_written_to_one_slot_is_the_same() -> None:
-    """Of several writes to one place, a GPU may let any be the last."""
+def test_all_writes_to_one_slot_are_equal() -> None:
+    """On a GPU, any of several writes to one position may be the last."""
     torch.manual_seed(0)
     with Writes() as writes:
         enqueue_([torch.zeros(2, 3, 4)], torch.zeros(3, dtype=torch.long), [torch.randn(30, 2)], torch.arange(30) % 3)
@@ -92,8 +92,8 @@ def test_queues_keep_their_dtype_and_storage() -> None:
 
 
 @pytest.mark.parametrize("label", [-1, 3])
-def test_label_that_is_no_class_is_an_error(label: int) -> None:
-    """As on a GPU, where the assertion of `gather` is all there is."""
+def test_label_out_of_range_is_an_error(label: int) -> None:
+    """As on a GPU, where only the assertion of `gather` detects it."""
     queue, pointers = torch.zeros(2, 3, 4), torch.zeros(3, dtype=torch.long)
     with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
         enqueue_([queue], pointers, [torch.ones(1, 2)], torch.tensor([label]))

@@ -1,4 +1,4 @@
-"""Intermediate layers: the right outputs under the right names, and a model that is left as it was."""
+"""Intermediate layers: the right outputs with the right names, and an unchanged model."""
 
 import copy
 import pickle
@@ -27,7 +27,7 @@ def nothing_compiled_yet() -> Iterator[None]:
 
 
 class Network(nn.Module):
-    """A stem that is followed by a change in place, a part that runs on request, one that runs twice, and a head."""
+    """A stem followed by an in-place operation, an optional part, one that runs twice, and a head."""
 
     def __init__(self, *, inplace: bool = False) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def test_output_of_the_model_can_be_left_out() -> None:
     assert maps["head"].shape == (5, 2)
 
 
-def test_arguments_are_handed_on() -> None:
+def test_arguments_are_passed_on() -> None:
     maps, _ = IntermediateLayerGetter(network(), ["optional"])(x=torch.randn(5, 3), optional=True)
     assert maps["optional"].shape == (5, 4)
 
@@ -122,7 +122,7 @@ def is_interrupted(getter: IntermediateLayerGetter) -> None:
 @pytest.mark.parametrize(
     ("call", "name"), [(fails, "head"), (skips, "optional"), (repeats, "twice"), (is_interrupted, "head")]
 )
-def test_no_hook_stays_after_an_error(call: Callable[[IntermediateLayerGetter], None], name: str) -> None:
+def test_hooks_are_removed_after_an_error(call: Callable[[IntermediateLayerGetter], None], name: str) -> None:
     model = network()
     getter = IntermediateLayerGetter(model, ["stem", name, "lstm"])
     for _ in range(2):
@@ -130,7 +130,7 @@ def test_no_hook_stays_after_an_error(call: Callable[[IntermediateLayerGetter], 
         assert_no_hooks(model)
 
 
-def test_no_hook_stays_when_a_layer_disappears() -> None:
+def test_hooks_are_removed_when_a_layer_disappears() -> None:
     model = network()
     getter = IntermediateLayerGetter(model, ["stem", "head"])
     del model.head
@@ -146,7 +146,7 @@ def test_layers_that_are_replaced_are_found() -> None:
     assert getter(torch.randn(5, 3))[0]["head"].shape == (5, 9)
 
 
-def test_hooks_of_others_stay_and_run_first() -> None:
+def test_other_hooks_are_kept_and_run_first() -> None:
     model, x = network(), torch.randn(5, 3)
     expected = model(x) + 1
     model.head.register_forward_hook(lambda module, args, output: output + 1)
@@ -156,7 +156,7 @@ def test_hooks_of_others_stay_and_run_first() -> None:
     assert len(model.head._forward_hooks) == 1
 
 
-def test_output_that_was_changed_in_place_is_refused() -> None:
+def test_output_that_was_changed_in_place_is_rejected() -> None:
     with pytest.raises(RuntimeError, match=r"must not be changed in place, got that of stem.0, .* pass clone=True"):
         IntermediateLayerGetter(network(inplace=True), ["stem.0"])(torch.randn(5, 3))
 
@@ -202,7 +202,7 @@ def test_names_are_those_without_data_parallel() -> None:
 
 
 class Compilable(nn.Module):
-    """Convolution, a change in place, and a head: what a compiler takes in one piece."""
+    """Convolution, in-place operation and head: compiles into one graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ def in_part(model: Compilable, backend: Any) -> nn.Module:
 @compiles
 @pytest.mark.parametrize("compiled", [whole, in_place, in_part])
 def test_compiled_model(compiled: Callable[[Compilable, Any], nn.Module]) -> None:
-    """As in training with evaluations between: outputs are right, and each mode is compiled once."""
+    """As in training with evaluations in between: outputs are correct, and each mode is compiled once."""
     model, x = Compilable(), torch.randn(50, 3)
     plain, counter = copy.deepcopy(model), CompileCounterWithBackend("aot_eager")
     wrapped = compiled(model, counter)
@@ -303,7 +303,7 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_wrong_names_are_refused(name: str) -> None:
+def test_wrong_names_are_rejected(name: str) -> None:
     error, message, build = BAD[name]
     with pytest.raises(error, match=message):
         build()

@@ -105,7 +105,7 @@ def pretrained(seed: int) -> tuple[lwf.Classifier, Tensor, Tensor]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_distillation_that_starts_at_zero_does_not_stall_training(seed: int) -> None:
-    """The common norm stays that of a task that trains, through the burn-in; the share falls with its loss only."""
+    """The common norm stays that of a task in training, also in the burn-in; the share only follows the loss."""
     torch.manual_seed(seed)
     classifier, x, labels = pretrained(seed)
     recorded = record_logits([x], classifier, "cpu")

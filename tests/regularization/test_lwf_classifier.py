@@ -20,7 +20,7 @@ from tests.regularization.networks import COPIES, FEATURES, NUM_SOURCE, NUM_TARG
 from tests.samplers import SEEDS
 
 
-def test_signature_is_tllibs() -> None:
+def test_signature_is_that_of_tllib() -> None:
     names = ["backbone", "num_classes", "head_source", "head_target", "bottleneck", "bottleneck_dim", "finetune"]
     assert list(inspect.signature(lwf.Classifier).parameters) == [*names, "pool_layer"]
 
@@ -42,7 +42,7 @@ def test_outputs_are_those_of_the_parts(name: str, bottleneck: bool) -> None:
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 @given(seed=SEEDS, bottleneck_dim=st.integers(1, 5))
-def test_parts_that_are_given_are_used(name: str, seed: int, bottleneck_dim: int) -> None:
+def test_given_parts_are_used(name: str, seed: int, bottleneck_dim: int) -> None:
     torch.manual_seed(seed)
     pool, head = nn.Linear(FEATURES, FEATURES), nn.Linear(bottleneck_dim, NUM_TARGET)
     bottleneck, source = nn.Linear(FEATURES, bottleneck_dim), nn.Linear(FEATURES, NUM_SOURCE)
@@ -53,7 +53,7 @@ def test_parts_that_are_given_are_used(name: str, seed: int, bottleneck_dim: int
     assert (classifier.num_classes, classifier.features_dim) == (NUM_TARGET, bottleneck_dim)
 
 
-def test_keys_of_the_state_dict_are_tllibs() -> None:
+def test_keys_of_the_state_dict_are_those_of_tllib() -> None:
     modules = {key.split(".")[0] for key in make(bottleneck=True).state_dict()}
     assert modules == {"backbone", "bottleneck", "head_source", "head_target"}
 
@@ -69,7 +69,7 @@ def test_default_pooling_is_the_mean_over_positions() -> None:
 
 
 @pytest.mark.parametrize("shape", [(FEATURES, 4, 4), (2, 7, FEATURES), (2, FEATURES, 3, 3, 3)])
-def test_default_pooling_refuses_what_is_neither_map_nor_vector(shape: tuple[int, ...]) -> None:
+def test_default_pooling_rejects_all_but_maps_and_vectors(shape: tuple[int, ...]) -> None:
     backbone = nn.Identity()
     backbone.out_features = FEATURES  # type: ignore[assignment]
     head = nn.Linear(FEATURES, NUM_SOURCE)
@@ -95,9 +95,7 @@ def test_default_pooling_refuses_what_is_neither_map_nor_vector(shape: tuple[int
         ),
     ],
 )
-def test_what_does_not_fit_is_an_error_at_construction(
-    options: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_mismatches_are_an_error_at_construction(options: dict[str, Any], error: type[Exception], message: str) -> None:
     fitting: dict[str, Any] = {"backbone": Backbone(), "num_classes": 3, "head_source": nn.Linear(6, 5)}
     with pytest.raises(error, match=message):
         lwf.Classifier(**{**fitting, **options})
@@ -124,7 +122,7 @@ def test_parameter_groups(name: str, finetune: bool) -> None:
     assert {group["lr"] for group in classifier.get_parameters()} == ({0.1, 1.0} if finetune else {1.0})
 
 
-def test_source_head_gathers_no_gradients() -> None:
+def test_source_head_accumulates_no_gradients() -> None:
     classifier, (x, labels) = make(), inputs()
     for _ in range(3):
         y_s, y_t = classifier(x)

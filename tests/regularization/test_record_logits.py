@@ -1,4 +1,4 @@
-"""Recorded predictions belong to their samples."""
+"""Recorded predictions are in the order of their samples."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ OUT_OF_ORDER: dict[str, tuple[Callable[[TensorDataset], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", OUT_OF_ORDER)
-def test_loaders_that_do_not_keep_the_order_are_refused(name: str) -> None:
+def test_loaders_that_do_not_keep_the_order_are_rejected(name: str) -> None:
     loader, found = OUT_OF_ORDER[name]
     message = (
         rf"^`data_loader` must yield every sample once, in the order of the data set, .* got one with a {found}. "
@@ -106,7 +106,7 @@ def test_plain_source_model_is_recorded() -> None:
         (nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (2, -1))), r"\(2, 16\) for 8 samples from a Sequential"),
     ],
 )
-def test_what_does_not_return_source_logits_is_an_error(model: nn.Module, found: str) -> None:
+def test_model_that_does_not_return_source_logits_is_an_error(model: nn.Module, found: str) -> None:
     message = (
         rf"`classifier` must map x to source logits \(b, N\), got {found}. Pass .* or nn.Sequential\(classifier.back"
     )
@@ -115,7 +115,7 @@ def test_what_does_not_return_source_logits_is_an_error(model: nn.Module, found:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_recording_gives_every_part_its_mode_back(fails: bool) -> None:
+def test_recording_restores_the_modes_of_all_parts(fails: bool) -> None:
     classifier = lwf.Classifier(Backbone(), 2, nn.Sequential(nn.Dropout(0.5), nn.Linear(FEATURES, NUM_SOURCE)))
     classifier.train().head_source.eval()
     classifier.backbone[2].eval()  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""L2 and L2-SP: closed forms, a start point that stays where it was, and parameters that match by name and shape."""
+"""L2 and L2-SP: closed forms, a fixed start point, and parameters that match by name and shape."""
 
 import copy
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class Network(nn.Module):
 
 
 class TwoLayers(nn.Module):
-    """Two layers of one shape, whose weights may be tied."""
+    """Two layers of the same shape, whose weights may be tied."""
 
     def __init__(self, *, tied: bool) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def test_first_and_second_derivatives_at_zero(regularizer: Callable[[nn.Module],
 
 
 @pytest.mark.parametrize("moved", ["source", "target", "the same"])
-def test_start_point_does_not_move(moved: str) -> None:
+def test_start_point_does_not_change(moved: str) -> None:
     source = network(0)
     target = source if moved == "the same" else network(0)
     penalty = SPRegularization(source, target)
@@ -120,7 +120,7 @@ def test_start_point_may_be_a_state_dict() -> None:
     assert_same(SPRegularization(source.state_dict(), target)(), expected)
 
 
-def test_resumed_penalty_knows_where_training_started() -> None:
+def test_resumed_penalty_keeps_its_start_point() -> None:
     model = network(0)
     penalty = SPRegularization(model, model)
     move(model)
@@ -142,7 +142,7 @@ def test_state_dict_has_the_start_point_and_nothing_of_the_model() -> None:
     assert [*penalty.parameters(), *L2Regularization(model).parameters()] == []
 
 
-def test_state_dict_of_another_model_is_refused() -> None:
+def test_state_dict_of_another_model_is_rejected() -> None:
     penalty = SPRegularization(network(0), network(0))
     state = penalty.state_dict()
     state["starting_point.other"] = state.pop("starting_point.fc/bias")
@@ -160,14 +160,14 @@ def test_start_point_moves_with_the_penalty_and_not_the_model() -> None:
     assert penalty().device.type == "meta"
 
 
-def test_start_point_is_made_on_the_device_of_the_target() -> None:
+def test_start_point_is_created_on_the_device_of_the_target() -> None:
     penalty = SPRegularization(network(0), network(0).to("meta"))
     assert {buffer.device.type for buffer in penalty.buffers()} == {"meta"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
-    """300^2 is more than float16 holds, and 2^-12 is lost where bfloat16 is added up."""
+    """300^2 overflows in float16, and 2^-12 is lost when bfloat16 numbers are added."""
     model = nn.Linear(64, 64, dtype=dtype)
     nn.init.constant_(model.weight, 300.0)
     penalties = [L2Regularization(model), SPRegularization({k: 0 * v for k, v in model.state_dict().items()}, model)]
@@ -182,7 +182,7 @@ def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
         model.weight.grad = None
 
 
-def test_complex_parameters_count_by_their_absolute_values() -> None:
+def test_complex_parameters_count_with_their_absolute_values() -> None:
     model = nn.Linear(3, 2, dtype=torch.complex128)
     start = {name: param * (1 + 1j) for name, param in parameters(model).items()}
     assert L2Regularization(model)().item() == pytest.approx(oracle.half_squared_norm(model.parameters()))
@@ -317,14 +317,14 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_wrong_models_are_refused(name: str) -> None:
+def test_wrong_models_are_rejected(name: str) -> None:
     error, message, build = BAD[name]
     with pytest.raises(error, match=message):
         build()
 
 
 @pytest.mark.parametrize("change", [headless, smaller])
-def test_parameters_that_change_later_are_refused(change: Callable[[Network], Network]) -> None:
+def test_parameters_that_change_later_are_rejected(change: Callable[[Network], Network]) -> None:
     target = network(0)
     penalty = SPRegularization(target, target)
     change(target)
