@@ -84,6 +84,7 @@ def run_page(page: Path) -> list[tuple[Block, str]]:
 
 
 def without_numbers(text: str) -> list[str]:
+    text = re.sub(r"-{3,}", "---", text)  # the width of a table depends on its numbers
     return NUMBER.sub("#", text).split()
 
 

@@ -44,10 +44,10 @@ class Comparison:
         ...     baseline="plain sum",
         ... )
         >>> print(result)
-        | candidate | accuracy ↑ | error ↓ | Delta-m, % |
-        |---|---:|---:|---:|
-        | plain sum | 0.650 ± 0.050 | 0.450 ± 0.050 | 0 |
-        | default | 0.800 ± 0.000 | 0.400 ± 0.000 | +17.1 ± 9.4 |
+        | candidate |    accuracy ↑ |       error ↓ |  Delta-m, % |
+        |-----------|--------------:|--------------:|------------:|
+        | plain sum | 0.650 ± 0.050 | 0.450 ± 0.050 |           0 |
+        | default   | 0.800 ± 0.000 | 0.400 ± 0.000 | +17.1 ± 9.4 |
         <BLANKLINE>
         Mean ± standard error, 2 seeds.
         Delta-m: mean change of the metrics relative to plain sum, paired by seed; positive is better.

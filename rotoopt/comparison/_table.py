@@ -25,7 +25,7 @@ def markdown(comparison: Comparison) -> str:
     arrows = {name: "↑" if higher else "↓" for name, higher in comparison.higher_is_better.items()}
     columns = [*(f"{name} {arrow}" for name, arrow in arrows.items()), "Delta-m, %"]
     columns += ["clipped, %"] * differ + ["lr"] * bool(comparison.learning_rates) + ["ms per step"] * timed
-    lines = [row("candidate", columns), rule(len(columns))]
+    rows = [["candidate", *columns]]
     for name, of_metrics in comparison.metrics.items():
         cells = [cell(of_metrics[metric]) for metric in arrows]
         changes = [deltas[name], clipped[name]] if differ else [deltas[name]]
@@ -36,8 +36,17 @@ def markdown(comparison: Comparison) -> str:
         if timed:
             times = comparison.ms_per_step[name]
             cells.append(f"{times.nanmedian():.1f}" if times.isfinite().any() else "")
-        lines.append(row(name, cells))
-    return "\n".join([*lines, "", *_legend(comparison, differ=differ)])
+        rows.append([name, *cells])
+    return "\n".join([*_aligned(rows), "", *_legend(comparison, differ=differ)])
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Return the lines of a table whose cells are padded, so that it can be read in a terminal, too."""
+    first, *rest = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[cells[0].ljust(first), *map(str.rjust, cells[1:], rest)] for cells in rows]
+    lines = [row(name, cells) for name, *cells in padded]
+    below = "|".join(["-" * (first + 2), *("-" * (width + 1) + ":" for width in rest)])
+    return [lines[0], f"|{below}|", *lines[1:]]
 
 
 def _legend(comparison: Comparison, *, differ: bool) -> list[str]:

@@ -144,7 +144,8 @@ def test_a_candidate_that_always_raises_is_a_row_without_numbers(tmp_path: Path)
 
     first, result = (compared(refuses, seeds=5, path=tmp_path / "comparison.json") for _ in range(2))
     assert table(first) == table(result)
-    assert "| two | - | - | - |" in table(result)
+    (two,) = [line for line in table(result).splitlines() if line.startswith("| two")]
+    assert two.replace(" ", "") == "|two|-|-|-|"
     assert "two failed with seed 4: ValueError: no twos" in table(result).splitlines()
     torch.testing.assert_close(result.delta_m("half"), compared(seeds=5).delta_m("half"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 import matplotlib as mpl
@@ -42,23 +43,24 @@ def test_clipped_changes_are_shown_only_if_clipping_has_an_effect() -> None:
 
 def test_a_table_of_one_seed_has_no_errors_and_one_of_no_runs_no_numbers() -> None:
     text = str(made([1.0], [0.5]))
-    assert "| default | 0.500 | +50.0 |" in text
+    assert "| default   |   0.500 |      +50.0 |" in text
     assert "1 seed." in text
-    assert "| default | - | - | -100.0 ± 0.0 |" in str(made([1.0, 1.0], [torch.nan, torch.nan]))
+    diverged = str(made([1.0, 1.0], [torch.nan, torch.nan])).splitlines()[3]
+    assert [each.strip() for each in diverged.split("|")] == ["", "default", "-", "-", "-100.0 ± 0.0", ""]
 
 
-def test_all_rows_have_as_many_cells() -> None:
+def test_columns_are_aligned() -> None:
     for result in (compared(), compared(lrs=[0.1, 1.0]), made([0.0, 0.0], [1.0, 1.0])):
         rows = [line for line in str(result).splitlines() if line.startswith("|")]
-        assert len({line.count("|") for line in rows}) == 1
+        assert len({tuple(at for at, each in enumerate(line) if each == "|") for line in rows}) == 1
 
 
 WHOLE = """\
 | candidate | accuracy ↑ | error ↓ | Delta-m, % | clipped, % | lr | ms per step |
 |---|---:|---:|---:|---:|---:|---:|
 | plain sum | 0.600 ± 0.041 | 0.020 ± 0.004 | 0 | 0 | 0.001 | 12.0 |
-| default | 0.750 ± 0.050 (2 of 4) | 0.040 ± 0.012 (3 of 4) | -75.0 ± 50.0 (2 of 4) | -50.0 ± 17.7 | 0.25 |  |
-| mine | 0.700 ± 0.058 (3 of 4) | 0.020 ± 0.000 (3 of 4) | +5.6 ± 15.5 (3 of 4) | +5.6 ± 15.5 (3 of 4) |  | 9.0 |
+| default | 0.750 ± 0.050 (2 of 4) | 0.040 ± 0.012 (3 of 4) | -75.0 ± 50.0 (2 of 4) | -50.0 ± 17.7 | 0.25 | |
+| mine | 0.700 ± 0.058 (3 of 4) | 0.020 ± 0.000 (3 of 4) | +5.6 ± 15.5 (3 of 4) | +5.6 ± 15.5 (3 of 4) | | 9.0 |
 
 Mean ± standard error, 4 seeds.
 Delta-m: mean change of the metrics relative to plain sum, paired by seed; positive is better.
@@ -86,7 +88,7 @@ def test_a_whole_table() -> None:
         learning_rates={"plain sum": 0.001, "default": 0.25},
         failures={("mine", 0): "ValueError: no\nplease"},
     )
-    assert str(result) == WHOLE
+    assert re.sub(" {2,}", " ", re.sub("-{3,}", "---", str(result))) == WHOLE
 
 
 def test_where_the_number_of_digits_changes() -> None:
