@@ -113,7 +113,7 @@ class Weighing:
                 "passes, or computed before the latest backward pass. Back-propagate the losses of one forward pass "
                 "before the next one, or call optimizer.backward(losses)."
             )
-        this.measured = self.measure(this, gradients.norms, gradients.present, gradients.cosines, gradients.finite)
+        this.measured = self.measure(this, gradients.norms, gradients.present, gradients.cosines)
         finite, known = this.measured.finite, this.measured.norms
         this.known_norms = torch.where(finite & (known > 0), known, this.known_norms)
         this.weights = self._weights_of(this.measured)
@@ -143,9 +143,7 @@ class Weighing:
         sizes = this.losses.abs()
         return this.loss_reference.updated(sizes, sizes < torch.inf, burnt_in=self.burnt_in)
 
-    def measure(
-        self, this: BackwardPass, norms: Tensor, present: Tensor, cosines: Tensor | None, finite: Tensor | None = None
-    ) -> Measurements:
+    def measure(self, this: BackwardPass, norms: Tensor, present: Tensor, cosines: Tensor | None) -> Measurements:
         """Return the measurements of ``this``, and update the references that are due.
 
         Args:
@@ -153,9 +151,8 @@ class Weighing:
             norms: ||G_k||, zero for an absent task. Shape ``(K,)``.
             present: Which tasks are present. Shape ``(K,)``, bool.
             cosines: Cosines of the gradients, if they were collected. Shape ``(K, K)``.
-            finite: Whether all gradients were finite, if the norms do not show it. Shape ``()``, bool.
         """
-        sizes = norms if finite is None else torch.where(finite, 0.0, torch.inf)
+        sizes = norms
         if this.losses is not None:
             losses = this.losses if len(this.tasks) == len(norms) else this.losses.masked_fill(~present, 0.0)
             sizes = torch.hypot(sizes, losses)

@@ -84,11 +84,6 @@ class TaskGradients:
         return self.scaled_norms * self.scale
 
     @cached_property
-    def finite(self) -> Tensor:
-        """Whether every gradient is finite. Shape ``()``, bool."""
-        return all_finite(self.scaled_norms)
-
-    @cached_property
     def cosines(self) -> Tensor:
         """Cosines between the gradients, zero where one of them is zero. Shape ``(K, K)``."""
         norms = self.scaled_norms

@@ -134,6 +134,17 @@ def test_bad_batch_does_not_change_the_state(
         assert torch.equal(tensor.nan_to_num(-1.0), before[name].nan_to_num(-1.0)), name
 
 
+@pytest.mark.parametrize("weighting", [ProgressWeighting, RotoGradWeighting, EqualWeighting, GradNorm])
+def test_a_norm_that_overflows_leaves_the_state_alone(weighting: Any) -> None:
+    """The gradient is finite, its norm in float32 is not: it would become a reference."""
+    bench = Bench((3, 4), 2, torch.float32, rotation_size=4, weighting=weighting())
+    before = bench.state()
+    bench.step([torch.full((3, 4), 2e38), torch.randn(3, 4)])
+    assert not bench.record.finite
+    for name, tensor in bench.state().items():
+        assert torch.equal(tensor.nan_to_num(-1.0), before[name].nan_to_num(-1.0)), name
+
+
 @given(K=NUM_TASKS, seed=SEEDS)
 def test_good_batch_after_a_bad_one_counts_as_the_first(K: int, seed: int) -> None:
     sampler = Sampler(seed)
