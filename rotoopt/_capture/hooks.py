@@ -16,7 +16,7 @@ from rotoopt._capture.capture import Capture
 from rotoopt._capture.first_layer import FirstLayer
 from rotoopt._capture.inputs import Inputs
 from rotoopt._capture.paths import Arguments
-from rotoopt._capture.whereabouts import ENTRY, LOST, STALE, Origin, checksums, is_here
+from rotoopt._capture.whereabouts import ENTRY, STALE, Origin, checksums, is_here
 from rotoopt._torch.modules import unwrapped
 from rotoopt._torch.private import forward_pre_hooks, not_compiled
 from rotoopt._torch.warn import warn_user
@@ -33,7 +33,7 @@ class HeadHook:
 
     Attributes:
         handles: Handles that remove the hooks.
-        lost: Whether weights were loaded without the rotation that they need.
+        lost: The warning if weights were loaded without the rotation that they need.
         origin: The original, if this is a copy that is not trained itself; otherwise None.
     """
 
@@ -43,7 +43,7 @@ class HeadHook:
         self.part = part
         self.arguments = arguments
         self.handles: list[RemovableHandle] = []
-        self.lost = False
+        self.lost: str | None = None
         self.origin: Origin | None = None
         self._awaits_gradients = False
 
@@ -55,15 +55,15 @@ class HeadHook:
                 "created by quantize_dynamic() and prepare_qat(). Call optimizer.fold() first, to merge the rotations "
                 "into the weights."
             )
-        if self.lost or self.origin is not None:
+        if self.lost is not None or self.origin is not None:
             self._warn(head)
         return self.capture.feed_all(args, kwargs, self.task, self.part, self.arguments, training=head.training)
 
     @not_compiled
     def _warn(self, head: nn.Module) -> None:
-        if self.lost and not self.capture.whereabouts.are_loaded():
-            warn_user(LOST)
-        self.lost = False
+        if self.lost is not None and not self.capture.whereabouts.are_loaded():
+            warn_user(self.lost)
+        self.lost = None
         if self.capture.owner is not None and not self.capture.owner.is_gone:
             self.origin = None  # copied with its optimizer
         if self.origin is None:
@@ -118,12 +118,13 @@ class HeadHook:
             return
         saved, numbers = metadata.get(ENTRY), checksums(state_dict, prefix)
         if saved is None or numbers is None or numbers[0] not in saved["checksums"]:
-            self.lost = self.capture.whereabouts.are_lost(self.task, saved)
+            would_know = numbers is not None and "version" in metadata
+            self.lost = self.capture.whereabouts.what_is_lost(self.task, saved, would_know=would_know)
             return
         error = self.capture.whereabouts.load(self.task, self.part, saved)
         if error is not None:
             errors.append(f"{prefix}: {error}")
-        self.lost = False
+        self.lost = None
         if self.origin is not None:
             names = [prefix + name for name, _ in module.named_parameters()]
             is_whole = names and all(name in state_dict for name in names)
@@ -132,7 +133,7 @@ class HeadHook:
     def load_part(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Record that weights of a part of the head are loaded without its rotation, which only the whole head has."""
         if not prefix and not _changes_nothing(module, state_dict):
-            self.lost = self.capture.whereabouts.are_lost(self.task, None)
+            self.lost = self.capture.whereabouts.what_is_lost(self.task, None, would_know=True)
 
     def renew_origin(self) -> None:
         """Treat the rotation as that of the current weights."""

@@ -23,6 +23,12 @@ LOST = (
     "items were kept, or changed: copy.deepcopy(model.state_dict()) has the rotations, or (b) the state of the "
     "optimizer was not loaded: optimizer.load_state_dict(...)."
 )
+UNKNOWN = (
+    "Weights of a head should be loaded with the rotation that they were trained with, got a dict without the metadata "
+    "of model.state_dict(), as from a safetensors file, or sharded weights, which are saved without it. If the model "
+    "that was saved had rotations, predictions differ: load the state of the optimizer as well, "
+    "optimizer.load_state_dict(...). If it had none, load its weights before the optimizer is built."
+)
 STALE = (
     "A copy of the model should have the rotations that its weights were trained with, got one whose weights were "
     "updated, but not its rotations, while those of the model were. Its predictions are wrong. Call "
@@ -87,15 +93,22 @@ class Whereabouts:
         """Whether the rotations are those that were loaded with the weights."""
         return self._loaded == changes_of(self._rotations)
 
-    def are_lost(self, task: int, saved: dict[str, Any] | None) -> bool:
-        """Whether weights of ``task`` that were loaded without their rotation need another one than the current one.
+    def what_is_lost(self, task: int, saved: dict[str, Any] | None, *, would_know: bool) -> str | None:
+        """Return the warning about weights of ``task`` that were loaded without their rotation; None if it is theirs.
 
         Args:
             task: k.
             saved: What :meth:`saved` returned for weights other than those loaded, if known.
+            would_know: Whether the state dict would have had the rotation, if there was one.
         """
+        rotations = self._rotations
         needs_one = saved is not None and not (saved["rotation"] is None and saved["seed"] is None)
-        return not self.are_loaded() and (needs_one or self._rotations.is_turned(task))
+        if self.are_loaded():
+            return None
+        if needs_one or rotations.is_turned(task):
+            return LOST
+        is_new = not self._places.noted[task]  # otherwise the weights come from this process, most likely
+        return UNKNOWN if rotations.rotate[task] and is_new and not would_know else None
 
 
 def checksums(state_dict: Mapping[str, Any], prefix: str) -> Tensor | None:

@@ -131,6 +131,45 @@ def test_training_a_copy_does_not_touch_the_model(made_after: int) -> None:
     assert_moved(model, optimizer, snapshot(*wrap(rotation_size=4, **OPTIONS)))
 
 
+class Shadow:
+    """An average as a list of tensors, swapped into the model for evaluation, as torch_ema and diffusers do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.params = list(model.parameters())
+        self.shadow = [param.detach().clone() for param in self.params]
+
+    def update(self) -> None:
+        for shadow, param in zip(self.shadow, self.params, strict=True):
+            shadow.copy_((shadow + param.detach()) / 2)
+
+    def swap(self) -> None:
+        for shadow, param in zip(self.shadow, self.params, strict=True):
+            own = param.detach().clone()
+            param.data.copy_(shadow)
+            shadow.copy_(own)
+
+
+def test_averages_that_are_swapped_in_predict_what_a_refreshed_copy_does() -> None:
+    (model, optimizer), (undisturbed, expected) = wrap(**OPTIONS), wrap(**OPTIONS)
+    x = model.inputs(9)
+    train(model, optimizer, 0)
+    train(undisturbed, expected, 0)
+    averaged, shadow = COPIES["EMA"](model), Shadow(model)
+    averaged.update_parameters(model)
+    for batch in range(1, 4):
+        train(model, optimizer, batch)
+        train(undisturbed, expected, batch)
+        averaged.update_parameters(model)
+        shadow.update()
+        optimizer.refresh(averaged)
+        before = predict(model, x)
+        shadow.swap()
+        assert_same(predict(model, x), predict(averaged, x))
+        shadow.swap()
+        assert_same(predict(model, x), before)
+    assert_same(snapshot(model, optimizer), snapshot(undisturbed, expected))
+
+
 def hooks(model: TwoTasks) -> list[Any]:
     return [hook for head in model.heads.values() for hook in head._forward_pre_hooks.values()]
 

@@ -22,6 +22,7 @@ from tests.contract.models import TwoTasks, assert_same, sgd, train, wrap
 # Rotations far from I, updated in every step.
 OPTIONS: dict[str, Any] = {"init": "haar", "rotation_optimizer": partial(SGD, lr=1.0)}
 LOST = "loaded with the rotation that they were trained with, got a state dict without"
+UNKNOWN = "got a dict without the metadata of model.state_dict()"
 STALE = "A copy of the model should have the rotations that its weights were trained with"
 
 
@@ -223,6 +224,51 @@ def test_weights_that_were_averaged_are_reported_in_another_process(state: bool)
     with nullcontext() if state else pytest.warns(UserWarning, match=LOST):
         predict(other, model.inputs(9))
     predict(other, model.inputs(9))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("init", ["identity", "haar"])
+@pytest.mark.parametrize("state", [None, "before", "after"])
+def test_items_of_a_state_dict_are_reported_in_another_process(state: str | None, init: Any, assign: bool) -> None:
+    """They cannot tell whether the model that was saved had rotations, as its optimizer can."""
+    model, optimizer = wrap(**OPTIONS)
+    train(model, optimizer, 0)
+    weights, x = items_of(model.state_dict()), model.inputs(9)
+    other, its_optimizer = wrap(**{**OPTIONS, "init": init})
+    if state == "before":
+        its_optimizer.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(weights, assign=assign)
+    if state == "after":
+        its_optimizer.load_state_dict(optimizer.state_dict())
+    if state is None:
+        with pytest.warns(UserWarning, match=UNKNOWN) as record:
+            predict(other, x)
+        assert len(record) == 2  # heads
+    else:
+        assert_same(predict(other, x), predict(model, x))
+    predict(other, x)
+
+
+@pytest.mark.parametrize(
+    "case", ["rotate=False", "another process", "before", "the backbone alone", "the same process"]
+)
+def test_weights_without_metadata_are_not_reported_where_nothing_can_be_lost(case: str) -> None:
+    plain = TwoTasks()
+    model = TwoTasks()
+    if case == "before":
+        model.load_state_dict(items_of(plain.state_dict()))
+    flags = case != "rotate=False"
+    optimizer = RotoGradOptimizer(sgd(model.parameters()), model.heads, rotate=flags, rotation_lr=0.0)
+    if case == "another process":
+        model.load_state_dict(through_a_file(plain.state_dict()))
+    elif case == "the backbone alone":
+        model.backbone.load_state_dict(items_of(plain.backbone.state_dict()))
+    elif case == "rotate=False":
+        model.load_state_dict(items_of(plain.state_dict()))
+    elif case == "the same process":
+        train(model, optimizer, 0)
+        model.load_state_dict(items_of(model.state_dict()))
+    train(model, optimizer, 1)
 
 
 class Unit(nn.Module):
