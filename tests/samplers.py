@@ -116,14 +116,19 @@ class Bench:
             bare, num_tasks=K, **{"turn_every": 1, "weighting": RotoGradWeighting(), **options}
         )
 
-    def backward(self, grads: Sequence[Tensor | None], values: Sequence[float] | None = None) -> Tensor:
+    def backward(
+        self,
+        grads: Sequence[Tensor | None],
+        values: Sequence[float] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
         """Back-propagate losses ``values`` (ones) whose gradients at r_k are ``grads``."""
         rep = torch.zeros(self.shape, dtype=self.dtype, requires_grad=True)
         losses: list[Tensor | None] = []
         for task, (r, grad) in enumerate(zip(self.optimizer.rotate(rep), grads, strict=True)):
             value = 1.0 if values is None else values[task]
             losses.append(None if grad is None else (r * grad).sum() + value)
-        self.optimizer.backward(losses, rep)
+        self.optimizer.backward(losses, rep, scaler=scaler)
         assert rep.grad is not None
         return rep.grad
 

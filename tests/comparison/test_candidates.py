@@ -61,6 +61,10 @@ def test_candidates_are_created_anew_at_each_access() -> None:
             RotoGradOptimizer(torch.optim.SGD(backbone.parameters(), lr=0.1), heads, **CANDIDATES[name])
 
 
+def test_candidates_are_shown_with_their_options() -> None:
+    assert repr(CANDIDATES) == repr(dict(CANDIDATES))
+
+
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"rotate": False},

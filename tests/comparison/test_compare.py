@@ -292,6 +292,10 @@ def test_progress_is_one_line_per_run(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "9 runs, 8 of them found in" in capsys.readouterr().err
     compared(quiet=True)
     assert capsys.readouterr().err == ""
+    compared(quiet=False, lrs=[0.1, 1.0])
+    written = capsys.readouterr().err.splitlines()
+    assert written[0] == "Search of learning rates: 18 runs"
+    assert written[19] == "Comparison: 9 runs"
 
 
 def test_every_line_of_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,11 +378,20 @@ def test_what_train_must_return(returned: Any, message: str) -> None:
         compared(lambda seed, **options: returned)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[1]", json.dumps([{"job": {}, "values": [1.0]}])])
-def test_a_file_with_other_contents_is_rejected_and_not_changed(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("{", "Expecting property name .*"),
+        ("{}", "dict"),
+        ("[1]", "list"),
+        (json.dumps([{"job": {}, "values": [1.0]}]), r".*\(KeyError\('run'\)\)"),
+    ],
+)
+def test_a_file_with_other_contents_is_rejected_and_not_changed(text: str, found: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"`path` must be a file that .* written, or none yet, got .*other.json"):
+    message = rf"^`path` must be a file .* written, or none yet, got .*other.json[:,] {found}\. Give another path\.$"
+    with pytest.raises(ValueError, match=message):
         compared(path=path)
     assert path.read_text() == text
 

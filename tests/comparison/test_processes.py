@@ -57,7 +57,11 @@ def test_processes_share_the_threads(ours: int, theirs: float, monkeypatch: pyte
 
 
 def test_functions_that_cannot_be_imported_are_rejected_immediately() -> None:
-    with pytest.raises(ValueError, match=r"`train` must be something that other processes can import, got <function"):
+    message = (
+        r"^`train` must be something that other processes can import, got <function .*>: .*lambda.*\. Put functions "
+        r"and classes into a module, at its top level, or use processes=1\.$"
+    )
+    with pytest.raises(ValueError, match=message):
         compared(lambda seed, **options: pytest.fail("ran"), processes=2)
     candidates = {**VALUES, "mine": {"weighting": lambda gradients: gradients.sum(dim=0)}}
     with pytest.raises(ValueError, match=r"`candidates\['mine'\]` must be .* or use processes=1"):
@@ -77,8 +81,9 @@ def test_a_function_of_a_notebook_is_rejected(script: str | None, monkeypatch: p
     else:
         monkeypatch.setattr(main, "__file__", script, raising=False)
     for function in (of_a_session, functools.partial(of_a_session, value=1)):
-        with pytest.raises(ValueError, match="defined in a notebook or an interactive session"):
+        with pytest.raises(ValueError, match=r": it was defined in a notebook or an interactive session\. Put "):
             compared(function, processes=2)
+    check_importable("train", train)  # that of a module can be imported
 
 
 def test_a_function_of_a_script_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:

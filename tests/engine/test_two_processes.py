@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.optim import SGD
 from torch.testing import assert_close
 
@@ -46,10 +47,11 @@ def same_data_on_all() -> Iterator[None]:
     seed=SEEDS,
     make=st.sampled_from([ProgressWeighting, RotoGradWeighting, EqualWeighting, GradNorm, Lagged]),
     turn_every=st.sampled_from([1, 2]),
+    scaled=st.booleans(),
     data=st.data(),
 )
 def test_two_processes_with_the_same_data_are_one_with_the_data_twice(
-    K: int, seed: int, make: Any, turn_every: int, data: st.DataObject
+    K: int, seed: int, make: Any, turn_every: int, scaled: bool, data: st.DataObject
 ) -> None:
     absent = [data.draw(st.sets(st.sampled_from(range(K)), max_size=K - 1)) for _ in range(3)]
     results = []
@@ -62,7 +64,9 @@ def test_two_processes_with_the_same_data_are_one_with_the_data_twice(
                 grads, values = sampler.normal(K, 4, 5), sampler.uniform(K).tolist()
                 # The loss over the joined batch is the mean over processes, whose gradient DDP takes afterwards.
                 grads = grads if count == 2 else torch.cat([grads, grads], dim=1) / 2
-                received = bench.step([None if k in out else grad for k, grad in enumerate(grads)], values)
+                present = [None if k in out else grad for k, grad in enumerate(grads)]
+                received = bench.backward(present, values, GradScaler("cpu", init_scale=8.0) if scaled else None)
+                bench.optimizer.step()
                 record = bench.record
                 results.append((received[:4] * 2 / count, record.grad_norms, record.weights, record.losses))
                 results.append((record.cosines, record.present, record.angles, bench.matrices))
