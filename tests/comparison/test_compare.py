@@ -201,10 +201,10 @@ def test_learning_rates_are_chosen_per_candidate_on_separate_seeds() -> None:
 
 
 def test_given_numbers_are_a_baseline(tmp_path: Path) -> None:
-    reference = {"left": 2.0, "right": 5.0}
+    reference = {"left": 2.1, "right": 5.0}
     result = compared(baseline=reference, lrs=[0.1, 1.0])
     left, right = (result.metrics["two"][name] for name in HIGHER_IS_BETTER)
-    torch.testing.assert_close(result.delta_m("two"), 50 * ((2 - left) / 2 + (5 - right) / 5))
+    torch.testing.assert_close(result.delta_m("two"), 50 * ((2.1 - left) / 2.1 + (5 - right) / 5), rtol=1e-12, atol=0)
     assert "relative to the given numbers;" in table(result)
     again = result.against("two").against(reference)
     assert table(again) == table(result)
@@ -248,6 +248,7 @@ def test_time_per_step_is_in_milliseconds() -> None:
 
     times = compared(sleeps, seeds=2).ms_per_step
     assert [len(of_seeds) for of_seeds in times.values()] == [2, 2, 2]
+    assert all(of_seeds.dtype == torch.float64 for of_seeds in times.values())
     assert (times["two"] >= 10).all()
     assert (times["two"] < 1000).all()
 
@@ -289,7 +290,7 @@ def test_progress_is_one_line_per_run(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "failed" in captured.err
     assert "Traceback" in captured.err
     compared(quiet=False, path=tmp_path / "comparison.json")
-    assert "9 runs, 8 of them found in" in capsys.readouterr().err
+    assert f"Comparison: 9 runs, 8 of them found in {tmp_path / 'comparison.json'}\n" in capsys.readouterr().err
     compared(quiet=True)
     assert capsys.readouterr().err == ""
     compared(quiet=False, lrs=[0.1, 1.0])
