@@ -26,8 +26,8 @@ from rotoopt._torch.subclasses import plain
 
 SPENT = (
     "The losses of one forward pass must be back-propagated together and once, got a second backward pass. Either (a) "
-    "step(losses) or backward(losses) was called after your own sum(losses).backward(), which it replaces, or (b) "
-    "every task has its own backward() or torch.autograd.grad(): optimizer.last_step contains measurements of the "
+    "step(losses) was called after backward(losses) or your own sum(losses).backward(): call step() without losses, or "
+    "(b) every task has its own backward() or torch.autograd.grad(): optimizer.last_step contains measurements of the "
     "gradients of single tasks."
 )
 

@@ -42,8 +42,8 @@ def check_losses(losses: Losses, names: Sequence[str]) -> dict[int, Tensor]:
     for task, loss in present.items():
         if not isinstance(loss, Tensor):
             raise TypeError(
-                f"`losses` must be tensors or None, got {kind(loss)} for {names[task]}. Put None where a task is "
-                "absent from this batch."
+                f"`losses` must be tensors or None, got {kind(loss)} for {names[task]}. Pass the loss itself, not "
+                "loss.item(); None if the task is absent from this batch."
             )
         _check_loss(loss, names[task])
     if not present:

@@ -47,7 +47,7 @@ LOSSES = {
     "text": Case(TypeError, f"{KIND} a str", lambda m, o: lambda: o.step("losses")),
     "numbers": Case(
         TypeError,
-        r"`losses` must be tensors or None, got a float for left\. Put None where a task is absent",
+        r"`losses` must be tensors or None, got a float for left\. Pass the loss itself, not loss\.item\(\); None if",
         lambda m, o: lambda: o.step([loss.item() for loss in m.losses(5)[0]]),
     ),
     "class": Case(

@@ -198,7 +198,9 @@ CASES = {
         RuntimeError, ONE_TENSOR, plain(apart(same, as_view)), {"weighting": lambda: mean}, inside=True
     ),
     "two batches for a callable": Case(RuntimeError, ONE_TENSOR, steps_on(two_batches), {"weighting": lambda: mean}),
-    "after a plain backward": Case(RuntimeError, rf"{SPENT}.*your own sum\(losses\).backward", after_plain_backward),
+    "after a plain backward": Case(
+        RuntimeError, rf"{SPENT}.*your own sum\(losses\).backward\(\): call step\(\)", after_plain_backward
+    ),
     "same losses again": Case(RuntimeError, SPENT, after_step),
     # Weights that are known before a backward pass serve several of them.
     "one after the other": Case(
