@@ -94,6 +94,20 @@ def test_a_description_equals_that_of_a_copy_only() -> None:
     assert not any("0x" in each for each in descriptions)
 
 
+def test_a_whole_description() -> None:
+    """Files contain it: in another form, all runs would be repeated."""
+    options = {
+        "b": [1, (2.5, "x")],
+        "a": functools.partial(make_losses, 1, k=torch.ones(2)),
+        "c": EqualWeighting(),
+    }
+    function = "tests.comparison.trainings.make_losses"
+    expected = (
+        f"{{'a': partial([{function}, [1], {{'k': tensor([1.0, 1.0])}}]), 'b': [1, [2.5, 'x']], 'c': EqualWeighting()}}"
+    )
+    assert describe(options) == expected
+
+
 def test_a_description_of_a_recursive_object_terminates() -> None:
     weighting = EqualWeighting()
     weighting.friend = weighting  # type: ignore[attr-defined]

@@ -286,7 +286,7 @@ def test_progress_is_one_line_per_run(capsys: pytest.CaptureFixture[str], tmp_pa
     lines = [line for line in captured.err.splitlines() if line[:1].isdigit()]
     assert len(lines) == 9
     left, right = formula(0).values()
-    assert f"1/9  plain sum, seed 0: left {left:.4g}, right {right:.4g} (" in lines[0]
+    assert lines[0].startswith(f"1/9  plain sum, seed 0: left {left:.4g}, right {right:.4g} (0.")
     assert "failed" in captured.err
     assert "Traceback" in captured.err
     compared(quiet=False, path=tmp_path / "comparison.json")
@@ -324,6 +324,13 @@ def test_every_line_of_progress(capsys: pytest.CaptureFixture[str], monkeypatch:
     ]
 
 
+def test_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    result = compare(formula, higher_is_better=HIGHER_IS_BETTER, candidates=VALUES)
+    assert result.seeds == tuple(range(5))
+    assert result.baseline == "plain sum"
+    assert capsys.readouterr().err.startswith("Comparison: 15 runs\n")
+
+
 def test_durations() -> None:
     seconds = (1.4, 89.0, 90.0, 5300.0, 5400.0)
     assert [_duration(each) for each in seconds] == ["1 s", "89 s", "2 min", "88 min", "1.5 h"]
@@ -357,6 +364,7 @@ def used() -> GradNorm:
         ({"lrs": []}, r"`lrs` must be different positive learning rates, got \[\]"),
         ({"lrs": [0.1, 0.1]}, "different positive learning rates"),
         ({"lrs": [-0.1]}, "different positive learning rates"),
+        ({"lrs": [0.0]}, "different positive learning rates"),
         ({"lrs": [0.1], "search_seeds": [2, 3]}, r"that the comparison does not use, got \[2, 3\] beside \[0, 1, 2\]"),
         ({"lrs": [0.1], "search_seeds": []}, "that the comparison does not use"),
     ],

@@ -59,3 +59,14 @@ def test_losses_are_recorded_as_wide_as_everything_else() -> None:
     assert record is not None
     assert record.losses is not None
     assert record.losses.dtype == torch.float32
+
+
+def test_agreement_is_measured_for_absent_tasks_in_the_next_steps_only() -> None:
+    model, optimizer = wrap()
+    weighing, due = optimizer._core.engine._weighing, []
+    for batch in range(5):
+        due.append(weighing.agreement_is_due)
+        losses, z = model.losses(batch)
+        optimizer.zero_grad()
+        optimizer.step([losses[0], None], z)
+    assert due == [True, True, False, False, False]
