@@ -6,6 +6,7 @@ import copy
 import functools
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,16 +97,15 @@ def test_a_description_equals_that_of_a_copy_only() -> None:
 
 def test_a_whole_description() -> None:
     """Files contain it: in another form, all runs would be repeated."""
+    function: Any = make_losses
     options = {
-        "b": [1, (2.5, "x")],
-        "a": functools.partial(make_losses, 1, k=torch.ones(2)),
-        "c": EqualWeighting(),
+        "b": [1, (2.5, "x"), object()],
+        "a": functools.partial(function, 1, k=torch.ones(2)),
+        "c": SimpleNamespace(y=1, x=EqualWeighting()),
     }
-    function = "tests.comparison.trainings.make_losses"
-    expected = (
-        f"{{'a': partial([{function}, [1], {{'k': tensor([1.0, 1.0])}}]), 'b': [1, [2.5, 'x']], 'c': EqualWeighting()}}"
-    )
-    assert describe(options) == expected
+    of_a = "partial([tests.comparison.trainings.make_losses, [1], {'k': tensor([1.0, 1.0])}])"
+    of_b, of_c = "[1, [2.5, 'x'], <object object>]", "SimpleNamespace(x=EqualWeighting(), y=1)"
+    assert describe(options) == f"{{'a': {of_a}, 'b': {of_b}, 'c': {of_c}}}"
 
 
 def test_a_description_of_a_recursive_object_terminates() -> None:
