@@ -1,4 +1,4 @@
-"""What the property tests draw: sizes, seeds, scales and dtypes, never the entries of a tensor."""
+"""Strategies of the property tests: sizes, seeds, scales and dtypes, never the entries of a tensor."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,27 +35,27 @@ def haar(K: int, m: int, dtype: torch.dtype) -> Rotations:
 
 
 def rotation_gradient(units: Tensor, target: Tensor, z: Tensor | None = None, dim: int = -1) -> RotationGradient:
-    """Return what a backward pass measures of unit gradients ``(K, n, d)``, their mean ``(n, d)`` and z, ``(n, m)``."""
+    """Return the measurements of unit gradients ``(K, n, d)``, their mean ``(n, d)`` and z, ``(n, m)``."""
     dims = RotatedDims(dim)
     moment = None if z is None else z.mT @ z
     return RotationGradient(dims.view_stacked(units), dims.view(target), torch.tensor(True), moment)
 
 
 def unusable(gradient: RotationGradient) -> RotationGradient:
-    """Return what a backward pass measures in which something was not finite."""
+    """Return the measurements of a backward pass with a non-finite value."""
     zeros = torch.zeros_like(gradient.directions), torch.zeros_like(gradient.target)
     moment = None if gradient.second_moment is None else torch.zeros_like(gradient.second_moment)
     return RotationGradient(*zeros, torch.tensor(False), moment)
 
 
 class Lagged(RotoGradWeighting):
-    """The paper's weights, of the step before."""
+    """The weights of the paper, computed from the previous step."""
 
     lagged = True
 
 
 class Turn:
-    """K rotations R, skew matrices S = W V' - V W' of n samples, and step sizes: what a turn is made of.
+    """The arguments of a turn: K rotations R, skew matrices S = W V' - V W' of n samples, and step sizes.
 
     The norms of W and V are at most one, as those of unit gradients and of their mean are, and a step
     is at most one. The seed draws the kind of the samples, too.
@@ -102,7 +102,7 @@ class Turn:
 
 
 class Bench:
-    """An optimizer whose task gradients and losses are dictated: loss k is linear in r_k.
+    """An optimizer with prescribed task gradients and losses: loss k is linear in r_k.
 
     There is no model: the representation is a fresh leaf, so ``backward`` returns what a backbone
     would receive. The wrapped optimizer holds one parameter, which never has a gradient. Rotations turn in every step,
@@ -148,7 +148,7 @@ class Bench:
         return self.optimizer.rotations.matrices.clone()
 
     def state(self) -> dict[str, Tensor]:
-        """Return rotations, references and trained weights: all that a bad batch must not touch."""
+        """Return rotations, references and trained weights, which a bad batch must not change."""
         saved = self.optimizer.state_dict()["rotograd"]
         return dict(_tensors({key: saved[key] for key in saved if key != "rotation_step"}))
 

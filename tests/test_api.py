@@ -1,4 +1,4 @@
-"""What the package root promises: its names exist, are documented, and are typed."""
+"""The public names exist, are documented, and are typed."""
 
 import re
 from importlib.resources import files
@@ -29,7 +29,7 @@ def test_public_name_is_documented(package: ModuleType, name: str) -> None:
     assert name in re.findall(r"^\.\. auto\w+:: (?:[\w.]+\.)?(\w+)$", pages, re.MULTILINE)
 
 
-def test_root_has_what_a_user_of_the_optimizer_needs_and_no_more() -> None:
+def test_root_exports_the_names_for_users_of_the_optimizer() -> None:
     assert len(rotoopt.__all__) <= 8
     assert set(rotoopt.__all__).isdisjoint(rotoopt.rotograd.__all__)
 

@@ -1,4 +1,4 @@
-"""On a GPU: what holds on the CPU holds there, and no step makes the host wait."""
+"""On a GPU: results equal those on the CPU, and no step makes the host wait."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], int]] = {"vectors": ((16, 8), -1), "ma
 
 @pytest.fixture(autouse=True)
 def exact_products() -> Iterator[None]:
-    """Have no TF32, neither in the network."""
+    """Disable TF32, also in the network."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield
@@ -43,7 +43,7 @@ def exact_products() -> Iterator[None]:
 
 
 class Model(nn.Module):
-    """K heads on vectors or on maps, of a layer with a norm of its own each."""
+    """K heads on vectors or on maps, each a layer with its own normalization."""
 
     def __init__(self, layout: str) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def test_no_step_synchronizes(options: str, layout: str) -> None:
     inputs = [batch(layout, step, "cuda") for step in range(STEPS)]
     scaler = GradScaler("cuda", enabled=False)
     for step, x in enumerate(inputs):
-        if step == 2:  # the first ones allocate, and make what is made once
+        if step == 2:  # the first steps allocate and initialize
             torch.cuda.set_sync_debug_mode("error")
         try:
             optimizer.zero_grad()
@@ -142,7 +142,7 @@ def test_own_backward_and_per_task_backward() -> None:
         assert record.grad_norms.isfinite().all()
 
 
-def test_checkpoint_of_the_cpu_goes_on_on_the_gpu() -> None:
+def test_checkpoint_of_the_cpu_resumes_on_the_gpu() -> None:
     model, optimizer = build("vectors", "cpu", "GradNorm")
     for step in range(STEPS):
         optimizer.zero_grad()

@@ -1,6 +1,6 @@
 """The method follows the representation to its device, and never makes the host wait for it.
 
-The device is "meta", where tensors have a shape and no values: whatever would copy a number to the host, as
+The device is "meta", where tensors have a shape but no values: copying a number to the host, as
 ``.item()`` or ``if tensor:`` do on a GPU, raises there.
 """
 
@@ -37,7 +37,7 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True)
 def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autocast does not know this device, and switching it off there is an error."""
+    """Autocast does not support this device, and disabling it there is an error."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
 
 
@@ -62,7 +62,7 @@ def step(optimizer: RotoGradOptimizer, device: torch.device, *, absent: int | No
 
 
 def tensors(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a state dict, but for the number of steps, which torch keeps on the host."""
+    """Yield the tensors of a state dict, except the number of steps, which torch keeps on the host."""
     if isinstance(tree, Tensor) and not path.endswith(".step"):
         yield path, tree
     for key, value in tree.items() if isinstance(tree, dict) else ():
@@ -91,7 +91,7 @@ def test_no_step_waits_for_the_device(options: str, num_before: int, turn_every:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_state_that_was_loaded_follows(options: str, turn_every: int | None) -> None:
+def test_loaded_state_follows_the_representation(options: str, turn_every: int | None) -> None:
     saved, optimizer = wrap(options, turn_every), wrap(options, turn_every)
     for _ in range(2):
         step(saved, torch.device("cpu"))
@@ -100,7 +100,7 @@ def test_state_that_was_loaded_follows(options: str, turn_every: int | None) -> 
     assert_all_on(META, optimizer)
 
 
-def test_forward_under_inference_mode_moves_what_training_can_use() -> None:
+def test_forward_under_inference_mode_creates_tensors_for_training() -> None:
     optimizer = wrap("rotation_size")
     step(optimizer, torch.device("cpu"))
     with torch.inference_mode():
@@ -128,7 +128,7 @@ def test_steps_on_a_gpu_are_those_on_the_cpu(options: str) -> None:
 
 @pytest.mark.parametrize("options", [{"init": "haar"}, {"init": "identity"}, {"rotate": False}], ids=str)
 def test_the_default_device_may_be_another_one(options: dict[str, Any]) -> None:
-    """As after torch.set_default_device("cuda") for a model on the CPU, which the state of a model is compared on."""
+    """As after torch.set_default_device("cuda") for a model on the CPU, on which its state is compared."""
     results = []
     for default in (torch.device("cpu"), META):
         torch.manual_seed(0)

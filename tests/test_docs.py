@@ -1,8 +1,8 @@
 """The documentation is executed: README.md and every Markdown page under docs.
 
-The blocks of one page run in order in one namespace. A block that shall not run has another
+The blocks of one page run in order in one namespace. A block that should not run has another
 language than ``python``, such as ``console``, ``diff`` or ``text``. A ``text`` block right behind a
-``python`` block is what that one prints, up to its numbers.
+``python`` block is its output, up to the numbers.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ def outputs_of(text: str) -> Iterator[tuple[Block, Block | None]]:
 
 def run_page(page: Path) -> list[tuple[Block, str]]:
     """Run a page, and return its ``text`` blocks with what was printed."""
-    # The name of the running script, so that what a page defines can be found through its module.
+    # The name of the running script, so that definitions of a page can be found through its module.
     namespace: dict[str, Any] = {"__name__": "__main__"}
     printed = []
     for block, expected in outputs_of(page.read_text(encoding="utf-8")):
@@ -94,7 +94,7 @@ def without_numbers(text: str) -> list[str]:
     ids=[str(page.relative_to(ROOT)) for page in PAGES],
 )
 def test_page_runs_and_prints_what_it_says(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # what a page writes lands there
+    monkeypatch.chdir(tmp_path)  # the page writes its files there
     for expected, output in run_page(page):
         assert without_numbers(output) == without_numbers(expected.text), f"after line {expected.first}"
 

@@ -1,7 +1,7 @@
 """The package against the oracle, step by step, over a burn-in: parameters, rotations and records.
 
 The error is the largest difference over the largest entry, tensor by tensor. Largest in three seeds
-of all cases: 1.4e-6 in float32, 5.8e-15 in float64. The bounds are what the design promises.
+of all cases: 1.4e-6 in float32, 5.8e-15 in float64. The bounds are those of the design.
 """
 
 import copy
@@ -63,7 +63,7 @@ class Case:
     rotation_optimizer: str | None = None
     adam: bool = False
     negative: bool = False  # the losses
-    silent: bool = False  # no gradient of the first task when its references are due
+    silent: bool = False  # no gradient of the first task in the step that measures its references
     turn_every: int = 2  # steps
     seed: int = 0
 
@@ -121,7 +121,7 @@ CASES = {
 
 
 def make_optimizer(model: Network, case: Case, scales: Tensor) -> Optimizer:
-    """Return an optimizer whose rates fit the losses: a head's gradient is in units of its loss."""
+    """Return an optimizer with learning rates that fit the losses: a head's gradient is in units of its loss."""
     if case.adam:
         return Adam(model.parameters(), lr=0.01)
     if case.normalize_losses:
@@ -142,11 +142,11 @@ def loss_of(prediction: Tensor, target: Tensor, scale: Tensor, offset: float) ->
 
 
 def check(case: Case, dtype: torch.dtype) -> Tensor:
-    """Train twice, the package in ``dtype`` and the oracle in float64; return how far each rotation has come."""
+    """Train with the package in ``dtype`` and the oracle in float64; return the distance of each rotation from I."""
     sampler, scales = Sampler(case.seed), torch.logspace(*case.scales, case.K, dtype=dtype)
     model = network(case.seed, case.layout[0][1:], case.K, dtype)
     truth = copy.deepcopy(model).double()
-    # Two batches in turn: one of them is at every second step, so that gradients agree where rotations turn.
+    # Two alternating batches: each is used in every second step, so that gradients agree in the steps with turns.
     data = batches(case.seed, 2, case.K, dtype, size=case.layout[0][0]) * (STEPS // 2)
     options: dict[str, Any] = {
         "dim": case.layout[1],
@@ -164,7 +164,7 @@ def check(case: Case, dtype: torch.dtype) -> Tensor:
     optimizer = RotoGradOptimizer(
         bare, list(model.heads), weighting=weighting, rotation_size=size, init=init, **options
     )
-    with optimizer.paused():  # the first forward makes the rotations
+    with optimizer.paused():  # the first forward pass creates the rotations
         model.losses(data[0])
     start = optimizer.rotations.matrices.double().clone()
     oracle = Oracle(
@@ -218,10 +218,10 @@ def _rotated(case: Case) -> int:
 def test_every_option_equals_the_oracle(case: Case, dtype: torch.dtype) -> None:
     turned = check(case, dtype)
     rotated = [case.K > 1 and not (case.frozen and task == case.K - 1) for task in range(case.K)]
-    assert (turned > 0.01).tolist() == rotated  # so that what was compared is not the start
+    assert (turned > 0.01).tolist() == rotated  # so that the comparison is not that of the initial values
 
 
-def test_cases_meet_both_forms_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cases_use_both_forms_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     met = []
 
     def noted(self: Any, *args: Any) -> None:
@@ -265,7 +265,7 @@ CASE = st.builds(
 )
 
 
-# Every example is two training runs, and a case can be read as it is: fewer examples, no shrinking.
+# Every example is two training runs, and cases are readable: fewer examples, no shrinking.
 @settings(max_examples=20, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(case=CASE)
 def test_every_combination_of_options_equals_the_oracle(case: Case) -> None:

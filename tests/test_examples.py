@@ -1,4 +1,4 @@
-"""Every example runs, shortened, in a process of its own, and prints the table that the examples page shows."""
+"""Every example runs, shortened, in a separate process, and prints the table that the examples page shows."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "examples.md"  # shows what they print
+PAGE = ROOT / "docs" / "examples.md"  # shows their outputs
 NUMBER = re.compile(r"\d+(\.\d+)?")
 
-# Arguments that shorten it, a line that it prints, and a file that it saves.
+# Arguments that shorten it, a line of its output, and a file that it saves.
 EXAMPLES: dict[str, tuple[list[str], str, str | None]] = {
     "toy.py": (["--seeds", "1", "--steps", "20"], "RotoGrad", "toy.png"),
     "dense_prediction.py": (["--epochs", "1"], "RotoGrad", None),

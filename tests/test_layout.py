@@ -1,4 +1,4 @@
-"""The tree: imports point down the data flow, torch's private names are in one file, a step passes the files drawn."""
+"""The tree: imports follow the data flow, private names of torch are in one file, a step runs the documented files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGE = ROOT / "rotoopt"
 GUIDE = ROOT / "docs" / "contributing.md"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# From the bottom: each may import what is above it in this list, and itself.
+# From the bottom: each may import itself and those above it in this list.
 LAYERS = (
     "_torch",
     "_rotation",
@@ -42,7 +42,7 @@ def layer(path: Path) -> str:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Yield the layers that a file imports, but for type checkers alone."""
+    """Yield the layers that a file imports, except for type checking only."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for_types = {
         id(child)
@@ -71,7 +71,7 @@ def test_every_part_of_the_package_is_a_layer() -> None:
 
 
 def private_names(path: Path) -> tuple[set[str], set[str]]:
-    """Return the private names that a file makes, and those that it asks of others."""
+    """Return the private names that a file defines, and those that it uses of others."""
     made, asked = set(), set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -100,7 +100,7 @@ def test_private_names_of_torch_are_in_one_file() -> None:
 
 
 def test_import_is_light() -> None:
-    """All that it adds to torch is itself and geotorch: no torch._dynamo, which takes as long as torch."""
+    """It only adds itself and geotorch to torch: no torch._dynamo, whose import takes as long as that of torch."""
     code = "import sys, torch; before = set(sys.modules); import rotoopt; print(*(set(sys.modules) - before))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     modules = printed.split()
@@ -110,7 +110,7 @@ def test_import_is_light() -> None:
 
 
 def files_of_a_step(steps: int) -> list[str]:
-    """Return the files of the package that the latest of some steps runs through, in order."""
+    """Return the files of the package that the last of some steps executes, in order."""
     backbone, heads = nn.Linear(3, 8), nn.ModuleList(nn.Linear(8, 1) for _ in range(3))
     bare = torch.optim.SGD([*backbone.parameters(), *heads.parameters()], lr=0.1)
     optimizer = RotoGradOptimizer(bare, heads)
@@ -139,10 +139,10 @@ def drawn(heading: str) -> list[str]:
 
 
 @pytest.mark.parametrize("steps", [16, 17], ids=["rotations rest", "rotations turn"])
-def test_step_runs_through_the_files_that_are_drawn_and_in_their_order(steps: int) -> None:
+def test_step_executes_the_documented_files_in_their_order(steps: int) -> None:
     way, aside = drawn("What happens in a step"), drawn("Other files used in a step")
     assert len(way) == 8
-    seen = files_of_a_step(steps)  # the first of these looks at the graph again
+    seen = files_of_a_step(steps)  # the first of these traverses the graph again
     assert [path for path in seen if path in way] == way[: len(way) - (steps == 16)]
     assert set(seen) - set(way) <= set(aside)
     if steps == 17:

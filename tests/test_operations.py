@@ -1,4 +1,4 @@
-"""How many operations a step adds to a plain one: on a GPU each is a launch, whatever its size."""
+"""How many operations a step adds to a plain one: on a GPU each is a kernel launch, whatever its size."""
 
 import statistics
 
@@ -10,7 +10,7 @@ from torch.optim import SGD
 from rotoopt import RotoGradOptimizer
 from tests.operations import Count
 
-# Four per task: times R and R^T, its norm, its weight. The rest is on K numbers, or where all tasks meet.
+# Four per task: times R and R^T, its norm, its weight. The others are on K numbers, or on the combined gradient.
 MEDIAN, PER_TASK = 38, 4
 # One more per task than in a plain step: R^T g_k is written to where the gradients meet, and autograd adds up none.
 WORST, FIRST, PER_TURNING_TASK = 155, 241, 1
@@ -40,7 +40,7 @@ def operations(num_tasks: int, *, wrapped: bool) -> list[int]:
 
 @pytest.mark.parametrize("num_tasks", [5, 20])
 def test_added_operations(num_tasks: int) -> None:
-    """Exactly so many, so that a change shows: in the median step after the burn-in, the worst one, and the first."""
+    """Exact numbers, so that changes are detected: the median step after the burn-in, the worst one, and the first."""
     pairs = zip(operations(num_tasks, wrapped=True), operations(num_tasks, wrapped=False), strict=True)
     added = [own - plain for own, plain in pairs]
     assert statistics.median(added[20:]) == MEDIAN + PER_TASK * num_tasks

@@ -1,4 +1,4 @@
-"""The oracle against numbers worked out by hand, and its formulas against what they stand for."""
+"""The oracle compared with numbers computed by hand, and its formulas with their definitions."""
 
 import math
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ class Example:
 
     @property
     def combined(self) -> Tensor:
-        """What the backbone received at z in its only step: its weight's gradient is c x'."""
+        """The gradient of the backbone at z in its only step: the gradient of its weight is c x'."""
         return (torch.eye(2) - self.backbone.weight.detach())[:, 0]
 
     @property
@@ -88,7 +88,7 @@ def test_first_step() -> None:
 
 
 def plane_angle(size: float) -> float:
-    """Return the angle of a turn of this size in a plane: there, G^-1 S G^-1 = S / det G, and tr G = 2 + 2 / 10."""
+    """Return the angle of a turn of this size in a plane, where G^-1 S G^-1 = S / det G, and tr G = 2 + 2 / 10."""
     return 2 * math.atan(size / math.sqrt(1.1) / 2)
 
 
@@ -146,7 +146,7 @@ def test_options_of_a_turn(options: dict[str, Any], expected: tuple[float, float
     assert_close(example.angles, 2 * torch.atan(double(*expected) / 2))
 
 
-def test_rotation_optimizer_steps_at_once() -> None:
+def test_rotation_optimizer_steps_immediately() -> None:
     example, expected = Example(turn_every=8, rotation_optimizer=lambda p: SGD(p, lr=0.1)), (-0.03, 0.03)
     example.step()
     assert_close(example.angles, 2 * torch.atan(double(*expected) / 2))
@@ -200,7 +200,7 @@ def test_gradnorm_gradient_is_that_of_its_loss(present: list[int]) -> None:
     mean = (weights[:, None] * J).sum(dim=0).detach() / max(len(present), 1)
     targets = mean.norm() * (ratios / ratios.mean()) ** 1.5
     (expected,) = torch.autograd.grad((weights * J.norm(dim=1) - targets).abs().sum(), logits)
-    if len(present) < 2:  # 0, but for the sign of a rounding error
+    if len(present) < 2:  # 0, except for the sign of a rounding error
         expected = torch.zeros(4).double()
     assert_close(gradnorm_gradient(J, logits.detach(), ratios, present, 1.5), expected)
 

@@ -1,4 +1,4 @@
-"""What training with the whole method comes down to in special cases."""
+"""Special cases of training, in which the method reduces to simpler ones."""
 
 from collections.abc import Callable
 from functools import partial
@@ -105,7 +105,7 @@ def test_order_of_the_tasks_does_not_matter(layout: Layout, K: int, seed: int, m
 
 
 @given(layout=LAYOUT, K=st.integers(2, 6), seed=SEEDS, power=st.integers(-20, 20), dtype=DTYPES)
-def test_common_scale_of_the_losses_leaves_the_rotations_alone(
+def test_common_scale_of_the_losses_does_not_change_the_rotations(
     layout: Layout, K: int, seed: int, power: int, dtype: torch.dtype
 ) -> None:
     (shape, dim), data, results = layout, batches(seed, STEPS, K, dtype), []

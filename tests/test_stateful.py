@@ -1,4 +1,4 @@
-"""Whatever is done between steps, in any order: rotations stay rotations, and copies go on alike."""
+"""For any sequence of operations between steps, rotations stay rotations, and copies train identically."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Pair = tuple[Network, RotoGradOptimizer]
 
 
 class Training(RuleBasedStateMachine):
-    """One training run, interrupted at will, beside a copy that must stay equal to it bit for bit."""
+    """A training run with random interruptions, and a copy that must stay bit-identical to it."""
 
     runs: list[Pair]
 

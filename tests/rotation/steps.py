@@ -1,4 +1,4 @@
-"""Steps of the rotations on gradients of one's own."""
+"""Rotation steps on given gradients."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.samplers import Sampler, haar, rotation_gradient
 
 
 def cayley(rotations: Rotations, lr: float, processes: Processes | None = None) -> CayleyStep:
-    """Return the step beside a network with a constant learning rate."""
+    """Return the step for a network with a constant learning rate."""
     network = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     return CayleyStep(rotations, lr, processes or Processes(), network)
 
@@ -26,7 +26,7 @@ def turned(
     dense_from: float | None = None,
     processes: Processes | None = None,
 ) -> Tensor:
-    """Return R after steps that all see the same gradients."""
+    """Return R after steps with the same gradients."""
     rotations = haar(len(R), R.shape[-1], R.dtype)
     rotations.load_matrices(R)
     step = cayley(rotations, lr, processes)

@@ -1,4 +1,4 @@
-"""Turning: what a turn of low rank and a dense one do to rotations, and that both are the same."""
+"""Cayley updates: the low-rank and the dense form, and that they agree."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ def test_cayley_delta_is_the_textbook_inverse(m: int, seed: int, scale: float) -
     skew = 10**scale * Sampler(seed).skew(m)
     identity = torch.eye(m, dtype=torch.float64)
     expected = torch.linalg.solve(identity - skew / 2, skew)
-    # Solving with I + S'S/4 costs its condition, which is below 1 + |S|^2 / 4.
+    # Solving with I + S'S/4 amplifies errors by its condition number, below 1 + |S|^2 / 4.
     rtol = 10 * m * eps(torch.float64) * (1 + float(torch.linalg.matrix_norm(skew, 2)) ** 2 / 4)
     assert relative_error(cayley_delta(skew), expected) <= rtol
 
@@ -32,7 +32,7 @@ def test_cayley_delta_is_the_textbook_inverse(m: int, seed: int, scale: float) -
 @given(m=SIZES, seed=SEEDS, scale=st.floats(-30, -9))
 def test_cayley_delta_of_a_small_turn_is_the_turn(m: int, seed: int, scale: float) -> None:
     skew = 10**scale * Sampler(seed, torch.float32).skew(m)
-    # Z = S + S^2/2 + ..., and the first term is all that float32 sees. I + Z would be just I.
+    # Z = S + S^2/2 + ..., of which float32 resolves only the first term. I + Z would be equal to I.
     assert relative_error(cayley_delta(skew), skew) <= 10 * eps(torch.float32)
 
 
@@ -65,7 +65,7 @@ def test_way_up_in_a_metric(turn: Turn, seed: int) -> None:
 def test_gram_identities(turn: Turn) -> None:
     W, V, S = turn.W, turn.V, turn.S
     for skew in (SampleSkew(W, V), DenseSkew(W @ V.mT)):
-        # The norm is a difference of products of norms, at most 1: where S is small, it is rounding.
+        # The norm is a difference of products of norms, at most 1: for small S, it is a rounding error.
         assert_close(skew.half_squared_norm(), S.square().sum((1, 2)) / 2, rtol=0, atol=ROUNDING * eps(W.dtype))
         assert (skew.half_squared_norm() >= 0).all()
     # No plane turns by more than |S|_F / sqrt(2), and a step below 1 / (|W| |V|) is one below 1 / |N|.
@@ -86,7 +86,7 @@ def test_scale_of_a_task_is_that_of_its_norm_and_of_no_other(turn: Turn, power: 
 
 @given(turn=TURNS)
 def test_equivariance(turn: Turn) -> None:
-    """Turning what a rotation sees, or what it makes, turns the new rotation alike."""
+    """Rotating the inputs or the outputs of a rotation rotates the new rotation in the same way."""
     Q = Sampler(1).rotations(1, turn.R.shape[-1])[0]
     for form in ("low_rank", "dense"):
         expected = getattr(turn, form)()
@@ -148,7 +148,7 @@ def test_batch_is_a_loop(turn: Turn) -> None:
             getattr(turn.but(R=turn.R[k : k + 1], W=turn.W[k : k + 1], step=turn.step[k : k + 1]), form)()
             for k in range(len(turn.R))
         ]
-        # Batched products may add in another order than single ones.
+        # Batched products may use another order of summation than single ones.
         assert_close(torch.cat(one_by_one), getattr(turn, form)(), rtol=0, atol=1e-14)
 
 
@@ -186,7 +186,7 @@ def test_zero_step_keeps_every_bit(K: int, m: int, n: int, seed: int, dtype: tor
 
 
 @given(K=NUM_TASKS, m=SIZES, n=NUM_SAMPLES, seed=SEEDS, dtype=DTYPES)
-def test_one_turn_leaves_rotations(K: int, m: int, n: int, seed: int, dtype: torch.dtype) -> None:
+def test_a_turn_gives_rotations(K: int, m: int, n: int, seed: int, dtype: torch.dtype) -> None:
     turn = Turn(K, m, n, seed, dtype)
     for turned in (turn.low_rank(), turn.dense()):
         assert_rotations(turned)
@@ -206,8 +206,8 @@ for turned in (turn.low_rank(), turn.dense()):
 
 
 @pytest.mark.parametrize("samples", [8, 100])
-def test_turns_are_right_with_two_threads(samples: int) -> None:
-    # A process of its own: on the CPU build of torch 2.13, batched LU is wrong, or never returns, after it.
+def test_turns_are_correct_with_two_threads(samples: int) -> None:
+    # In a separate process: on the CPU build of torch 2.13, batched LU is wrong or hangs afterwards.
     code = THREADS.format(samples=samples)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     errors = [float(line) for line in run.stdout.split()]

@@ -1,4 +1,4 @@
-"""The built-in rotation step: alignment never falls, low-rank and dense forms agree, and what it leaves alone."""
+"""The built-in rotation step: alignment never decreases, low-rank and dense forms agree, and what does not change."""
 
 import math
 from typing import Any
@@ -43,10 +43,10 @@ def test_step_does_not_lower_the_alignment_of_its_batch(
         return at_rep / lengths
 
     before, z = units(R), sampler.normal(n, m) * sampler.log_scales(m, -2, 2)
-    target = before.mean(dim=0)  # what the gradients are to agree with does not move
+    target = before.mean(dim=0)  # the target does not change
     rotations = turned(R, rotation_gradient(before, target, z), lr=10**lr)
     gained = ((units(rotations) - before).double() * target.double()).sum(dim=(1, 2))
-    # Each alignment is a sum over unit vectors, so its rounding is some eps, whatever its size.
+    # Each alignment is a sum over unit vectors, so its error is some eps, whatever its size.
     assert gained.min() >= -10 * m * eps(dtype)
     assert (rotations != R).any()
 
@@ -96,14 +96,14 @@ def test_low_rank_and_dense_steps_are_the_same(K: int, m: int, n: int, seed: int
     sampler = Sampler(seed)
     R, (gradients, _) = sampler.rotations(K, m), with_moment(sampler, K, n, m)
     low, dense = (turned(R, gradients, lr=10**lr, dense_from=share) for share in (math.inf, 0.0))
-    # The norm of S, as a difference, has an error of some eps |U|^2 |V|^2: more of it where S is small.
+    # The norm of S, as a difference, has an error of some eps |U|^2 |V|^2: relatively more for small S.
     assert_close(low, dense, rtol=0, atol=1e-10)
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS)
-def test_form_changes_at_the_threshold_and_nothing_else_does(K: int, m: int, seed: int) -> None:
+def test_only_the_form_changes_at_the_threshold(K: int, m: int, seed: int) -> None:
     sampler = Sampler(seed)
-    n = max(1, math.ceil(cayley_step.DENSE_FROM * m) - 1)  # the most samples of a turn of low rank
+    n = max(1, math.ceil(cayley_step.DENSE_FROM * m) - 1)  # the largest number of samples of a low-rank turn
     R, (units, target) = sampler.rotations(K, m), sampler.directions(K, n, m)
     forms: list[type[Skew]] = []
 
@@ -138,7 +138,7 @@ def test_representation_may_be_wider_than_the_network(K: int, n: int, m: int, se
     sampler = Sampler(seed)
     R, gradients = sampler.rotations(K, m).float(), rotation_gradient(*sampler.directions(K, n, m))
     expected = turned(R.double(), gradients, dense_from=dense)
-    # Of a task that is almost aligned, float32 takes S for rounding: up to the root of 4 eps.
+    # For a task that is almost aligned, float32 treats S as a rounding error: up to the root of 4 eps.
     assert_close(turned(R, gradients, dense_from=dense), expected.float(), rtol=0, atol=1e-3)
 
 
@@ -158,7 +158,7 @@ def test_an_unusable_pass_does_not_count(K: int, m: int, seed: int, n: int) -> N
 
 
 @given(K=NUM_TASKS, n=NUM_SAMPLES, m=SIZES, seed=SEEDS, dtype=DTYPES, dense=st.sampled_from([0.0, math.inf]))
-def test_what_keeps_every_bit(K: int, n: int, m: int, seed: int, dtype: torch.dtype, dense: float) -> None:
+def test_steps_that_change_no_bit(K: int, n: int, m: int, seed: int, dtype: torch.dtype, dense: float) -> None:
     sampler = Sampler(seed, dtype)
     R, (units, target) = sampler.rotations(K, m), sampler.directions(K, n, m)
     nothing = rotation_gradient(torch.zeros_like(units), torch.zeros_like(target))
@@ -175,7 +175,7 @@ def test_aligned_gradients_do_not_turn(K: int, n: int, m: int, seed: int, dtype:
     unit = sampler.normal(n, m)
     unit /= unit.norm()
     R = sampler.rotations(K, m)
-    # S is rounding, some eps, and the step size is at most one.
+    # S is a rounding error of some eps, and the step size is at most one.
     result = turned(R, rotation_gradient(unit.expand(K, n, m), 0.7 * unit), lr=10.0, dense_from=dense)
     assert_close(result, R, rtol=0, atol=20 * eps(dtype))
 
@@ -184,7 +184,7 @@ def test_aligned_gradients_do_not_turn(K: int, n: int, m: int, seed: int, dtype:
 def test_gradients_along_one_direction_do_not_turn(
     K: int, n: int, m: int, seed: int, dtype: torch.dtype, dense: float
 ) -> None:
-    """As those of linear heads with the same weights: N is symmetric, although the samples ask for different things."""
+    """Like those of linear heads with equal weights: N is symmetric, although the gradients of the samples differ."""
     sampler = Sampler(seed, dtype)
     R, z = sampler.rotations(K, m), sampler.normal(n, m) * sampler.log_scales(m, -1, 1)
     units = sampler.normal(K, n, 1) * sampler.normal(m)
@@ -201,12 +201,12 @@ def test_one_feature_cannot_turn(K: int, seed: int, haar: bool) -> None:
     assert torch.equal(bench.matrices, torch.ones(K, 1, 1))
 
 
-@example(K=2, n=1, m=2, seed=82, apart=-1.0, dense=math.inf)  # lost 3e-5 once, of which the test allows 1e-5
+@example(K=2, n=1, m=2, seed=82, apart=-1.0, dense=math.inf)  # had an error of 3e-5, where the test allows 1e-5
 @given(K=NUM_TASKS, n=NUM_SAMPLES, m=SIZES, seed=SEEDS, apart=st.floats(-8, -1), dense=st.sampled_from([0.0, math.inf]))
-def test_gradients_that_are_almost_aligned_leave_rotations(
+def test_gradients_that_are_almost_aligned_keep_rotations_orthogonal(
     K: int, n: int, m: int, seed: int, apart: float, dense: float
 ) -> None:
-    """What is left of their difference is rounding, of either sign; in float32, features of very different variance."""
+    """Their difference is a rounding error of either sign; in float32, with features of very different variance."""
     sampler = Sampler(seed, torch.float32)
     unit, noise = sampler.normal(n, m), sampler.normal(K, n, m)
     units = unit + 10**apart * noise

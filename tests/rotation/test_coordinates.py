@@ -1,4 +1,4 @@
-"""The rotations under an optimizer of the user's: geotorch's recipe, and the chain rule it rests on."""
+"""Rotations updated by an optimizer of the user: the recipe of geotorch, and its chain rule."""
 
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from tests.asserts import assert_rotations, assert_same_bits, relative_error
 from tests.oracle import cayley_step
 from tests.samplers import DTYPES, NUM_TASKS, SEEDS, SIZES, Bench, Sampler, haar, rotation_gradient
 
-# Without eps, Adam divides a gradient by its own size: entries that nearly cancel would be steps of pure rounding.
+# Without eps, Adam divides a gradient by its own size: entries that nearly cancel would give steps of rounding errors.
 OPTIMIZERS: dict[str, Any] = {"SGD": partial(SGD, lr=0.3, momentum=0.9), "Adam": partial(Adam, lr=0.05, eps=1e-3)}
 
 
@@ -39,7 +39,7 @@ def test_coordinate_gradient_is_that_of_the_objective(n: int, m: int, rest: int,
     assert_close(coordinate_gradient(units, target, m), expected, rtol=1e-12, atol=1e-15)
 
 
-def test_coordinates_wait_for_the_rotations_where_those_will_be() -> None:
+def test_coordinates_are_created_on_the_device_of_the_rotations() -> None:
     options: dict[str, Any] = {"device": torch.device("meta"), "dtype": torch.float64}
     rotations = Rotations(2, None, rotate=[True, True], init="identity", **options)
     coordinates = Coordinates(rotations, Processes())
@@ -61,7 +61,7 @@ def test_representation_may_be_wider_than_the_network(K: int, m: int, seed: int)
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS)
-def test_turn_applies_the_coordinates_and_starts_again_at_zero(K: int, m: int, seed: int) -> None:
+def test_turn_applies_the_coordinates_and_resets_them_to_zero(K: int, m: int, seed: int) -> None:
     sampler, rotations = Sampler(seed), haar(K, m, torch.float64)
     coordinates, before, A = Coordinates(rotations, Processes()), rotations.matrices.clone(), sampler.normal(K, m, m)
     coordinates.parameter.data.copy_(A)
@@ -118,7 +118,7 @@ def test_several_backwards_are_averaged(K: int, m: int, seed: int, passes: int) 
 def test_rotations_turn_in_every_step_by_the_update(name: str, K: int, m: int, seed: int) -> None:
     sampler = Sampler(seed)
     bench = Bench((4, m), K, torch.float64, rotation_optimizer=OPTIMIZERS[name])
-    update = torch.zeros(K, m, m).double()  # what the same optimizer does to a free parameter
+    update = torch.zeros(K, m, m).double()  # the update of a free parameter by the same optimizer
     twin: Optimizer = OPTIMIZERS[name]([update])
     for _ in range(3):
         old = bench.matrices if bench.optimizer.rotations.size else torch.eye(m).double().expand(K, m, m)
@@ -134,7 +134,7 @@ def test_rotations_turn_in_every_step_by_the_update(name: str, K: int, m: int, s
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS)
-def test_momentum_does_not_turn_where_nothing_was_usable(K: int, m: int, seed: int) -> None:
+def test_momentum_does_not_turn_after_unusable_passes(K: int, m: int, seed: int) -> None:
     sampler = Sampler(seed)
     bench = Bench((4, m), K, torch.float64, rotation_optimizer=OPTIMIZERS["Adam"])
     bench.step(list(sampler.normal(K, 4, m)))
@@ -157,7 +157,7 @@ def test_rotations_stay_rotations_under_a_reckless_optimizer(
 
 
 def everywhere(params: list[nn.Parameter]) -> Optimizer:
-    """Make an optimizer that moves all coordinates, as one that adds noise does, also those without a gradient."""
+    """Create an optimizer that also changes coordinates without a gradient, as one that adds noise does."""
 
     def move(*_: Any) -> None:
         for param in params:
@@ -203,7 +203,7 @@ def test_step_without_gradients_turns_by_nothing() -> None:
     assert_same_bits(rotations.matrices, before)
 
 
-def test_what_makes_no_optimizer_is_an_error() -> None:
+def test_callable_that_returns_no_optimizer_is_an_error() -> None:
     message = (
         r"^`rotation_optimizer` must be a callable from parameters to a torch\.optim\.Optimizer, got one that returns "
         r"list\. Example: rotation_optimizer=lambda params: torch\.optim\.Adam\(params, lr=1e-4\)\.$"

@@ -1,4 +1,4 @@
-"""Rotations stay rotations over any number of turns: what the repair of some columns per turn is for."""
+"""Rotations stay orthogonal over any number of turns, because some columns are repaired in each turn."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from rotoopt._rotation.cayley import DenseSkew, SampleSkew, Skew, orthogonality_
 from tests.asserts import assert_same_bits, eps
 from tests.samplers import DTYPES, NUM_TASKS, SEEDS, SIZES, Sampler
 
-ANGLES = torch.tensor([1e-4, 1e-3, 1e-2, 0.1, 0.6])  # radians per turn, a rotation of its own for each
+ANGLES = torch.tensor([1e-4, 1e-3, 1e-2, 0.1, 0.6])  # radians per turn, one rotation for each
 FORMS: dict[str, Callable[[Tensor, Tensor], Skew]] = {
     "low rank": SampleSkew,
     "dense": lambda W, V: DenseSkew(W @ V.mT),
@@ -23,7 +23,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Skew]] = {
 @pytest.mark.parametrize("turns", [20_000, pytest.param(100_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", FORMS)
 def test_many_turns_by_noise_do_not_drift(form: str, turns: int) -> None:
-    """As :class:`CayleyStep` turns, but by steps that do not shrink."""
+    """Updates like those of :class:`CayleyStep`, but with steps that do not decrease."""
     sampler, m, n = Sampler(0, torch.float32), 16, 2
     R = sampler.rotations(len(ANGLES), m)
     everywhere = torch.ones(len(ANGLES), dtype=torch.bool)
@@ -31,7 +31,9 @@ def test_many_turns_by_noise_do_not_drift(form: str, turns: int) -> None:
         Ws, Vs = sampler.normal(1000, len(ANGLES), m, n), sampler.normal(1000, m, n)
         for i, (W, V) in enumerate(zip(Ws, Vs, strict=True)):
             skew = FORMS[form](W, V)
-            skew.turn_(R, ANGLES / skew.half_squared_norm().sqrt())  # the planes' angles have this root sum of squares
+            skew.turn_(
+                R, ANGLES / skew.half_squared_norm().sqrt()
+            )  # root of the sum of squares of the angles of the planes
             repair_columns_(R, (start + i) % m, 1, everywhere)
         assert orthogonality_error(R).max() <= 1e-6
     assert (torch.linalg.slogdet(R.double()).sign == 1).all()
@@ -54,7 +56,7 @@ def test_sweep_of_the_repair_squares_the_error(K: int, m: int, seed: int, scale:
     def spectral(matrices: Tensor) -> float:
         return float(torch.linalg.matrix_norm(matrices.mT @ matrices - torch.eye(m).double(), 2).max())
 
-    # A full Newton-Schulz step leaves 3/4 e^2. Column by column, errors of the columns before come in: up to 4 e^2.
+    # A full Newton-Schulz step leaves 3/4 e^2. Column by column, errors of earlier columns add to it: up to 4 e^2.
     assert spectral(sweep(R, width)) <= 4 * spectral(R) ** 2 + 20 * eps(torch.float64) * m**0.5
 
 
@@ -72,7 +74,7 @@ def test_repair_is_its_formula(K: int, m: int, seed: int, scale: float, data: st
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS, dtype=DTYPES)
-def test_repair_keeps_rotations_and_those_it_is_not_for(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
+def test_repair_keeps_rotations_and_other_columns(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
     sampler = Sampler(seed, dtype)
     R = sampler.rotations(K, m)
     assert (sweep(R, 1) - R).abs().max() <= 20 * eps(dtype)

@@ -1,4 +1,4 @@
-"""The metric of turns: what is measured of the representation, and that its scale and bad batches do not matter."""
+"""The metric of turns: the moments of the representation, and invariance to its scale and to bad batches."""
 
 import copy
 from typing import Any
@@ -55,7 +55,7 @@ def test_variance_is_one_on_average(m: int, seed: int) -> None:
 
 @pytest.mark.parametrize("bad", [0.0, torch.inf, torch.nan])
 @pytest.mark.parametrize("first", [True, False])
-def test_what_says_nothing_is_not_remembered(bad: float, *, first: bool) -> None:
+def test_useless_moments_are_ignored(bad: float, *, first: bool) -> None:
     sampler, metric = Sampler(0), Metric(Processes())
     z = sampler.normal(5, 3)
     before = torch.eye(3).double() * (1 + DAMPING) if first else observe(metric, z)
@@ -68,7 +68,7 @@ def test_what_says_nothing_is_not_remembered(bad: float, *, first: bool) -> None
 def test_processes_have_the_metric_of_their_joined_batch_in_the_dtype_of_the_rotations(
     count: int, m: int, seed: int, dtype: torch.dtype, own: torch.dtype
 ) -> None:
-    """And leave the moments as they are."""
+    """And the moments are not changed."""
     sampler = Sampler(seed, dtype)
     z, (units, target) = sampler.normal(count, 4, m), sampler.directions(2, 4, m)
     gradients, like = [rotation_gradient(units, target, each) for each in z], z.new_zeros(2, m, m).to(own)
@@ -82,16 +82,16 @@ def test_processes_have_the_metric_of_their_joined_batch_in_the_dtype_of_the_rot
     assert_same([each.second_moment for each in gradients], [each.second_moment for each in before])
 
 
-def test_a_moment_that_is_not_positive_does_not_spoil_anything() -> None:
-    """As rounding may leave it, of very many features."""
+def test_a_moment_that_is_not_positive_does_no_harm() -> None:
+    """As may result from rounding errors with very many features."""
     metric, like = Metric(Processes()), torch.zeros(2, 3, 3).double()
     metric.load_state_dict({"mean": torch.diag(torch.tensor([3.0, 1.0, -1.0])), "memory": torch.tensor(MEMORY)}, like)
     assert torch.equal(metric.factor([], like), torch.eye(3).double())
 
 
-def test_it_moves_to_where_the_rotations_are() -> None:
+def test_it_moves_to_the_device_of_the_rotations() -> None:
     metric = Metric(Processes())
-    metric.to(torch.device("meta"))  # nothing is there yet
+    metric.to(torch.device("meta"))  # nothing has been measured yet
     observe(metric, Sampler(0).normal(4, 3))
     metric.to(torch.device("meta"))
     mean = metric.state_dict()["mean"]
@@ -99,7 +99,7 @@ def test_it_moves_to_where_the_rotations_are() -> None:
     assert mean.device.type == "meta"
 
 
-def test_a_pass_without_a_moment_is_left_out() -> None:
+def test_a_pass_without_a_moment_is_ignored() -> None:
     sampler, metric, like = Sampler(0), Metric(Processes()), torch.zeros(2, 3, 3).double()
     units, target = sampler.directions(2, 4, 3)
     z = sampler.normal(4, 3)
@@ -127,7 +127,7 @@ def test_moment_is_a_sum_over_samples(layout_: Layout, seed: int, rest: int, dty
     ],
     ids=["built-in", "no rotations", "an optimizer"],
 )
-def test_moments_are_measured_where_rotations_turn_by_them(
+def test_moments_are_measured_only_for_turns(
     options: dict[str, Any], expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And once for all heads."""

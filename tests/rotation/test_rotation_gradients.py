@@ -1,4 +1,4 @@
-"""What rotations turn by: sums over the samples of a batch, its parts, and all processes."""
+"""Gradients of the rotations: sums over the samples of a batch, its parts, and all processes."""
 
 import math
 
@@ -22,7 +22,7 @@ from tests.weighting.processes import together
 
 @given(K=NUM_TASKS, m=SIZES, counts=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=SEEDS)
 def test_gradients_of_the_parts_of_a_batch_add_up(K: int, m: int, counts: list[int], seed: int) -> None:
-    """Also where one part alone would turn by low rank, and all together do not."""
+    """Also if one part would use the low-rank form, and all together the dense one."""
     sampler = Sampler(seed)
     R, (units, target) = sampler.rotations(K, m), sampler.directions(K, sum(counts), m)
     z = sampler.normal(sum(counts), m)
@@ -32,7 +32,7 @@ def test_gradients_of_the_parts_of_a_batch_add_up(K: int, m: int, counts: list[i
 
 
 @given(K=NUM_TASKS, m=SIZES, counts=st.lists(st.integers(1, 4), min_size=2, max_size=3), seed=SEEDS)
-def test_processes_turn_by_the_gradients_of_their_joined_batch(K: int, m: int, counts: list[int], seed: int) -> None:
+def test_processes_use_the_gradients_of_their_joined_batch(K: int, m: int, counts: list[int], seed: int) -> None:
     sampler = Sampler(seed)
     R, (units, target) = sampler.rotations(K, m), sampler.directions(K, sum(counts), m)
     z = sampler.normal(sum(counts), m)
@@ -71,7 +71,7 @@ def test_correlation_is_a_sum_over_samples(layout_: Layout, seed: int, K: int, r
 def test_the_gradient_of_no_samples_changes_nothing(
     K: int, n: int, m: int, seed: int, dtype: torch.dtype, dense: float
 ) -> None:
-    """A process has it that must turn because others do."""
+    """As in a process without samples that updates its rotations because others do."""
     sampler = Sampler(seed, dtype)
     R, gradients = sampler.rotations(K, m), rotation_gradient(*sampler.directions(K, n, m))
     none = RotationGradient.none(K, m, like=R[:, 0, 0])

@@ -1,4 +1,4 @@
-"""The rotations: what a turn does, and that it stays in SO(m) whatever happens."""
+"""The rotations: they stay in SO(m) after any turns."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def test_many_turns_do_not_drift(dtype: torch.dtype) -> None:
     sampler, R = Sampler(0, dtype), haar(2, 16, dtype)
     for _ in range(1000):
         turn_(R.matrices, 0.1 * sampler.skew(2, 16))
-    # 3 eps were measured, after 1000 turns as after 4000; without the repair 48, and growing.
+    # Measured: 3 eps, after 1000 turns as after 4000; without the repair 48 eps, and growing.
     assert orthogonality_error(R.matrices).max() <= 10 * eps(dtype)
 
 
@@ -100,7 +100,7 @@ def test_large_haar_start_is_a_rotation(seed: int) -> None:
     assert_rotations(haar(2, 512, torch.float32).matrices)
 
 
-def test_haar_start_does_not_rely_on_the_sign_that_geotorch_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_haar_start_does_not_depend_on_the_sign_of_geotorch(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Tensor] = []
 
     def orthogonal(empty: Tensor) -> Tensor:  # of both signs
@@ -116,7 +116,7 @@ def test_haar_start_does_not_rely_on_the_sign_that_geotorch_gives(monkeypatch: p
 
 
 def test_haar_start_on_several_threads() -> None:
-    """There MKL returns wrong determinants of a batch of large matrices."""
+    """With several threads, MKL returns wrong determinants for batches of large matrices."""
     program = """
 import torch
 from rotoopt._rotation.cayley import determinant_signs
@@ -143,7 +143,7 @@ def test_haar_start_has_the_moments_of_the_haar_measure() -> None:
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS, dtype=DTYPES)
-def test_rotations_that_are_switched_off_start_at_the_identity(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
+def test_disabled_rotations_start_at_the_identity(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
     off = Sampler(seed).integer(K)
     flags = [task != off for task in range(K)]
     R = Rotations(K, m, rotate=flags, init="haar", device=torch.device("cpu"), dtype=dtype)
@@ -158,28 +158,26 @@ def test_orthogonality_error_is_its_definition(K: int, m: int, seed: int, scale:
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS, dtype=DTYPES)
-def test_state_dict_makes_the_rotations_that_are_not_there_yet(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
+def test_state_dict_creates_missing_rotations(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
     saved = haar(K, m, dtype)
     loaded = Rotations(K, None, rotate=(True,) * K, init="identity", device=torch.device("cpu"), dtype=dtype)
     assert saved.state_dict().keys() == {"manifold.base"}
-    for _ in range(2):  # the second time, they are there
+    for _ in range(2):  # the second time, they exist
         turn_(saved.matrices, 0.1 * Sampler(seed, dtype).skew(K, m))
         loaded.load_state_dict(saved.state_dict())
         assert_same_bits(loaded.matrices, saved.matrices)
-    loaded.load_state_dict({}, strict=False)  # as of a checkpoint from before there were any
+    loaded.load_state_dict({}, strict=False)  # like a checkpoint made before they existed
     assert_same_bits(loaded.matrices, saved.matrices)
 
 
-def test_state_dict_from_before_there_were_rotations_makes_none() -> None:
+def test_state_dict_without_rotations_creates_none() -> None:
     rotations = Rotations(2, None, rotate=[True, True], init="haar", device=torch.device("cpu"), dtype=torch.float32)
     rotations.load_state_dict({}, strict=False)
     assert rotations.size is None
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS, dtype=DTYPES, half=st.sampled_from([torch.float16, torch.bfloat16]))
-def test_casts_below_single_precision_stop_there(
-    K: int, m: int, seed: int, dtype: torch.dtype, half: torch.dtype
-) -> None:
+def test_casts_stop_at_single_precision(K: int, m: int, seed: int, dtype: torch.dtype, half: torch.dtype) -> None:
     torch.manual_seed(seed)
     R = haar(K, m, dtype)
     before = R.matrices.clone()
@@ -221,18 +219,18 @@ def test_seed_fixes_a_random_start_and_leaves_the_generator_of_torch_alone() -> 
     assert not torch.equal(start(4), first)
     torch.manual_seed(3)
     drawn = start(None)
-    assert not torch.equal(start(None), drawn)  # without one, it comes from that generator, which moves on
+    assert not torch.equal(start(None), drawn)  # without a seed, it uses that generator, which advances
     torch.manual_seed(3)
     assert_same_bits(start(None), drawn)
 
 
-def test_seed_is_not_that_of_the_generators_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "manual_seed", None)  # which would set them, and nobody sets them back
+def test_seed_does_not_set_the_generators_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "manual_seed", None)  # which would set them without a reset
     Rotations(2, 4, rotate=[True, True], init="haar", seed=3, device=torch.device("cpu"), dtype=torch.float32)
 
 
 class Told(Processes):
-    """Processes that agree on a number."""
+    """Processes with a shared seed."""
 
     def shared_seed(self) -> int:
         return 3

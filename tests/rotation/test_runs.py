@@ -1,4 +1,4 @@
-"""Runs of the built-in rotation step: what does not change where the rotations go, and what does not move them."""
+"""Runs of the built-in rotation step: invariances, and steps that do not change the rotations."""
 
 import copy
 import math
@@ -24,7 +24,7 @@ LOG_LRS = st.floats(-4, 1)
 
 
 def data(sampler: Sampler, K: int, *shape: int, steps: int = 4) -> list[list[Tensor]]:
-    """Draw gradients of some steps that agree in part, so that rotations turn."""
+    """Draw gradients of some steps that agree partly, so that rotations turn."""
     common = sampler.normal(K, *shape)
     return [list(common + 0.3 * sampler.normal(K, *shape)) for _ in range(steps)]
 
@@ -36,7 +36,7 @@ def run(bench: Bench, steps: list[list[Tensor]]) -> Tensor:
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS, lr=LOG_LRS)
-def test_steps_on_one_batch_bring_the_gradients_together(K: int, m: int, seed: int, lr: float) -> None:
+def test_steps_on_one_batch_align_the_gradients(K: int, m: int, seed: int, lr: float) -> None:
     bench, lengths = Bench((4, m), K, torch.float64, rotation_lr=10**lr), []
     at_heads = list(Sampler(seed).normal(K, 4, m))
     for _ in range(5):
@@ -73,11 +73,11 @@ def test_positions_of_a_map_are_samples(K: int, seed: int, channels: int) -> Non
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS, dtype=DTYPES)
-def test_tasks_that_are_not_rotated_count_in_the_target_and_stay(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
+def test_tasks_without_rotation_count_in_the_target(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
     sampler = Sampler(seed, dtype)
     off, grads = sampler.integer(K), list(sampler.normal(K, 4, m))
     bench = Bench((4, m), K, dtype, rotate=[task != off for task in range(K)])
-    expected = run(Bench((4, m), K, dtype), [grads])  # not two: the target would see rotation `off`
+    expected = run(Bench((4, m), K, dtype), [grads])  # not two: the target would depend on rotation `off`
     expected[off] = torch.eye(m, dtype=dtype)
     assert torch.equal(run(bench, [grads]), expected)
 
@@ -96,7 +96,7 @@ def test_target_is_the_mean_of_the_present_tasks(K: int, m: int, seed: int) -> N
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS, dtype=DTYPES)
-def test_what_moves_nothing_and_where_the_rotations_lie(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
+def test_steps_without_effect_and_storage_of_the_rotations(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
     sampler = Sampler(seed, dtype)
     steps, bench = data(sampler, K, 4, m), Bench((4, m), K, dtype, rotation_size=m, rotation_lr=0.1)
     storage = bench.optimizer.rotations.matrices.data_ptr()
@@ -132,7 +132,9 @@ def test_representations_of_low_precision(dtype: torch.dtype, K: int, m: int, se
 
 
 @given(K=NUM_TASKS, layout=LAYOUT, seed=SEEDS, dtype=DTYPES, saved=st.integers(0, 4))
-def test_resumed_runs_are_uninterrupted_ones(K: int, layout: Layout, seed: int, dtype: torch.dtype, saved: int) -> None:
+def test_resumed_runs_equal_uninterrupted_ones(
+    K: int, layout: Layout, seed: int, dtype: torch.dtype, saved: int
+) -> None:
     (shape, dim), steps = layout, data(Sampler(seed, dtype), K, *layout[0])
     whole, one, other = (Bench(shape, K, dtype, dim=dim, rotation_lr=0.1) for _ in range(3))
     for grads in steps[:saved]:
@@ -145,7 +147,7 @@ def test_resumed_runs_are_uninterrupted_ones(K: int, layout: Layout, seed: int, 
 
 
 def test_scheduler_of_the_rotations_gives_no_warning() -> None:
-    """Even in steps that do not turn."""
+    """Even in steps without an update."""
     bench, sampler = Bench((4, 6), 3, torch.float64, turn_every=8), Sampler(0)
     scheduler = ExponentialLR(bench.optimizer.rotation_optimizer, 0.5)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""The schedule of the network, which the rotations follow."""
+"""The rotations follow the learning-rate schedule of the network."""
 
 import pytest
 import torch

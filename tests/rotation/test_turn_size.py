@@ -1,4 +1,4 @@
-"""How far rotations turn, when, and in which direction."""
+"""Size, time and direction of the turns."""
 
 import math
 from dataclasses import replace
@@ -49,7 +49,7 @@ def test_step_size_is_zero_before_the_first_gradient(K: int, seed: int, lr: floa
         assert [size > 0 for size in sizes.tolist()] == [lr > 0 and task != absent for task in range(K)]
 
 
-def test_step_size_takes_a_closure_as_every_optimizer_of_torch_does() -> None:
+def test_step_accepts_a_closure_like_every_optimizer_of_torch() -> None:
     optimizer = NormalizedStep([nn.Parameter(torch.zeros(2))], lr=0.1)
     with torch.no_grad():
         assert optimizer.step(lambda: 3.0 if torch.is_grad_enabled() else 0.0) == 3.0
@@ -70,8 +70,8 @@ def test_no_plane_turns_by_more_than_a_radian(K: int, n: int, m: int, seed: int,
 
 
 @given(K=NUM_TASKS, n=NUM_SAMPLES, m=st.integers(2, 24), seed=SEEDS, scale=LOG_LRS)
-def test_lr_is_the_change_of_what_heads_get(K: int, n: int, m: int, seed: int, scale: float) -> None:
-    """Root mean square, relative, in the first turn, whatever the scale of z is; of the data itself, at most that."""
+def test_lr_is_the_relative_change_of_the_inputs_of_heads(K: int, n: int, m: int, seed: int, scale: float) -> None:
+    """Root mean square in the first turn, for any scale of z; on the data itself, it is an upper bound."""
     sampler, lr = Sampler(seed), 1e-6
     R, (gradient, C) = sampler.rotations(K, m), with_moment(sampler, K, n, m)
     assert gradient.second_moment is not None
@@ -100,7 +100,7 @@ def test_turns_follow_the_schedule_of_the_network(K: int, n: int, m: int, seed: 
     for factor in (1.0, share):
         network = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
         step = CayleyStep(rotations, 1e-6, Processes(), network)
-        step.step([unusable(gradient)])  # it has seen the highest rate
+        step.step([unusable(gradient)])  # the highest rate was seen before
         network.param_groups[0]["lr"] *= factor
         angle = step.step([gradient])
         assert angle is not None
@@ -119,14 +119,14 @@ def test_rotations_turn_every_few_steps() -> None:
     assert [step for step, each in enumerate(moved) if each] == [0, TURN_EVERY, 2 * TURN_EVERY]
 
 
-def test_step_sizes_are_where_the_rotations_are() -> None:
+def test_step_sizes_are_on_the_device_of_the_rotations() -> None:
     options: dict[str, Any] = {"device": torch.device("meta"), "dtype": torch.float64}
     rotations = Rotations(2, 4, rotate=[True, True], init="identity", **options)
     (sizes,) = cayley(rotations, 0.1).optimizer.param_groups[0]["params"]
     assert {"device": sizes.device, "dtype": sizes.dtype} == options
 
 
-def test_loaded_step_goes_on_in_the_dtype_of_its_rotations() -> None:
+def test_loaded_step_has_the_dtype_of_its_rotations() -> None:
     sampler = Sampler(0)
     saved = cayley(haar(2, 4, torch.float64), 0.1)
     saved.step([rotation_gradient(*sampler.directions(2, 6, 4), sampler.normal(6, 4))])

@@ -39,7 +39,7 @@ def make(name: str, **options: Any) -> Model:
 
 
 def optimizers(model: Model) -> list[torch.optim.Optimizer]:
-    """Return the two of the official README."""
+    """Return the two optimizers of the official README."""
     return [Adam(model.model_parameters(), lr=0.01), Adam(model.parameters(), lr=0.05)]
 
 

@@ -41,10 +41,10 @@ def test_parameters_are_those_of_the_method_and_the_network(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [list, tuple, nn.ModuleList])
-def test_heads_of_the_caller_stay_as_they_are(kind: Callable[[list[nn.Module]], Any]) -> None:
+def test_heads_of_the_caller_are_not_changed(kind: Callable[[list[nn.Module]], Any]) -> None:
     backbone, modules = network()
     heads = kind(modules)
-    for _ in range(2):  # nothing is nested by a second model of the same heads
+    for _ in range(2):  # a second model with the same heads does not nest them
         model = RotoGrad(backbone, heads, D)
         assert list(heads) == modules
         assert not any(head._forward_pre_hooks for head in modules)
@@ -216,7 +216,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     options=st.fixed_dictionaries({}, optional=OPTIONS),
 )
 def test_options_are_attributes(name: str, rotation_shape: int | tuple[int, ...], options: dict[str, Any]) -> None:
-    """Those of the official package, with its defaults."""
+    """Options of the official package, with its defaults."""
     model = MODELS[name](*network(), rotation_shape, **options)
     shape = (rotation_shape,) if isinstance(rotation_shape, int) else rotation_shape
     expected = {"rotation_shape": shape, "post_shape": (), "normalize_losses": False, "burn_in_period": 20, **options}

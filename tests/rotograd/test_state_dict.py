@@ -1,4 +1,4 @@
-"""State dicts of the official package: their rotations are read wherever the model was, and loaded into ours."""
+"""State dicts of the official package: rotations are found with any prefix, and loaded into this package."""
 
 import re
 
@@ -17,7 +17,7 @@ PREFIXES = st.sampled_from(["", "model.", "rotograd.0."])
 
 
 def official(K: int, m: int, seed: int, dtype: torch.dtype, prefix: str) -> dict[str, Tensor]:
-    """Return what the official package saves of the parameters of its own."""
+    """Return the state dict of the parameters of the official package."""
     torch.manual_seed(seed)
     entries = {f"{prefix}weight_.{task}": torch.rand((), dtype=dtype) for task in range(K)}
     for task, base in enumerate(haar(K, m, dtype).matrices):
@@ -48,8 +48,8 @@ def test_rotation_is_base_times_exponential_of_the_lower_triangle(
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS, dtype=DTYPES)
-def test_every_model_takes_its_own(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
-    """Models that are parts of another one, where one has a name that begins with the other's."""
+def test_every_model_loads_its_own_rotations(K: int, m: int, seed: int, dtype: torch.dtype) -> None:
+    """For models inside of another one, whose names have a common prefix."""
     saved: dict[str, Tensor] = {}
     models = nn.ModuleDict()
     for number, name in enumerate(("part", "part2")):

@@ -1,4 +1,4 @@
-"""Training models of the official API: the mathematics of the optimizer, and none of the faults of the package."""
+"""Training models of the official API: same results as the optimizer, without the faults of the official package."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def state(model: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("normalize_losses", [False, True])
 @pytest.mark.parametrize(("name", "weighting"), [("RotateOnly", EqualWeighting), ("RotoGrad", RotoGradWeighting)])
-def test_model_and_optimizer_are_one_method(name: str, weighting: Callable[[], Any], normalize_losses: bool) -> None:
-    """With the same start, the module with two optimizers does what the wrapping optimizer does, bit for bit."""
+def test_model_and_optimizer_are_equivalent(name: str, weighting: Callable[[], Any], normalize_losses: bool) -> None:
+    """From the same start, the module with two optimizers and the wrapper are bit-identical."""
     model = make(name, normalize_losses=normalize_losses)
     backbone, heads = network()
     bare = Adam([param for module in (backbone, *heads) for param in module.parameters()], lr=0.01)
@@ -81,7 +81,7 @@ def test_resumed_run_is_the_uninterrupted_one(name: str, cut: int) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_copies_go_on_alike_and_apart(name: str) -> None:
+def test_copies_train_identically_and_independently(name: str) -> None:
     model = make(name)
     steppers = optimizers(model)
     train(model, steppers, 0, 1)
@@ -109,8 +109,8 @@ def test_absent_task_has_no_gradient_of_an_earlier_batch() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-def test_bad_first_loss_neither_flips_nor_poisons_a_gradient(value: float) -> None:
-    """The official package divides by L_k(0) as it is: a negative one turns descent into ascent."""
+def test_bad_first_loss_does_not_affect_the_gradient(value: float) -> None:
+    """The official package divides by L_k(0) itself: a negative one turns descent into ascent."""
     model = make("RotateOnly", normalize_losses=True)
     grads = []
     for shift in (None, value):
@@ -165,7 +165,7 @@ def test_gradients_of_several_backward_passes_add_up(name: str, set_to_none: boo
     torch.testing.assert_close(found[2], sums)
 
 
-def test_optimizer_that_steps_on_data_is_seen() -> None:
+def test_optimizer_that_changes_data_is_detected() -> None:
     model = make("RotateOnly")
     before = torch.stack(list(model.rotation)).clone()
     train(model, [], 0)
@@ -177,7 +177,7 @@ def test_optimizer_that_steps_on_data_is_seen() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_record_of_a_backward_pass(dtype: torch.dtype) -> None:
-    """Who steps, and how far that turns the rotations, is not known."""
+    """The optimizer is unknown, and so are the angles of its updates."""
     torch.set_default_dtype(dtype)
     try:
         model = make("RotoGrad")
@@ -191,8 +191,8 @@ def test_record_of_a_backward_pass(dtype: torch.dtype) -> None:
     assert_same([record.angles, record.total_angles], [torch.zeros(K, dtype=dtype)] * 2)
 
 
-def test_coordinates_are_looked_at_once_after_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That waits for the device."""
+def test_coordinates_are_read_once_after_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Because reading waits for the device."""
     model, x = make("RotoGrad"), torch.zeros(4, 5)
     looks: list[Tensor] = []
 
@@ -222,7 +222,7 @@ def test_vanilla_is_the_sum() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_backbone_loss_is_added_as_it_is(name: str) -> None:
+def test_backbone_loss_is_added_unchanged(name: str) -> None:
     found = []
     for with_penalty in (False, True):
         model = make(name, normalize_losses=True)
@@ -234,7 +234,7 @@ def test_backbone_loss_is_added_as_it_is(name: str) -> None:
 
 
 def test_sgd_on_rotations_lowers_their_objective() -> None:
-    """On one batch, the cosines between the task gradients rise."""
+    """On one batch, the cosines between the task gradients increase."""
     model = make("RotateOnly")
     stepper, alignments = SGD(model.parameters(), lr=0.2), []
     for _ in range(30):
@@ -271,7 +271,7 @@ def test_backbone_loss_is_checked(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["VanillaMTL", *MODELS])
 def test_options_of_autograd(name: str) -> None:
-    """Such as the one that keeps the graph of the representation."""
+    """Such as ``retain_graph``."""
     for keeps in (False, True):
         model = any_model(name)
         model.backward(losses_of(model, 0), retain_graph=keeps)

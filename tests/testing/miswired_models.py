@@ -1,4 +1,4 @@
-"""Models that are wired wrongly, each in one way, so that training goes on but does something else."""
+"""Models that are wired wrongly, each in one way, which can be trained but with wrong results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rotoopt import RotoGradOptimizer
 from tests.contract.models import REP_SIZE, TwoTasks, adam, train, wrap
 from tests.testing.wired import Wired
 
-# From the model, and its optimizer, to the outputs of the heads; the losses are their squares.
+# From the model and its optimizer to the outputs of the heads; the losses are their squares.
 Forward = Callable[[TwoTasks, RotoGradOptimizer], Sequence[Tensor]]
 
 
@@ -28,7 +28,7 @@ def squares(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def forward(run: Forward, **options: Any) -> Callable[[], Wired]:
-    """Wire a right optimizer to a forward pass that is wrong, after one that was right."""
+    """Wire a correct optimizer to a forward pass that is wrong, after a correct one."""
 
     def build() -> Wired:
         model, optimizer = wrap(adam, **{"rotation_size": REP_SIZE, **copy.deepcopy(options)})
@@ -39,7 +39,7 @@ def forward(run: Forward, **options: Any) -> Callable[[], Wired]:
 
 
 def outputs_of(left: Callable[[nn.Module, Tensor], Tensor], right: Callable[[nn.Module, Tensor], Tensor]) -> Forward:
-    """Return a forward pass in which each head is called in its way."""
+    """Return a forward pass that calls each head by its own function."""
 
     def run(model: TwoTasks, optimizer: RotoGradOptimizer) -> Sequence[Tensor]:
         z, heads = representation(model), model.heads
@@ -61,7 +61,7 @@ def on_detached(head: nn.Module, z: Tensor) -> Tensor:
 
 
 def with_copied_head() -> Wired:
-    """``heads`` holds a copy of a head; the model trains its own."""
+    """``heads`` contains a copy of a head; the model uses its own."""
     model = TwoTasks()
     params = [*model.parameters(), *(right := copy.deepcopy(model.heads["right"])).parameters()]
     optimizer = RotoGradOptimizer(Adam(params), heads={"left": model.heads["left"], "right": right})
@@ -69,14 +69,14 @@ def with_copied_head() -> Wired:
 
 
 def with_old_model() -> Wired:
-    """The cell of a notebook that builds the model ran again, and that of the optimizer did not."""
+    """The notebook cell that builds the model ran again, but not that of the optimizer."""
     _, optimizer = wrap(adam)
     model = TwoTasks()
     return Wired(model, optimizer, lambda: model.losses(0)[0])
 
 
 def with_whole_model() -> Wired:
-    """Each of ``heads`` is a network from the inputs on, with the backbone in it."""
+    """Each of ``heads`` is a whole network, including the backbone."""
     model = TwoTasks()
     heads = {name: nn.Sequential(model.backbone, head) for name, head in model.heads.items()}
     optimizer = RotoGradOptimizer(Adam(model.parameters()), heads=heads)
@@ -98,7 +98,7 @@ def one_head_for_both(model: TwoTasks, optimizer: RotoGradOptimizer) -> Sequence
 
 
 def with_copied_rotations() -> Wired:
-    """Functional heads, in front of which the user multiplies by rotations that were copied once."""
+    """Functional heads whose inputs the user multiplies by rotations that were copied once."""
     model, optimizer = wrap(adam, num_tasks=2, rotation_size=REP_SIZE, init="haar")
     copied = optimizer.rotations.matrices.clone()
     heads = model.heads.values()
@@ -111,7 +111,7 @@ def with_copied_rotations() -> Wired:
 
 
 def folded() -> Wired:
-    """The rotations were made part of the weights, to evaluate, and the training goes on."""
+    """The rotations were folded into the weights for evaluation, and training continues."""
     model, optimizer = wrap(adam)
     train(model, optimizer, 0)
     optimizer.fold()
@@ -119,7 +119,7 @@ def folded() -> Wired:
 
 
 def copied_model() -> Wired:
-    """A copy of the model is trained; its rotations are copies, too."""
+    """A copy of the model is trained; its rotations are copies as well."""
     model, optimizer = wrap(adam)
     train(model, optimizer, 0)
     copied = copy.deepcopy(model)
@@ -173,7 +173,7 @@ def without_grad(model: TwoTasks, optimizer: RotoGradOptimizer) -> Sequence[Tens
 
 
 def straight_through(model: TwoTasks, optimizer: RotoGradOptimizer) -> Sequence[Tensor]:
-    """A value of its own, and the gradient of the output."""
+    """Another value, with the gradient of the output."""
     left, right = model(model.inputs(0))
     return [left, right - right.detach() + 1]
 
@@ -196,14 +196,14 @@ def without_head() -> Wired:
 
 
 def of_old_model() -> Wired:
-    """The optimizer holds the parameters of a model that was built before, the heads are those of this one."""
+    """The optimizer has the parameters of a model that was built earlier, with the heads of this one."""
     model, old = TwoTasks(), TwoTasks()
     optimizer = RotoGradOptimizer(Adam(old.parameters()), heads=model.heads)
     return Wired(model, optimizer, lambda: model.losses(0)[0])
 
 
 def drawn_inside() -> Wired:
-    """Every call of ``losses`` takes another batch."""
+    """Every call of ``losses`` uses another batch."""
     model, optimizer = wrap(adam)
     batches = iter(range(100))
     return Wired(model, optimizer, lambda: model.losses(next(batches))[0])
@@ -224,7 +224,7 @@ def overwritten(matrices: Tensor) -> Callable[[], Wired]:
 
 
 def hooked(name: str) -> Callable[[], Wired]:
-    """A hook changes the gradient where it arrives in ``.grad``, so that what is trained with is another one."""
+    """A hook changes the gradient when it is accumulated in ``.grad``, so that training uses another one."""
 
     def negate(param: Tensor) -> None:
         assert param.grad is not None

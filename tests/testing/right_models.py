@@ -1,4 +1,4 @@
-"""Right models, as different from each other as those of users are, and small."""
+"""Small models that are wired correctly, with the structures of users' models."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def functional_heads() -> Wired:
 
 
 def batch_norm_and_dropout() -> Wired:
-    """Heads that are random, and whose statistics every forward pass updates."""
+    """Heads that are random, and whose statistics are updated in every forward pass."""
     backbone = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh())
     heads = nn.ModuleList(
         nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, n)) for n in (1, 2)
@@ -100,7 +100,7 @@ def batch_norm_and_dropout() -> Wired:
 
 
 def variational() -> Wired:
-    """A representation that is drawn; reconstruction and classification. The penalty of it goes to backbone_loss."""
+    """A random representation; reconstruction and classification. Its penalty is passed as backbone_loss."""
     encoder, decoder, classifier = nn.Linear(4, 16), nn.Linear(8, 4), mlp_head(3)
     x, label = torch.randn(6, 4), torch.randint(3, (6,))
 
@@ -113,7 +113,7 @@ def variational() -> Wired:
 
 
 class Perception(nn.Module):
-    """Heads deep inside of it, by name."""
+    """A model with nested heads, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def absent_task() -> Wired:
 
 
 def groups_and_frozen_layers() -> Wired:
-    """Fine-tuning: the first layer is frozen, the backbone has a learning rate of its own."""
+    """Fine-tuning: the first layer is frozen, the backbone has its own learning rate."""
     frozen, backbone = nn.Sequential(nn.Linear(4, 8), nn.ReLU()).requires_grad_(False), nn.Linear(8, 8)
     heads, x = nn.ModuleList([mlp_head(1), mlp_head(2)]), torch.randn(6, 4)
 
@@ -198,7 +198,7 @@ def recurrent() -> Wired:
 
 
 def tied_weights() -> Wired:
-    """A block that runs twice, and embeddings that are the weights of an output layer, too."""
+    """A block that runs twice, and embeddings that are tied to an output layer."""
     embedding, block, words, topic = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11), nn.Linear(8, 2)
     words.weight = embedding.weight
     x, label = torch.randint(11, (3, 5)), torch.randint(2, (3, 5))
@@ -212,7 +212,7 @@ def tied_weights() -> Wired:
 
 
 def shared_layers() -> Wired:
-    """A layer that two heads share, each of them wrapped, as the optimizer asks for."""
+    """A layer that two heads share, each in its own wrapper, as the optimizer requires."""
     backbone, shared = nn.Linear(4, 8), nn.Linear(8, 2)
     heads, x = [nn.Sequential(shared), nn.Sequential(shared, nn.Tanh())], torch.randn(6, 4)
 
@@ -236,7 +236,7 @@ def learned_loss_weights() -> Wired:
 
 
 def probe_on_stopped_gradients() -> Wired:
-    """A head that looks on: it is trained, and the backbone is not trained by it."""
+    """A head that is trained without training the backbone."""
     backbone, left, right, probe = nn.Linear(4, 8), nn.Linear(8, 1), nn.Linear(8, 2), nn.Linear(8, 2)
     x = torch.randn(6, 4)
 
@@ -260,7 +260,7 @@ def columns_of_one_matrix() -> Wired:
 
 
 def zero_output_layers() -> Wired:
-    """Heads that do not look at the representation until they have been trained."""
+    """Heads whose outputs do not depend on the representation until they have been trained."""
     backbone, heads, x = nn.Linear(4, 8), [nn.Linear(8, 1), nn.Linear(8, 2)], torch.randn(6, 4)
     for head in heads:
         nn.init.zeros_(head.weight)
@@ -273,7 +273,7 @@ def zero_output_layers() -> Wired:
 
 
 def consistency() -> Wired:
-    """A head with dropout that runs twice on z, so that its outputs are made to agree."""
+    """A head with dropout that runs twice on z, with a loss on the difference of its outputs."""
     backbone, left, right = nn.Linear(4, 8), nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 2)), nn.Linear(8, 1)
     x = torch.randn(6, 4)
 
@@ -285,7 +285,7 @@ def consistency() -> Wired:
 
 
 def sparse_embeddings() -> Wired:
-    """A table of items whose gradients are sparse."""
+    """An embedding with sparse gradients."""
     table, click, price, x = nn.Embedding(11, 8, sparse=True), nn.Linear(8, 1), mlp_head(1), torch.randint(11, (6,))
     model = nn.ModuleList([table, click, price])
 

@@ -1,4 +1,4 @@
-"""The checks pass whatever the options, leave everything as it was, and let errors of the model through."""
+"""The checks pass for all options, change nothing, and do not catch errors of the model."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("num_steps", [0, 3])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_good_model_passes_and_stays_as_it_was(options: str, num_steps: int) -> None:
+def test_good_model_passes_and_is_not_changed(options: str, num_steps: int) -> None:
     model, optimizer = wrap(adam, **OPTIONS[options]())
     train(model, optimizer, *range(num_steps))
     before, record = snapshot(model, optimizer), optimizer.last_step
     check_invariants(optimizer, lambda: model.losses(7)[0])
     assert_same(snapshot(model, optimizer), before)
     assert optimizer.last_step is record
-    train(model, optimizer, 8)  # and can be trained on
+    train(model, optimizer, 8)  # and training can continue
 
 
 def test_functional_heads_and_dropout_and_absent_tasks() -> None:
@@ -50,8 +50,8 @@ def test_functional_heads_and_dropout_and_absent_tasks() -> None:
     check_invariants(optimizer, losses)
 
 
-def test_checks_need_no_gradients_of_before() -> None:
-    """A forward pass before, and gradients of it: the checks see neither, and leave both."""
+def test_checks_do_not_depend_on_earlier_gradients() -> None:
+    """An earlier forward pass and its gradients neither affect the checks nor are changed by them."""
     model, optimizer = wrap(adam)
     losses, rep = model.losses(0)
     optimizer.backward(losses, rep)
@@ -72,15 +72,15 @@ REFUSED: dict[str, tuple[Callable[[Tensor], object], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_losses_that_a_step_would_refuse_fail_the_check(name: str) -> None:
+def test_losses_that_a_step_would_reject_fail_the_check(name: str) -> None:
     make, message = REFUSED[name]
     model, optimizer = wrap(adam)
     with pytest.raises(AssertionError, match=message):
         check_invariants(optimizer, lambda: make(model(model.inputs(0))[0]))  # type: ignore[arg-type, return-value]
 
 
-def test_errors_while_the_model_runs_are_let_through() -> None:
-    """They say where they come from, and those of the rotations what must be done."""
+def test_errors_of_the_model_are_not_caught() -> None:
+    """They show their origin, and those of the rotations say what to do."""
     model, optimizer = wrap(adam, rotation_size=7)
     before = snapshot(model, optimizer)
     with pytest.raises(ValueError, match="must have at least rotation_size=7 features"):

@@ -1,4 +1,4 @@
-"""Each check finds the faults that it is for, all of them find each, and the error says what is wired wrongly."""
+"""Each check finds its faults, all checks together find each fault, and the error says what is wrong."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Fault(NamedTuple):
     """One way to wire a model wrongly.
 
     Attributes:
-        build: Makes such a model.
-        check: The check that is for it.
-        message: What the error says.
+        build: Builds such a model.
+        check: The check that finds it.
+        message: Message of the error.
     """
 
     build: Callable[[], Wired]

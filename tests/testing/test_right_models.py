@@ -1,4 +1,4 @@
-"""The checks pass on right models, and leave them as they were."""
+"""The checks pass on correct models, and do not change them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.testing.right_models import RIGHT
 
 @pytest.mark.parametrize("num_steps", [0, 3])
 @pytest.mark.parametrize("name", RIGHT)
-def test_right_model_passes_and_stays_as_it_was(name: str, num_steps: int) -> None:
+def test_correct_model_passes_and_is_not_changed(name: str, num_steps: int) -> None:
     wired = RIGHT[name]()
     wired.train(num_steps)
     before, record, random = snapshot(wired.model, wired.optimizer), wired.optimizer.last_step, torch.get_rng_state()
@@ -20,4 +20,4 @@ def test_right_model_passes_and_stays_as_it_was(name: str, num_steps: int) -> No
     assert_same(snapshot(wired.model, wired.optimizer), before)
     assert wired.optimizer.last_step is record
     assert_same(torch.get_rng_state(), random)
-    wired.train(1)  # and can be trained on
+    wired.train(1)  # and training can continue

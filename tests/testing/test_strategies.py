@@ -1,4 +1,4 @@
-"""The strategies draw what they say."""
+"""The strategies have the documented properties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that is wired to an optimizer, rightly or wrongly: what the checks are run on."""
+"""A model that is wired to an optimizer, correctly or not, as input of the checks."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ class Wired:
 
 
 def wire(model: nn.Module, losses: Callable[[], Losses], **options: Any) -> Wired:
-    """Wire ``model`` to Adam; ``options`` are those of the optimizer."""
+    """Wire ``model`` to Adam; ``options`` are passed to the optimizer."""
     return Wired(model, RotoGradOptimizer(Adam(model.parameters(), lr=0.01), **options), losses)

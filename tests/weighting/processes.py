@@ -1,4 +1,4 @@
-"""Processes that are threads of this one: what they exchange is tested without starting any."""
+"""Processes simulated by threads, to test their communication without starting processes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 
 class ThreadProcesses(Processes):
-    """One of several threads, which meet wherever processes exchange something.
+    """One of several threads, which synchronize whenever processes communicate.
 
     Args:
-        rank: Which of them.
-        told: What each has to tell, shared by all.
-        meeting: Where they wait for each other.
+        rank: Its rank.
+        told: Data of each thread, shared by all.
+        meeting: Barrier of the threads.
     """
 
     def __init__(self, rank: int, told: list[Tensor], meeting: Barrier) -> None:
@@ -48,14 +48,14 @@ class ThreadProcesses(Processes):
 
 
 def together(count: int, function: Callable[[Processes], T]) -> list[T]:
-    """Return ``function(processes)`` of every one of ``count`` processes."""
+    """Return ``function(processes)`` of each of ``count`` processes."""
     told, meeting = [torch.empty(0)] * count, Barrier(count)
 
     def run(rank: int) -> T:
         try:
             return function(ThreadProcesses(rank, told, meeting))
         except BaseException:
-            meeting.abort()  # the others would wait for ever
+            meeting.abort()  # otherwise the others would wait forever
             raise
 
     with ThreadPoolExecutor(count) as pool:

@@ -1,4 +1,4 @@
-"""Aggregators: those of TorchJD as they are, and any function of the task gradients."""
+"""Aggregators: those of TorchJD, and any function of the task gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -55,6 +55,6 @@ def test_callable_that_returns_something_else_is_an_error(weighting: Callable[[T
         bench.step(list(Sampler(0, torch.float32).normal(2, 4, 6)))
 
 
-def test_a_callable_is_shown_as_itself() -> None:
+def test_repr_of_a_callable() -> None:
     aggregator = torchjd.aggregation.Mean()
     assert repr(as_weighting(aggregator)) == repr(aggregator)

@@ -1,4 +1,4 @@
-"""Task gradients: norms, directions and sums that are right for every finite scale."""
+"""Task gradients: norms, directions and sums are accurate for every finite scale."""
 
 import math
 from collections.abc import Collection
@@ -30,7 +30,7 @@ def measure(grads: Tensor, absent: Collection[int] = ()) -> TaskGradients:
 
 @st.composite
 def mixed(draw: st.DrawFn) -> Tensor:
-    """Draw (K, n) gradients whose tasks have scales of their own, and some of which are zero."""
+    """Draw (K, n) gradients with a different scale for each task, some of which are zero."""
     sampler = Sampler(draw(SEEDS), draw(DTYPES))
     K, n = draw(NUM_TASKS), draw(LENGTHS)
     scales = [draw(st.one_of(st.just(0.0), SCALES.map(lambda scale: 10.0**scale))) for _ in range(K)]
@@ -38,7 +38,7 @@ def mixed(draw: st.DrawFn) -> Tensor:
 
 
 @given(grads=mixed())
-def test_scaling_loses_no_bit(grads: Tensor) -> None:
+def test_scaling_is_exact(grads: Tensor) -> None:
     assert_same_bits(measure(grads.clone()).rows(), grads)
 
 
@@ -50,7 +50,7 @@ def test_scales_are_powers_of_two_that_bring_the_entries_below_one(grads: Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_largest_and_smallest_numbers_lose_no_bit_and_their_scales_are_normal_numbers(dtype: torch.dtype) -> None:
+def test_largest_and_smallest_numbers_are_exact_and_their_scales_are_normal_numbers(dtype: torch.dtype) -> None:
     limits = torch.finfo(dtype)
     grads = torch.tensor([[limits.max], [limits.tiny], [limits.smallest_normal * limits.eps]], dtype=dtype)
     gradients = measure(grads.clone())
@@ -80,8 +80,8 @@ def test_norms_are_the_norms(grads: Tensor) -> None:
 
 
 @given(grads=mixed(), data=st.data())
-def test_gradients_are_divided_by_norms_that_are_known(grads: Tensor, data: st.DataObject) -> None:
-    """Those of tensors together with others: at least as large as the gradients here, or zero where none is known."""
+def test_gradients_are_divided_by_known_norms(grads: Tensor, data: st.DataObject) -> None:
+    """Norms over several tensors: at least as large as those of the gradients here, or zero if unknown."""
     norms = grads.double().norm(dim=1) * 10 ** data.draw(st.floats(0, 3))
     norms[data.draw(st.sets(st.integers(0, len(grads) - 1)).map(list))] = 0.0
     expected = torch.where(norms > 0, 1 / norms, 0.0)[:, None] * grads.double()
@@ -108,7 +108,7 @@ def test_cosines_are_the_inner_products_of_the_directions(grads: Tensor) -> None
 def test_combination_is_the_weighted_sum(grads: Tensor, seed: int) -> None:
     weights = Sampler(seed, grads.dtype).uniform(len(grads))
     rows = weights.double()[:, None] * grads.double()
-    atol = 4 * len(grads) * eps(grads.dtype) * float(rows.abs().max())  # small tasks drown in large ones
+    atol = 4 * len(grads) * eps(grads.dtype) * float(rows.abs().max())  # small tasks are lost next to large ones
     assert_close(measure(grads).combine(weights), rows.sum(dim=0).to(grads.dtype), rtol=0, atol=atol)
 
 
@@ -123,7 +123,7 @@ def test_absent_tasks_have_no_row_and_no_norm(grads: Tensor, data: st.DataObject
 
 @given(K=NUM_TASKS, n=LENGTHS, seed=SEEDS, dtype=DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_one_bad_entry_is_seen(bad: float, K: int, n: int, seed: int, dtype: torch.dtype) -> None:
+def test_one_bad_entry_is_detected(bad: float, K: int, n: int, seed: int, dtype: torch.dtype) -> None:
     sampler = Sampler(seed, dtype)
     grads = sampler.normal(K, n)
     assert all_finite(measure(grads.clone()).norms)
@@ -170,7 +170,7 @@ def test_joined_gradients_are_those_of_the_joined_batch(drawn: list[tuple[Tensor
 
 @given(K=NUM_TASKS, n=LENGTHS, seed=SEEDS, scale=st.floats(-30, -25))
 def test_processes_without_gradients_do_not_matter(K: int, n: int, seed: int, scale: float) -> None:
-    """Not even where the squares of all others vanish next to one, the scale of zeros."""
+    """Even if the squares of all other gradients underflow relative to one, the scale of zeros."""
     grads = 10**scale * Sampler(seed, torch.float32).normal(K, n)
 
     def join(processes: Processes) -> JoinedGradients:
@@ -183,13 +183,13 @@ def test_processes_without_gradients_do_not_matter(K: int, n: int, seed: int, sc
 
 
 def longest(rows: Tensor) -> Tensor:
-    """Return the sum of the rows times their norms, which only the joined batch knows."""
+    """Return the sum of the rows times their norms, which require the joined batch."""
     lengths: Tensor = rows.norm(dim=1, keepdim=True)
     return (rows * lengths).sum(0)
 
 
 @given(K=NUM_TASKS, sizes=COUNTS, seed=SEEDS, dtype=DTYPES)
-def test_aggregator_sees_the_joined_batch(K: int, sizes: list[int], seed: int, dtype: torch.dtype) -> None:
+def test_aggregator_gets_the_joined_batch(K: int, sizes: list[int], seed: int, dtype: torch.dtype) -> None:
     whole = Sampler(seed, dtype).normal(K, sum(sizes))
     parts = torch.split(whole, sizes, dim=1)
 

@@ -1,4 +1,4 @@
-"""GradNorm: the gradient of its loss, its targets, and the weights that it trains."""
+"""GradNorm: the gradient of its loss, its targets, and its trained weights."""
 
 import math
 from typing import Any, get_args
@@ -35,7 +35,7 @@ def test_gradnorm_gradient_is_that_of_its_loss(K: int, seed: int, alpha: float) 
 
 
 @given(K=NUM_TASKS, seed=SEEDS, dtype=DTYPES, bad=st.sampled_from([NAN, math.inf]))
-def test_gradnorm_does_not_learn_from_one_task_alone_or_what_is_not_finite(
+def test_gradnorm_is_not_updated_by_a_single_task_or_non_finite_values(
     K: int, seed: int, dtype: torch.dtype, bad: float
 ) -> None:
     sampler = Sampler(seed, dtype)
@@ -50,10 +50,10 @@ def test_gradnorm_does_not_learn_from_one_task_alone_or_what_is_not_finite(
 
 @pytest.mark.parametrize("common_norm", get_args(CommonNorm))
 @given(K=NUM_TASKS, seed=SEEDS, alpha=st.floats(0, 3), log_spread=st.floats(-3, 0), scale=st.floats(-150, 150))
-def test_gradnorm_finds_its_targets_in_what_is_measured(
+def test_gradnorm_computes_its_targets_from_measurements(
     common_norm: CommonNorm, K: int, seed: int, alpha: float, log_spread: float, scale: float
 ) -> None:
-    """Its gradient has only their signs: where tasks are almost alike, targets that are a little off show."""
+    """Its gradient depends on signs only: for almost equal tasks, it shows small errors of the targets."""
     sampler, spread = Sampler(seed), 10**log_spread
     J = sampler.normal(12) + spread * sampler.normal(K, 12)
     J *= torch.where(sampler.uniform(K) < 0.3, -1.0, 1.0)[:, None]  # some are opposed
@@ -137,7 +137,7 @@ def test_gradnorm_weights_are_positive_and_sum_to_the_number_of_tasks(
 
 @pytest.mark.parametrize("common_norm", get_args(CommonNorm))
 @given(K=NUM_TASKS, seed=SEEDS)
-def test_gradnorm_is_the_same_where_rotations_rest(common_norm: CommonNorm, K: int, seed: int) -> None:
+def test_gradnorm_does_not_depend_on_updates_of_the_rotations(common_norm: CommonNorm, K: int, seed: int) -> None:
     weights = []
     for turn_every in (1, 10**9):
         sampler, gradnorm = Sampler(seed), GradNorm(common_norm=common_norm)
@@ -148,7 +148,7 @@ def test_gradnorm_is_the_same_where_rotations_rest(common_norm: CommonNorm, K: i
     assert_close(weights[1], weights[0], rtol=1e-12, atol=0)
 
 
-def test_gradnorm_is_trained_by_adam_where_the_representation_is() -> None:
+def test_gradnorm_is_trained_by_adam_on_the_device_of_the_representation() -> None:
     assert repr(GradNorm()) == "GradNorm(alpha=1.5)"
     for gradnorm, lr in ((GradNorm(), 0.025), (GradNorm(lr=0.5), 0.5)):
         gradnorm.bind(3, torch.device("meta"), torch.float64)
@@ -158,7 +158,7 @@ def test_gradnorm_is_trained_by_adam_where_the_representation_is() -> None:
         assert (gradnorm.logits.device.type, gradnorm.logits.dtype) == ("meta", torch.float64)
 
 
-def test_gradnorm_asks_for_a_norm_that_it_knows_and_for_an_optimizer() -> None:
+def test_gradnorm_rejects_unknown_norms_and_missing_optimizers() -> None:
     unknown: Any = "mean"
     message = r"^`common_norm` must be one of \('norm_of_mean', 'mean_of_norms'\), got 'mean'\.$"
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Measurements: those of several backward passes, and of several processes, are those of their joined batch."""
+"""Measurements of several backward passes or processes equal those of their joined batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.weighting.processes import together
 
 @dataclass
 class Pass:
-    """What a backward pass measures: gradients ``(K, n)``, zero for absent tasks and else perhaps bad, and losses."""
+    """A backward pass: gradients ``(K, n)``, zero for absent tasks and possibly bad otherwise, and losses."""
 
     grads: Tensor
     losses: Tensor
@@ -47,7 +47,7 @@ class Pass:
 
 @st.composite
 def passes(draw: st.DrawFn) -> list[Pass]:
-    """Draw passes whose tasks have scales of their own, some absent, and some of which are not finite."""
+    """Draw passes whose tasks have different scales, some absent, and some with non-finite values."""
     sampler, K, count = Sampler(draw(SEEDS), draw(DTYPES)), draw(NUM_TASKS), draw(st.integers(1, 4))
     scales = sampler.log_scales(K, -30, 30)[:, None]
     drawn = []
@@ -77,7 +77,7 @@ def test_passes_of_a_step_are_their_joined_batch(drawn: list[Pass]) -> None:
 
 
 @pytest.mark.parametrize("name", ["losses", "cosines"])
-def test_what_one_pass_of_a_step_did_not_see_the_step_did_not(name: str) -> None:
+def test_measurements_missing_in_one_pass_are_missing_in_the_step(name: str) -> None:
     one = Pass(torch.ones(2, 3), torch.ones(2), torch.ones(2, dtype=torch.bool)).measured()
     for parts in ([replace(one, **{name: None}), one], [one, replace(one, **{name: None})]):  # type: ignore[arg-type]
         assert getattr(joined(parts), name) is None
@@ -101,7 +101,7 @@ def test_processes_measure_their_joined_batch(drawn: list[Pass], meets: bool) ->
             assert measured.cosines is None
         assert torch.equal(measured.present, expected.present)
         assert bool(measured.finite) == all(each.finite for each in drawn)
-        for name in ("losses", "norm_references", "loss_references"):  # the losses are those of all already
+        for name in ("losses", "norm_references", "loss_references"):  # the losses already include all processes
             assert_same_bits(getattr(measured, name), getattr(own[rank], name))
 
 
@@ -112,6 +112,6 @@ def test_unknown_references_divide_by_one() -> None:
 
 def test_references_stay_in_their_dtype() -> None:
     reference = Reference.unknown(2, torch.device("cpu"), torch.float32)
-    current = torch.tensor([2.0, 3.0], dtype=torch.float64)  # of a representation that is wider than the network
+    current = torch.tensor([2.0, 3.0], dtype=torch.float64)  # of a representation with a wider dtype than the network
     updated = reference.updated(current, torch.tensor(True), burnt_in=False)
     assert_same_bits(updated.values, current.float())

@@ -1,4 +1,4 @@
-"""A weighting of one's own: one class with one method, with or without a memory."""
+"""Custom weightings: one class with one method, with or without memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.samplers import NUM_TASKS, SEEDS, Bench, Sampler
 
 
 class InverseLosses(Weighting):
-    """Weights 1 / L_k, of this very pass."""
+    """Weights 1 / L_k of the same pass."""
 
     needs_losses = True
 
@@ -30,7 +30,7 @@ class InverseLosses(Weighting):
 
 
 class RunningNorms(Weighting):
-    """Weights that bring running means of the norms together."""
+    """Weights that equalize the running means of the norms."""
 
     lagged = True
 
@@ -94,7 +94,7 @@ def test_saved_memory_is_a_copy_and_so_is_a_loaded_one() -> None:
         optimizer.load_state_dict(saved)
 
 
-def test_loaded_memory_is_where_the_weighting_is() -> None:
+def test_loaded_memory_is_on_the_device_of_the_weighting() -> None:
     weighting, saved = RunningNorms(), {"mean": torch.ones(2)}
     weighting.load_state_dict(saved, torch.zeros((), device="meta"))
     assert weighting.state["mean"].device.type == "meta"
@@ -103,7 +103,7 @@ def test_loaded_memory_is_where_the_weighting_is() -> None:
     assert torch.equal(saved["mean"], torch.ones(2))
 
 
-def test_copies_remember_apart() -> None:
+def test_copies_have_separate_memory() -> None:
     model, optimizer = wrap(weighting=RunningNorms())
     train(model, optimizer, 0)
     copied_model, copied = copy.deepcopy((model, optimizer))
@@ -123,7 +123,7 @@ def test_memory_follows_the_representation() -> None:
     assert bench.optimizer._core.engine.weighting.state["mean"].device.type == "meta"
 
 
-def test_own_backward_is_an_error_where_losses_are_needed_and_else_is_not() -> None:
+def test_own_backward_is_an_error_if_losses_are_needed() -> None:
     model, optimizer = wrap(weighting=InverseLosses())
     with pytest.raises(RuntimeError, match=r"InverseLosses\(\) must see the losses, got none\. Call optimizer\.step"):
         back_propagate(model.losses(0)[0])
@@ -157,7 +157,7 @@ def test_class_without_the_method_cannot_be_made() -> None:
         Nothing()  # type: ignore[abstract]
 
 
-def test_checkpoint_of_another_weighting_is_refused_where_one_of_them_remembers() -> None:
+def test_checkpoint_of_another_weighting_is_rejected_if_one_of_them_has_memory() -> None:
     pairs = {make: wrap(weighting=make()) for make in (RunningNorms, RotoGradWeighting, EqualWeighting)}
     for model, optimizer in pairs.values():
         train(model, optimizer, 0)
@@ -166,10 +166,10 @@ def test_checkpoint_of_another_weighting_is_refused_where_one_of_them_remembers(
         pairs[RotoGradWeighting][1].load_state_dict(states[RunningNorms])
     with pytest.raises(ValueError, match=r"must be of weighting RunningNorms\(\), got that of EqualWeighting\."):
         pairs[RunningNorms][1].load_state_dict(states[EqualWeighting])
-    pairs[EqualWeighting][1].load_state_dict(states[RotoGradWeighting])  # neither has anything to lose
+    pairs[EqualWeighting][1].load_state_dict(states[RotoGradWeighting])  # neither has memory
 
 
-def test_measurements_of_several_passes_leave_out_what_is_not_finite() -> None:
+def test_measurements_of_several_passes_exclude_non_finite_values() -> None:
     seen: list[Measurements] = []
 
     class Recorder(EqualWeighting):

@@ -1,4 +1,4 @@
-"""The default weighting: norms that are equal on average, times progress; bounded, and blind to the scale of a loss."""
+"""The default weighting: equal mean norms times progress, bounded, and independent of the scale of a loss."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def measured(
 
 
 def shares(found: Bench) -> Tensor:
-    """Return what part each task has of the sum of the weighted norms."""
+    """Return the share of each task in the sum of the weighted norms."""
     weighted = found.record.weights * found.record.grad_norms
     return weighted / weighted.sum()
 
@@ -75,7 +75,7 @@ def test_scale_of_all_gradients_does_not_change_the_weights(
 
 
 @given(K=NUM_TASKS, seed=SEEDS, alpha=ALPHAS)
-def test_weighted_norms_add_up_to_those_of_the_plain_sum(K: int, seed: int, alpha: float) -> None:
+def test_sum_of_weighted_norms_equals_that_of_the_plain_sum(K: int, seed: int, alpha: float) -> None:
     sampler, weighting = Sampler(seed), ProgressWeighting(alpha, decay=DECAY)
     norms = sampler.log_scales(K, -3, 3)
     for _ in range(STEPS):  # constant, so that averages are known
@@ -85,20 +85,20 @@ def test_weighted_norms_add_up_to_those_of_the_plain_sum(K: int, seed: int, alph
 
 @pytest.mark.parametrize("K", [2, 5])
 def test_norms_are_equal_on_average(K: int) -> None:
-    """Of gradients whose size jumps around a mean of its own for each task."""
+    """For gradients whose norms fluctuate around a different mean for each task."""
     sampler, weighting = Sampler(0), ProgressWeighting(decay=0.999)
     means, total = sampler.log_scales(K, -3, 3), torch.zeros(K).double()
     for step in range(1200):
         norms = means * (0.5 + sampler.uniform(K))
         weights = weighting(measured(norms))
         total += weights * norms / means.mean() if step >= 200 else 0
-    # The mean of 1000 norms is known to 0.9 %.
+    # The mean of 1000 norms has a standard error of 0.9 %.
     assert_close(total, total.mean().expand(K), rtol=0.03, atol=0)
 
 
 @pytest.mark.parametrize("K", [2, 5])
 @pytest.mark.parametrize("converges", [True, False], ids=["it converges", "all others converge"])
-def test_share_of_a_task_that_converges_falls_and_of_one_that_does_not_rises(K: int, converges: bool) -> None:
+def test_share_of_a_converging_task_decreases_and_of_others_increases(K: int, converges: bool) -> None:
     weighting, norms = ProgressWeighting(), 1 + Sampler(0).uniform(K)
     shares = []
     for step in range(150):
@@ -112,7 +112,7 @@ def test_share_of_a_task_that_converges_falls_and_of_one_that_does_not_rises(K: 
 
 
 @given(K=NUM_TASKS, seed=SEEDS, alpha=ALPHAS)
-def test_shares_are_in_proportion_to_the_signal(K: int, seed: int, alpha: float) -> None:
+def test_shares_are_proportional_to_the_signal(K: int, seed: int, alpha: float) -> None:
     """One minus the part that is noise, of a mean over thirty turns; below a tenth it is not significant.
 
     One measurement counts as much as that all tasks have the same signal.
@@ -132,7 +132,7 @@ def test_shares_are_in_proportion_to_the_signal(K: int, seed: int, alpha: float)
 
 @given(K=st.integers(2, 6), seed=SEEDS, data=st.data())
 def test_a_task_whose_signal_is_unknown_has_the_mean_of_the_others(K: int, seed: int, data: st.DataObject) -> None:
-    """The geometric one, by which nobody else's share changes relative to another's."""
+    """The geometric mean, with which the ratios of the other shares do not change."""
     sampler, unknown = Sampler(seed), torch.tensor(data.draw(st.lists(st.booleans(), min_size=K, max_size=K)))
     norms, found = torch.ones(K).double(), 2 + sampler.uniform(K)
     weights = ProgressWeighting(1.0)(measured(norms, agreement=found.masked_fill(unknown, torch.nan)))
@@ -150,7 +150,7 @@ def test_the_only_known_signal_is_that_of_all(K: int, seed: int) -> None:
 
 
 @given(K=st.integers(2, 6), seed=SEEDS, late=st.integers(1, 3))
-def test_a_signal_that_becomes_known_counts_from_then_on(K: int, seed: int, late: int) -> None:
+def test_a_signal_counts_from_its_first_measurement_on(K: int, seed: int, late: int) -> None:
     weighting, norms, first = ProgressWeighting(1.0), torch.ones(K).double(), torch.arange(K) == 0
     for _ in range(late):
         weighting(measured(norms, agreement=torch.full_like(norms, 2.0).masked_fill(first, torch.nan)))
@@ -163,7 +163,7 @@ def test_a_signal_that_becomes_known_counts_from_then_on(K: int, seed: int, late
 
 
 @given(K=NUM_TASKS, seed=SEEDS, alpha=ALPHAS)
-def test_a_zero_gradient_is_remembered_as_an_absent_one(K: int, seed: int, alpha: float) -> None:
+def test_a_zero_gradient_is_treated_like_an_absent_one(K: int, seed: int, alpha: float) -> None:
     sampler, (zero, absent) = Sampler(seed), (ProgressWeighting(alpha, decay=DECAY) for _ in range(2))
     for step in range(STEPS):
         found = measured(sampler.uniform(K), sampler.uniform(K))
@@ -174,7 +174,7 @@ def test_a_zero_gradient_is_remembered_as_an_absent_one(K: int, seed: int, alpha
 
 
 def test_weight_of_a_quadratic_loss_does_not_grow_while_it_converges() -> None:
-    """Where a weight is made of norms alone, it grows without end, and so does the curvature of the weighted loss."""
+    """A weight computed from norms alone grows without bound, and so does the curvature of the weighted loss."""
     weights = {}
     for alpha in (0.0, 0.5):
         weighting = ProgressWeighting(alpha, decay=0.0)
@@ -198,8 +198,8 @@ def test_order_of_the_tasks_does_not_matter(K: int, seed: int, data: st.DataObje
 
 
 @given(K=NUM_TASKS, seed=SEEDS)
-def test_a_batch_per_task_is_weighted_as_one_of_all(K: int, seed: int) -> None:
-    """Once every task was seen: the first gradient of a task that no step has seen has weight one."""
+def test_a_batch_per_task_is_weighted_like_a_joint_batch(K: int, seed: int) -> None:
+    """After every task has been present once: the first gradient of a task has weight one."""
     sampler, (together, apart) = Sampler(seed), (bench(K) for _ in range(2))
     grads = sampler.normal(K, *SHAPE) * sampler.log_scales(K, -2, 2)[:, None, None]
     values = sampler.uniform(K).tolist()
@@ -216,7 +216,7 @@ def test_a_batch_per_task_is_weighted_as_one_of_all(K: int, seed: int) -> None:
 def test_weights_are_finite_whatever_the_size_of_a_gradient(
     K: int, seed: int, dtype: torch.dtype, exponent: int
 ) -> None:
-    """Zero, subnormal, huge; in all tasks or in one."""
+    """Zero, subnormal or huge, for all tasks or one."""
     sampler, weighting = Sampler(seed, dtype), ProgressWeighting()
     for extreme in (sampler.uniform(K) < 0.5, torch.ones(K, dtype=torch.bool)):
         size = torch.tensor(10.0, dtype=torch.float64).pow(exponent).to(dtype)
@@ -229,7 +229,7 @@ def test_weights_are_finite_whatever_the_size_of_a_gradient(
 
 
 @given(K=NUM_TASKS, seed=SEEDS, factor=st.floats(1, 1e6))
-def test_a_gradient_that_explodes_is_held_down(K: int, seed: int, factor: float) -> None:
+def test_an_exploding_gradient_is_scaled_down(K: int, seed: int, factor: float) -> None:
     sampler, weighting = Sampler(seed), ProgressWeighting()
     norms = 1 + sampler.uniform(K)
     for _ in range(10):
@@ -241,7 +241,7 @@ def test_a_gradient_that_explodes_is_held_down(K: int, seed: int, factor: float)
 
 
 @pytest.mark.parametrize("K", [2, 5])
-def test_a_gradient_that_vanishes_is_not_blown_up_without_end(K: int) -> None:
+def test_a_vanishing_gradient_is_scaled_up_to_a_bound(K: int) -> None:
     weighting, norms = ProgressWeighting(), 1 + Sampler(0).uniform(K)
     largest = float(norms[0])
     for _ in range(600):
@@ -252,7 +252,7 @@ def test_a_gradient_that_vanishes_is_not_blown_up_without_end(K: int) -> None:
 
 
 @given(K=NUM_TASKS, seed=SEEDS, bad=st.sampled_from([math.inf, math.nan]))
-def test_what_is_not_finite_is_not_remembered(K: int, seed: int, bad: float) -> None:
+def test_non_finite_values_are_not_stored(K: int, seed: int, bad: float) -> None:
     sampler, (one, other) = Sampler(seed), (bench(K, burn_in_period=0) for _ in range(2))
     for step in range(STEPS):
         grads, values = sampler.normal(K, *SHAPE), sampler.uniform(K).tolist()
@@ -262,7 +262,7 @@ def test_what_is_not_finite_is_not_remembered(K: int, seed: int, bad: float) -> 
             other.step(list(spoiled), values)
         one.step(list(grads), values)
         other.step(list(grads), values)
-        if step > 1:  # the first two steps have weights of their own
+        if step > 1:  # the weights of the first two steps are special
             assert_close(other.record.weights, one.record.weights, rtol=1e-12, atol=0)
 
 
@@ -292,7 +292,7 @@ def test_losses_count_relative_to_their_first_mean_after_the_burn_in(
 
 
 def test_a_small_first_batch_does_not_decide() -> None:
-    """Losses of two equal tasks that scatter by a factor of two: no task is favored for good."""
+    """Losses of two equal tasks that scatter by a factor of two: no task is favored permanently."""
     sampler, weighting, norms = Sampler(0), ProgressWeighting(), torch.ones(2).double()
     shares = []
     for _ in range(400):
@@ -320,7 +320,7 @@ def test_a_task_with_a_negative_loss_has_the_mean_progress_of_the_others(K: int,
     assert_close(weights / weights.sum(), rates / rates.sum())
 
 
-def test_progress_is_left_out_without_losses() -> None:
+def test_progress_is_ignored_without_losses() -> None:
     weighting, norms = ProgressWeighting(), torch.tensor([1.0, 1.0])
     for _ in range(50):
         assert_close(weighting(measured(norms)), norms)
@@ -335,15 +335,15 @@ def test_a_task_that_was_never_seen_has_weight_one() -> None:
     assert found.record.weights[2] == 1
 
 
-def test_a_loss_that_starts_at_its_minimum_is_not_blown_up() -> None:
-    """As in distillation: the first gradient is rounding, the second one millions of times larger."""
+def test_a_loss_that_starts_at_its_minimum_gets_no_huge_weight() -> None:
+    """As in distillation: the first gradient is a rounding error, the second one is millions of times larger."""
     found = bench(2)
     for size in (1e-9, 1e-2, 2e-2, 3e-2):
         found.step([torch.ones(SHAPE).double(), size * torch.ones(SHAPE).double()], [1.0, size**2])
         assert shares(found)[1] < 0.8
 
 
-def test_weights_are_those_of_the_steps_before_but_for_the_first() -> None:
+def test_weights_are_computed_from_earlier_steps_except_the_first() -> None:
     model, optimizer = wrap()
     lagged = []
     for step in range(3):
@@ -367,5 +367,5 @@ def test_wrong_argument(options: dict[str, float], message: str) -> None:
         ProgressWeighting(**options)
 
 
-def test_is_shown_with_its_argument() -> None:
+def test_repr_shows_its_arguments() -> None:
     assert repr(ProgressWeighting(1.0)) == "ProgressWeighting(alpha=1.0)"

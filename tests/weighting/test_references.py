@@ -1,4 +1,4 @@
-"""References: of which step they are."""
+"""References: in which step they are measured."""
 
 import math
 
@@ -14,7 +14,7 @@ from tests.samplers import Bench, Sampler
 
 K, STEPS = 3, 8
 BURN_INS = st.integers(0, STEPS + 1)
-# What a task may be in one step; only the first makes a reference.
+# States of a task in one step; only the first one gives a reference.
 KINDS = st.lists(st.lists(st.sampled_from(["valid", "absent", "zero"]), min_size=K, max_size=K), min_size=STEPS)
 BAD_KINDS = st.lists(
     st.lists(st.sampled_from(["valid", "absent", "zero", "nan", "inf"]), min_size=K, max_size=K), min_size=STEPS
@@ -47,10 +47,10 @@ def test_reference_is_the_first_valid_value_and_the_first_after_the_burn_in(
 
 
 @given(log_noise=st.floats(-12, -4), log_growth=st.floats(0, 3), dtype=st.sampled_from([torch.float32, torch.float64]))
-def test_reference_that_was_rounding_is_taken_anew_before_the_burn_in_ends(
+def test_reference_at_rounding_level_is_replaced_before_the_burn_in_ends(
     log_noise: float, log_growth: float, dtype: torch.dtype
 ) -> None:
-    """Rounding: less than the root of eps of the present value. Afterwards a reference stays."""
+    """Rounding level: below the root of eps of the current value. After the burn-in, references do not change."""
     noise = torch.full((K,), 10**log_noise, dtype=dtype)
     values = noise * 10**log_growth / torch.finfo(dtype).eps ** 0.5
     first = Reference.unknown(K, torch.device("cpu"), dtype).updated(noise, FINITE, burnt_in=False)
@@ -62,9 +62,9 @@ def test_reference_that_was_rounding_is_taken_anew_before_the_burn_in_ends(
 
 
 @given(kinds=KINDS, burn_in=BURN_INS, passes=st.integers(1, 2))
-def test_optimizer_takes_its_references_so(kinds: list[list[str]], burn_in: int, passes: int) -> None:
+def test_references_of_the_optimizer(kinds: list[list[str]], burn_in: int, passes: int) -> None:
     bench = Bench((2, 3), K, torch.float32, burn_in_period=burn_in)
-    distinct = 2.0 ** (torch.arange(len(kinds) * K) / 16).view(-1, K)  # no value outgrows an earlier one
+    distinct = 2.0 ** (torch.arange(len(kinds) * K) / 16).view(-1, K)  # no value replaces an earlier one
     taken = []  # steps without any loss do not count
     for t, kind in enumerate(kinds):
         if all(each == "absent" for each in kind):
@@ -75,12 +75,12 @@ def test_optimizer_takes_its_references_so(kinds: list[list[str]], burn_in: int,
         for first in [True, False][:passes]:  # of several backwards before a step, the first counts
             size = distinct[t] * (1.0 if first else 3.0)
             grads = [None if kind[k] == "absent" else units[k] * size[k] for k in range(K)]
-            # Minus: of a negative loss, the size is the reference.
+            # Minus: the reference of a negative loss is its absolute value.
             bench.backward(grads, [-float(units[k, 0, 0] * size[k] * 2) for k in range(K)])
         bench.optimizer.step()
         expected = expected_references([kinds[i] for i in taken], distinct[taken], burn_in)
         state = bench.state()
-        # Rotations turn the gradients by now, which costs some bits of their norms.
+        # The gradients have been rotated, which changes some bits of their norms.
         assert_close(state["norm_reference.values"], expected, rtol=1e-5, atol=0, equal_nan=True)
         assert_close(state["loss_reference.values"], 2 * expected, rtol=0, atol=0, equal_nan=True)
 

@@ -48,7 +48,7 @@ def test_shares_are_those_of_the_paper(drawn: tuple[Tensor, Tensor]) -> None:
     assert_close(gradient_shares(norm_ratios, present)[present], expected, rtol=1e-12, atol=0)
 
 
-def test_tasks_that_exploded_share_among_themselves() -> None:
+def test_shares_of_tasks_with_exploding_gradients() -> None:
     # Gradients of 1e30 after references of 1e-30: their ratios are infinite in float32.
     alphas = gradient_shares(torch.tensor([1.0, math.inf, math.inf]), torch.tensor([True, True, True]))
     assert_close(alphas, torch.tensor([0.0, 0.5, 0.5]))
@@ -90,7 +90,7 @@ def test_scale_of_a_loss_changes_neither_shares_nor_directions(
     for _ in range(4):
         grads = sampler.normal(K, *shape)
         one.step(list(grads))
-        grads[scaled] *= 2.0**power  # so that every bit of what does not change is the same
+        grads[scaled] *= 2.0**power  # so that unchanged values are bit-identical
         other.step(list(grads))
         assert torch.equal(weight_shares(one), weight_shares(other))
         assert torch.equal(one.record.cosines, other.record.cosines)
@@ -104,7 +104,7 @@ def weight_shares(bench: Bench) -> Tensor:
 
 
 @given(K=NUM_TASKS, seed=SEEDS, steps=st.integers(2, 4))
-def test_common_norm_is_the_shared_out_norm(K: int, seed: int, steps: int) -> None:
+def test_common_norm_is_the_weighted_mean_of_the_norms(K: int, seed: int, steps: int) -> None:
     sampler, bench = Sampler(seed), Bench((4, 6), K, torch.float64)
     for _ in range(steps):
         bench.step(list(sampler.normal(K, 4, 6) * sampler.log_scales(K, -1, 1)[:, None, None]))
@@ -114,7 +114,7 @@ def test_common_norm_is_the_shared_out_norm(K: int, seed: int, steps: int) -> No
 
 @given(K=NUM_TASKS, seed=SEEDS, scale=SCALES, data=st.data())
 def test_absent_tasks_count_with_their_last_known_norms(K: int, seed: int, scale: float, data: st.DataObject) -> None:
-    """A step with some of the tasks is weighed as one with all, but for tasks that no step has seen yet."""
+    """A step with some tasks is weighted like one with all, except for tasks that have not been present yet."""
     sampler = Sampler(seed)
     norms, references = 10**scale * sampler.log_scales(2 * K, -3, 3).view(2, K)
     seen = data.draw(st.sets(st.integers(0, K - 1), min_size=1).map(sorted))
@@ -131,7 +131,7 @@ def test_absent_tasks_count_with_their_last_known_norms(K: int, seed: int, scale
     expected = weights(set(seen), seen)
     actual = weights(data.draw(st.sets(st.sampled_from(seen))), list(range(K)))
     assert_close(actual[seen], expected, rtol=1e-12, atol=0)
-    assert torch.equal(actual[unseen], torch.ones(len(unseen)).double())  # known before their first gradient is
+    assert torch.equal(actual[unseen], torch.ones(len(unseen)).double())  # known before their first gradient
 
 
 @given(K=NUM_TASKS, seed=SEEDS, data=st.data())
@@ -166,5 +166,5 @@ def test_weight_of_a_zero_gradient_is_zero_and_that_of_a_unit_gradient_is_not() 
     assert_close(bench.record.weights, torch.tensor([5 / 3, 0.0, 5 / 12], dtype=torch.float64))
 
 
-def test_weightings_are_shown_with_their_names() -> None:
+def test_reprs_of_weightings() -> None:
     assert repr(EqualWeighting()) == "EqualWeighting()"
