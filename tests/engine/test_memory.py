@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from rotoopt import RotoGradOptimizer
+from rotoopt import GradNorm, RotoGradOptimizer
 from rotoopt._engine.memory import Memory
 from tests.contract.models import back_propagate, wrap
 
@@ -70,3 +70,9 @@ def test_agreement_is_measured_for_absent_tasks_in_the_next_steps_only() -> None
         optimizer.zero_grad()
         optimizer.step([losses[0], None], z)
     assert due == [True, True, False, False, False]
+
+
+def test_trained_weights_are_on_the_device_of_the_network() -> None:
+    weight, weighting = nn.Parameter(torch.zeros(1, device="meta", dtype=torch.float64)), GradNorm()
+    RotoGradOptimizer(SGD([weight], lr=0.1), num_tasks=3, weighting=weighting)
+    assert (weighting.logits.device, weighting.logits.dtype) == (weight.device, weight.dtype)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import Adam
@@ -211,6 +211,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
+@example(rotation_shape=2, options={"post_shape": (2,), "normalize_losses": True, "burn_in_period": 3})
 @given(
     rotation_shape=st.integers(2, 5) | st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple),
     options=st.fixed_dictionaries({}, optional=OPTIONS),
