@@ -378,7 +378,7 @@ class RotoGradOptimizer(OptimizerWrapper):
         """
         refresh(self._core.engine.capture, model_copy)
 
-    # ------------------------------------------------------------------ what it knows
+    # ------------------------------------------------------------------ state and measurements
 
     @property
     def rotations(self) -> Rotations:
@@ -403,7 +403,7 @@ class RotoGradOptimizer(OptimizerWrapper):
 
     @property
     def last_step(self) -> StepRecord | None:
-        """What the latest backward pass measured: losses, gradient norms, weights, cosines. None before the first."""
+        """Measurements of the latest backward pass: losses, gradient norms, weights, cosines. None before the first."""
         return self._core.engine.record
 
     def __repr__(self) -> str:

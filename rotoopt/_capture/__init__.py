@@ -1,1 +1,1 @@
-"""From the representation through the rotations into the heads, and the task gradients on their way back."""
+"""From the representation through the rotations into the heads, and the task gradients in the backward pass."""

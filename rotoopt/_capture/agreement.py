@@ -25,7 +25,7 @@ class SampleSums:
     Attributes:
         sums: Random projections of :math:`\sum_b A_{kb}`. Shape ``(K, 64)``.
         lengths: :math:`(\sum_b \lVert A_{kb} \rVert^2)^{1/2}`, of the projections. Shape ``(K,)``.
-        scale: What both are to be multiplied by, if they are put beside others. Shape ``(K,)`` or ``()``.
+        scale: The factor of both when they are combined with others. Shape ``(K,)`` or ``()``.
     """
 
     sums: Tensor
@@ -94,7 +94,7 @@ class SampleSums:
 
 
 class Sketch:
-    """Random projections of a representation, kept until its gradients come back.
+    """Random projections of a representation, kept until the backward pass.
 
     The first dimension contains the samples; positions within a sample are added. Projections are drawn again after
     every update of the rotations, so that their errors are independent.

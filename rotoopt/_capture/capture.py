@@ -28,7 +28,7 @@ from rotoopt._torch.subclasses import plain, with_attributes_of
 
 
 class Capture:
-    """Rotates the inputs of the heads, and captures the gradients on their way back.
+    """Rotates the inputs of the heads, and captures their gradients in the backward pass.
 
     Args:
         rotations: The rotations to apply.
@@ -182,7 +182,7 @@ class Capture:
         return (self._capture if captures else self._rotate)(rep, task, place, alone, own)
 
     def _not_dense(self, rep: Tensor, task: int, place: Place) -> Tensor:
-        """Let ``rep`` pass, as the adjacency matrix of a graph; raise if it is what should be rotated or measured."""
+        """Accept ``rep``, such as the adjacency matrix of a graph; raise if it would have to be rotated or measured."""
         if rep.requires_grad or self.places.noted[task].get(place):
             kind = "a nested tensor" if rep.is_nested else f"one of layout {rep.layout}"
             raise TypeError(

@@ -41,7 +41,7 @@ SECOND_ORDER = (
 
 
 class Fork:
-    """The point where one tensor branches into heads, and where their gradients come back.
+    """The point where one tensor branches into heads, and where their gradients meet in the backward pass.
 
     Args:
         rep: The tensor z.
@@ -57,7 +57,7 @@ class Fork:
         rotated: Whether z is rotated in front of them.
         second_moment: Second moment of z, if it is needed to update the rotations. Shape ``(m, m)``.
         sketch: Projections of z, if the agreement is measured.
-        used: The tasks whose gradients came back in the latest backward pass that collected them.
+        used: The tasks whose gradients arrived in the latest backward pass that collected them.
     """
 
     def __init__(self, rep: Tensor, num_tasks: int, running: Callable[[], BackwardPass]) -> None:
@@ -120,7 +120,7 @@ class Fork:
 
     def _rows(self, this: BackwardPass, like: Tensor) -> Tensor:
         """Return the memory for the gradients of a backward pass. Shape ``(K, *z.shape)``."""
-        if self._waiting is None or self._of is not this:  # or a pass before has failed, and left something here
+        if self._waiting is None or self._of is not this:  # or an earlier pass has failed and left gradients here
             self._waiting, self._arrived, self._of = like.new_empty((self._num_tasks, *self.shape)), set(), this
         return self._waiting
 

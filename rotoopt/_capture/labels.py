@@ -152,7 +152,7 @@ def _labels(
 def _moved(
     node: Any, operation: str, parts: Sequence[Tensor], shapes: Sequence[Shape | None], out_shape: Shape
 ) -> Tensor | None:
-    """Return the labels of numbers that were moved as they are; None where the graph does not tell."""
+    """Return the labels of entries that were moved unchanged; None if the graph does not show it."""
     if operation in CHOICES:
         return chosen(node, operation, parts, whole(NONE, ()))
     if operation in WRITES:

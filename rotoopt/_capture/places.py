@@ -101,7 +101,7 @@ class Places:
         if self._fresh == version(self._rotations.matrices):
             self._rotations.create(most)
             self._fresh = version(self._rotations.matrices)
-            for each in noted:  # what had the other size, and no gradient, as an input of a gate
+            for each in noted:  # inputs of the other size without a gradient, such as those of a gate
                 each.clear()
             for (reader, read), size in self._sizes.items():
                 noted[reader][read] = size == most
@@ -219,7 +219,7 @@ class Places:
 
     @not_compiled
     def _follow(self, device: torch.device) -> None:
-        """Move the rotations, and with them what is remembered, to where the model is."""
+        """Move the rotations and the stored state to the device of the model."""
         with torch.inference_mode(False):
             self._rotations.to(device)
 

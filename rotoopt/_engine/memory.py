@@ -24,7 +24,7 @@ class Memory:
 
     Attributes:
         num_steps: Number of steps so far.
-        sample_sums: Those of the latest step, if agreement was measured in it: the next one learns from them.
+        sample_sums: Those of the latest step, if agreement was measured in it: the next step uses them.
         agreement_tasks: Tasks whose agreement was measured since the latest update of the rotations.
         weights: The weights of the next backward pass, if it is lagged. Shape ``(K,)``.
         known_norms: The latest nonzero ||G_k||; zero if there was none yet. Shape ``(K,)``.

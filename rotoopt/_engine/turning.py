@@ -73,7 +73,7 @@ def _factors(
 
 
 def _unusable(this: BackwardPass) -> Tensor:
-    """Return whether something in the pass was not finite, and zeros take the place of what it measured."""
+    """Return whether something in the pass was not finite, so that its measurements are zeros."""
     assert this.measured is not None
     return ~this.measured.finite
 

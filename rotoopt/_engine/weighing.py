@@ -206,7 +206,7 @@ class Weighing:
     def _agreement(self, passes: Sequence[BackwardPass]) -> Tensor | None:
         """Return how much the samples of the step before agreed, if it was measured, and keep the sums of this one.
 
-        One step later, so that no step makes both the turns and the signal of it.
+        One step later, so that no step computes both the updates of the rotations and the signal.
         """
         before, self._memory.sample_sums = self._memory.sample_sums, self._joined_sums(passes)
         return None if before is None else before.agreement()

@@ -110,7 +110,7 @@ class CayleyStep:
         ascent = self._skew(gradients, m).in_metric(factor)  # which frees S
         norm = ascent.skew.half_squared_norm()
         least = torch.minimum(ascent.change, ascent.clarity)
-        rests = (least > 0) <= self.rotations.rests  # not greater than: unless it can turn, and is not to rest
+        rests = (least > 0) <= self.rotations.rests  # for booleans: not (a turn is possible, and not rests)
         self._sizes.grad = (ascent.change / m).sqrt().masked_fill(rests, 0.0)
         self.optimizer.step()
         self._sizes.grad = None

@@ -32,7 +32,6 @@ def harm(values: dict[str, Tensor], *, network_lr: float) -> str | None:
     Args:
         values: Stacked measurements of the window, as from :meth:`History.to_dict`.
         network_lr: The largest learning rate of the network, NaN if it is not comparable with that of the rotations.
-        network_lr: The largest learning rate of the network, NaN if that of the rotations does not compare with it.
     """
     turn = values["angles"].sum(dim=0).amax().item()
     if not turn >= MIN_TURN:

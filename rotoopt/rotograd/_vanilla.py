@@ -96,7 +96,7 @@ class VanillaMTL(nn.Module):
         return self.mtl_parameters(recurse)
 
     def mtl_parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Return the parameters of the method: rotations and GradNorm's weights, for an optimizer of their own."""
+        """Return the parameters of the method: rotations and GradNorm's weights, for a separate optimizer."""
         return super().parameters(recurse=False)
 
     def model_parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""Checks of the wiring: what each head reads, which head each loss comes from, and who trains the parameters."""
+"""Checks of the wiring: what each head reads, which head each loss comes from, which parameters are trained."""
 
 from __future__ import annotations
 
