@@ -233,3 +233,10 @@ def test_rotations_are_saved_once(name: str) -> None:
     saved = [leaf for leaf in tree_leaves(dict(model.state_dict())) if isinstance(leaf, Tensor)]
     rotations = torch.stack(list(model.rotation))
     assert [torch.equal(leaf, rotations) for leaf in saved if leaf.shape == rotations.shape].count(True) == 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rotations_start_at_random(name: str) -> None:
+    matrices = torch.stack([*make(name).rotation, torch.eye(D)])
+    assert_rotations(matrices)
+    assert not torch.isclose(matrices[:, None], matrices).flatten(2).all(dim=2).triu(1).any()
