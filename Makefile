@@ -1,9 +1,9 @@
-# Every target sets itself up: .venv is made on first use and brought up to date when this file or
+# Every target installs what it needs: .venv is created on first use, and updated when this file or
 # pyproject.toml has changed. Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
-# Pinned, so that numbers and tests stay what they are. pip prefers the build for CPUs, 2.13.0+cpu,
-# wherever one of its indexes has it. Another one: make demo TORCH=torch
+# Pinned, so that results are reproducible. pip prefers the build for CPUs, 2.13.0+cpu, if one of its
+# indexes has it. Another version: make demo TORCH=torch
 TORCH := torch==2.13.0
 
 VENV := .venv
@@ -28,7 +28,7 @@ test-slow: lint docs ## The same with slow tests, and more examples of each prop
 test-models: $(MODELS) ## Train models of transformers, timm, torchvision and stable-baselines3
 	$(BIN)/pytest -q -rs --runslow tests/models
 
-test-bounds: ## The core of the tests with the oldest and the newest torch, and every Python at hand
+test-bounds: ## The core of the tests with the oldest and the newest torch, and every installed Python
 	$(PYTHON) tests/bounds.py
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
@@ -52,25 +52,25 @@ clean: ## Delete the virtual environments, caches and build outputs
 $(WITH_TORCH): Makefile
 	$(PYTHON) -m venv $(VENV)
 	@if $(BIN)/pip show -q torch 2>/dev/null; then \
-	  echo 'torch is there: pip looks whether it is $(TORCH).'; \
+	  echo 'torch is already installed: pip checks that it is $(TORCH).'; \
 	elif [ "$$(uname -s)" != Linux ] || \
 	    $(BIN)/pip index versions torch 2>/dev/null | grep -qF '$(patsubst torch==%,%,$(TORCH))+cpu'; then \
-	  echo 'pip is about to download $(TORCH), the build for CPUs: 0.2 GB.'; \
+	  echo 'Downloading $(TORCH), the build for CPUs: 0.2 GB.'; \
 	else \
-	  echo 'pip is about to download $(TORCH) with CUDA: 2.7 GB. The build for CPUs is 0.2 GB, and enough'; \
-	  echo 'for everything here: to have that, stop this (Ctrl-C), set, and start again,'; \
+	  echo 'Downloading $(TORCH) with CUDA: 2.7 GB. The build for CPUs (0.2 GB) is enough for everything here.'; \
+	  echo 'To use it, press Ctrl-C, run the following line, and start again:'; \
 	  echo '    export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu'; \
 	fi
 	$(BIN)/pip install '$(TORCH)'
 	@touch $@
 
 $(DEMO): $(WITH_TORCH) pyproject.toml
-	@echo 'pip is about to download what the examples need: geotorch, scikit-learn, matplotlib, rich. 0.1 GB.'
+	@echo 'Downloading what the examples need (geotorch, scikit-learn, matplotlib, rich): 0.1 GB.'
 	$(BIN)/pip install '$(TORCH)' -e '.[examples]'
 	@touch $@
 
 $(STAMP): $(WITH_TORCH) pyproject.toml
-	@echo 'pip is about to download what development needs, 100 packages: 0.2 GB.'
+	@echo 'Downloading what development needs (100 packages): 0.2 GB.'
 	$(BIN)/pip install '$(TORCH)' -e '.[dev]'
 	@touch $(DEMO) $@
 

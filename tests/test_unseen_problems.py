@@ -58,7 +58,7 @@ def test_every_loss_reaches_its_own_head_alone_and_a_step_leaves_finite_errors(n
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_aggregators_are_left_out_where_several_tensors_enter_the_heads(name: str) -> None:
+def test_aggregators_are_omitted_if_several_tensors_enter_the_heads(name: str) -> None:
     problem = PROBLEMS[name](0)
     optimizer = RotoGradOptimizer(problem.optimizer(), problem.heads_by_task, dim=problem.dim, **METHODS[UPGRAD])
     refused = pytest.raises(RuntimeError, match="must see the gradients of all tasks at one tensor")

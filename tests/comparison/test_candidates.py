@@ -62,7 +62,7 @@ def test_candidates_are_created_anew_at_each_access() -> None:
             RotoGradOptimizer(torch.optim.SGD(backbone.parameters(), lr=0.1), heads, **CANDIDATES[name])
 
 
-def test_candidates_are_shown_with_their_options() -> None:
+def test_repr_shows_the_options_of_candidates() -> None:
     assert repr(CANDIDATES) == repr(dict(CANDIDATES))
 
 

@@ -252,7 +252,7 @@ def test_items_of_a_state_dict_are_reported_in_another_process(state: str | None
 @pytest.mark.parametrize(
     "case", ["rotate=False", "another process", "before", "the backbone alone", "the same process"]
 )
-def test_weights_without_metadata_are_not_reported_where_nothing_can_be_lost(case: str) -> None:
+def test_weights_without_metadata_are_not_reported_if_nothing_can_be_lost(case: str) -> None:
     plain = TwoTasks()
     model = TwoTasks()
     if case == "before":

@@ -135,7 +135,7 @@ def test_bad_batch_does_not_change_the_state(
 
 
 @pytest.mark.parametrize("weighting", [ProgressWeighting, RotoGradWeighting, EqualWeighting, GradNorm])
-def test_a_norm_that_overflows_leaves_the_state_alone(weighting: Any) -> None:
+def test_a_norm_that_overflows_does_not_change_the_state(weighting: Any) -> None:
     """The gradient is finite, its norm in float32 is not: it would become a reference."""
     bench = Bench((3, 4), 2, torch.float32, rotation_size=4, weighting=weighting())
     before = bench.state()

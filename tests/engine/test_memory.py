@@ -51,7 +51,7 @@ def test_record_before_the_step_and_with_unknown_losses() -> None:
     assert math.isnan(record.rotation_lr)
 
 
-def test_losses_are_recorded_as_wide_as_everything_else() -> None:
+def test_losses_are_recorded_in_the_common_dtype() -> None:
     model, optimizer = wrap()
     losses, z = model.losses(0)
     optimizer.backward([losses[0].double(), losses[1]], z)

@@ -62,7 +62,7 @@ def test_cosines_over_several_tensors_include_all_inputs_of_a_task(K: int, seed:
     assert_close(partial_cosines(met, norms), units @ units.mT, rtol=0, atol=1e-14)  # entries are one at most
 
 
-def test_cosines_are_where_the_norms_are() -> None:
+def test_cosines_are_on_the_device_of_the_norms() -> None:
     """The tensors of a model split over devices may be on others."""
     grads = torch.ones(2, 5)
     met = Met(TaskGradients.of(grads, (0, 1), torch.ones(2, dtype=torch.bool)), torch.Size([5]), False, None)
