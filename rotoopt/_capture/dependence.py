@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rotoopt._capture.graph import Edge, Node, edges, is_leaf, is_tap, leaves, operation, reached
+from rotoopt._capture.graph import Edge, Node, behind, edges, is_leaf, is_opaque, is_tap, leaves, operation, reached
 from rotoopt._capture.labels import (
     ALONG,
     ELEMENTWISE,
@@ -24,7 +24,7 @@ from rotoopt._capture.labels import (
     whole,
 )
 from rotoopt._capture.moves import PICKS, WRITES
-from rotoopt._torch.private import num_outputs, output_shapes, saved
+from rotoopt._torch.private import output_shapes, saved
 
 # Linear in all inputs, or in the only one that depends on a task.
 LINEAR = {"Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Stack", "Cat", "Clone", "ToCopy", "Expand", "Where"}
@@ -56,10 +56,15 @@ class Dependence:
 
     Args:
         roots: The nodes of the losses.
+
+    Attributes:
+        unknown: Compiled graphs between the heads, which compute what enters one of them and something else. What
+            depends on what in them is unknown.
     """
 
     def __init__(self, roots: Iterable[Edge]) -> None:
         self._order = _from_taps([node for node, _ in roots if node is not None])
+        self.unknown = set(filter(is_opaque, behind(filter(is_tap, self._order))))
         self._masks: dict[Node, int] = {}  # the tasks, as bits
         self._labels: dict[Node, list[Tensor]] = {}  # for nodes that depend on several tasks
         self._numbers: set[Node] = set()  # losses, or vectors of losses
@@ -127,7 +132,8 @@ class Dependence:
                     continue
                 seen.add(part)
                 if not self._masks[part[0]]:
-                    yield from self._parameters_beside(node, part)
+                    if node not in self.unknown:
+                        yield from self._parameters_beside(node, part)
                 elif task in self.tasks(part):
                     stack.append(part)
 
@@ -154,7 +160,7 @@ class Dependence:
 
     def _labels_of(self, node: Node) -> list[Tensor]:
         shapes = output_shapes(node)
-        if num_outputs(node) > 1 and is_python_function(node):
+        if is_opaque(node):
             return [whole(UNTOLD, shape) for shape in shapes]
         parts = edges(node)
         return labels_of_outputs(
@@ -201,11 +207,6 @@ class Dependence:
         shape = (1,) * (labels.ndim - len(shape)) + shape
         dims = [i for i, size in enumerate(shape) if size == 1]
         return bool((reduced(labels, dims, keepdim=True) >= NONE).all())
-
-
-def is_python_function(node: Node) -> bool:
-    """Whether ``node`` is a ``torch.autograd.Function``, such as that of a compiled graph."""
-    return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
 def _from_taps(roots: Sequence[Node]) -> list[Node]:

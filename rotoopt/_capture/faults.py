@@ -8,12 +8,17 @@ from rotoopt._capture.bypasses import check_not_bypassed, check_shared, not_thro
 from rotoopt._capture.dependence import Dependence
 from rotoopt._capture.fed import Fed
 from rotoopt._capture.fork import SPENT
-from rotoopt._capture.graph import Edge, Node, behind, is_tap, leaves, reached, taps_of
+from rotoopt._capture.graph import Edge, Node, is_tap, leaves, reached, surely_behind, taps_of
 from rotoopt.weighting import Weighting
 
 
 def check_losses(
-    losses: Mapping[int, Edge], fed: Fed, names: Sequence[str], own: Mapping[int, int], backbone: Edge | None
+    dependence: Dependence,
+    losses: Mapping[int, Edge],
+    fed: Fed,
+    names: Sequence[str],
+    own: Mapping[int, int],
+    backbone: Edge | None,
 ) -> None:
     """Raise unless every loss was computed by its own head, for the first time, and shares only what enters the heads.
 
@@ -21,13 +26,13 @@ def check_losses(
     every way in which a model is wired.
 
     Args:
+        dependence: How the losses depend on the outputs of the heads.
         losses: The nodes of the losses of the present tasks.
         fed: The inputs of the heads.
         names: Names of the K tasks, for errors.
         own: The tasks by the ids of their parameters.
         backbone: The node of a loss that must not pass through any head.
     """
-    dependence = Dependence(losses.values())
     for task, loss in losses.items():
         through = dependence.tasks(loss)
         if task not in through and (through or not (fed.is_frozen([task]) or _trains_only(task, loss, own))):
@@ -54,15 +59,15 @@ def _trains_only(task: int, loss: Edge, own: Mapping[int, int]) -> bool:
     return bool(trained) and all(own.get(id(param)) == task for param in trained)
 
 
-def check_sum(roots: Sequence[Edge], names: Sequence[str], own: Mapping[int, int]) -> set[Node]:
+def check_sum(dependence: Dependence, roots: Sequence[Edge], names: Sequence[str], own: Mapping[int, int]) -> set[Node]:
     """The same check for a sum of losses, as far as its terms can be found. Return its taps.
 
     Args:
+        dependence: How they depend on the outputs of the heads.
         roots: The nodes that a backward pass started from.
         names: Names of the K tasks, for errors.
         own: The tasks by the ids of their parameters.
     """
-    dependence = Dependence(roots)
     found = [dependence.terms(root) for root in roots]
     taps = taps_of(node for node, _ in roots)
     if not taps:
@@ -77,11 +82,14 @@ def check_sum(roots: Sequence[Edge], names: Sequence[str], own: Mapping[int, int
 
 
 def check_heads_apart(taps: set[Node], names: Sequence[str]) -> None:
-    """Raise if a head reads the output of another one: its gradient would be weighted by both."""
-    if not any(map(is_tap, behind(taps))):
+    """Raise if a head reads the output of another one: its gradient would be weighted by both.
+
+    What a compiled graph computes between two heads is part of the one and of the other, and unknown.
+    """
+    if not any(map(is_tap, surely_behind(taps))):
         return
     for tap in taps:
-        for other in filter(is_tap, behind([tap])):
+        for other in filter(is_tap, surely_behind([tap])):
             if other.task == tap.task:
                 raise RuntimeError(
                     f"The modules of {names[tap.task]} must be the first ones that belong to it alone, got one that "

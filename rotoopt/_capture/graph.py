@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rotoopt._capture.fork import Fork
+from rotoopt._torch.private import num_outputs
 
 Node = Any  # torch.autograd.graph.Node, whose attributes depend on the operation
 Edge = tuple[Node, int]  # the operation that computed a tensor, and the index of that output
@@ -19,8 +21,8 @@ SUMS |= {"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Clone", 
 HANDED_ON = {"_DDPSink", "RegisterPostBackwardFunction"}
 
 
-def reached(roots: Iterable[Node | None], *, stop_at_taps: bool = False) -> set[Node]:
-    """Return the nodes of a graph from ``roots`` back to the leaves, or back to the taps (included)."""
+def reached(roots: Iterable[Node | None], *, stop_at_taps: bool = False, stop_at_opaque: bool = False) -> set[Node]:
+    """Return the nodes of a graph from ``roots`` back to the leaves, or back to taps or opaque nodes (included)."""
     found: set[Node] = set()
     stack = list(roots)
     while stack:
@@ -28,7 +30,7 @@ def reached(roots: Iterable[Node | None], *, stop_at_taps: bool = False) -> set[
         if node is None or node in found:
             continue
         found.add(node)
-        if not (stop_at_taps and is_tap(node)):
+        if not ((stop_at_taps and is_tap(node)) or (stop_at_opaque and is_opaque(node))):
             stack.extend(inputs(node))
     return found
 
@@ -48,6 +50,11 @@ def behind(taps: Iterable[Node]) -> set[Node]:
     return reached(parent for tap in taps for parent in inputs(tap))
 
 
+def surely_behind(taps: Iterable[Node]) -> set[Node]:
+    """Return the nodes behind ``taps`` that these depend on for certain: none that are behind an opaque node."""
+    return reached((parent for tap in taps for parent in inputs(tap)), stop_at_opaque=True)
+
+
 def behind_taps(loss: Tensor) -> set[Node]:
     """Return the nodes that ``loss`` reaches through taps."""
     return behind(taps_of([loss.grad_fn]))
@@ -56,6 +63,11 @@ def behind_taps(loss: Tensor) -> set[Node]:
 def is_tap(node: Node) -> bool:
     """Whether ``node`` is the tap of a head; it then has the attributes ``task`` and ``fork``."""
     return isinstance(getattr(node, "fork", None), Fork)
+
+
+def is_opaque(node: Node) -> bool:
+    """Whether it is unknown which outputs of ``node`` depend on which inputs, as for a graph compiled as a whole."""
+    return num_outputs(node) > 1 and isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
 def is_leaf(node: Node) -> bool:

@@ -7,13 +7,22 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from rotoopt._capture.dependence import Dependence
 from rotoopt._capture.faults import check_losses, check_sum
 from rotoopt._capture.fed import Fed
-from rotoopt._capture.graph import Node, behind, leaves, made_by, operation, reached, taps_of
+from rotoopt._capture.graph import Edge, Node, behind, leaves, made_by, operation, reached, taps_of
 from rotoopt._capture.places import Places
 from rotoopt._torch.private import running_roots
+from rotoopt._torch.warn import warn_user
 
 LOOK_EVERY = 17  # a prime number, to check every step of a cycle, such as labeled and unlabeled batches
+
+UNKNOWN = (
+    "The wiring must be visible in the autograd graph to be checked, got a compiled graph that computes what enters a "
+    "head and something else at once. If a head read the output of another one there, or a loss went around its head, "
+    "gradients would be weighted incorrectly without an error. To be certain, call rotoopt.testing.check_invariants, "
+    "or run a step without torch.compile."
+)
 
 
 class Wiring:
@@ -34,6 +43,7 @@ class Wiring:
         self._one_tensor: dict[frozenset[int], bool] = {}
         self._made_by: dict[frozenset[int], list[str]] = {}  # the latest operations of the losses
         self._num_known: Counter[frozenset[int]] = Counter()
+        self._warned = False
         self._tied: set[int] = set()  # ids of parameters of a task that others read as well
 
     def check(self, losses: Mapping[int, Tensor], fed: Fed, backbone_loss: Tensor | None) -> bool:
@@ -47,7 +57,7 @@ class Wiring:
         self._one_tensor.pop(tasks, None)  # check rejected losses again
         made = {task: made_by(loss) for task, loss in losses.items()}
         backbone = None if backbone_loss is None else made_by(backbone_loss)
-        check_losses(made, fed, self._names, self._own_parameters(), backbone)
+        check_losses(self._dependence(made.values()), made, fed, self._names, self._own_parameters(), backbone)
         self._made_by[tasks] = made_by_now
         return self._remember(tasks, taps_of(node for node, _ in made.values()))
 
@@ -58,10 +68,19 @@ class Wiring:
         if known is not None:
             return known
         self._one_tensor.pop(tasks, None)
-        taps = check_sum([made_by(root) for root in running_roots()], self._names, self._own_parameters())
+        roots = [made_by(root) for root in running_roots()]
+        taps = check_sum(self._dependence(roots), roots, self._names, self._own_parameters())
         if not taps:  # torch does not show what the pass started from
             return fed.only_fork() is not None
         return self._remember(tasks, taps)
+
+    def _dependence(self, roots: Iterable[Edge]) -> Dependence:
+        """Return how ``roots`` depend on the heads; warn once if that is not certain."""
+        dependence = Dependence(roots)
+        if dependence.unknown and not self._warned:
+            self._warned = True
+            warn_user(UNKNOWN)
+        return dependence
 
     def _known(self, tasks: frozenset[int], fed: Fed) -> bool | None:
         """Return whether ``tasks`` share one tensor, if known without searching graphs.

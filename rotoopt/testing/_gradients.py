@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rotoopt._capture.graph import behind_taps, in_heads, leaves
 from rotoopt.optimizer import RotoGradOptimizer
@@ -17,7 +17,7 @@ from rotoopt.testing._trial import LossFn, Trial
 def check_head_gradients(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
     """Check that heads are trained by the unscaled gradients of their own losses."""
     trial = Trial(optimizer, losses)
-    heads, _ = _split(trial)
+    heads, _, _ = _split(trial)
     _check_gradients(trial, heads, weighted=False)
 
 
@@ -27,15 +27,26 @@ def check_backbone_gradients(optimizer: RotoGradOptimizer, losses: LossFn) -> No
     Passes for a callable weighting, which has no weights to compare with.
     """
     trial = Trial(optimizer, losses)
-    _, backbone = _split(trial)
-    _check_gradients(trial, [backbone], weighted=True)
+    _, backbone, unclear = _split(trial)
+    _check_gradients(trial, [[*backbone, *_shared(trial, unclear)]], weighted=True)
 
 
-def _split(trial: Trial) -> tuple[list[list[Tensor]], list[Tensor]]:
+def _shared(trial: Trial, params: list[Tensor]) -> list[Tensor]:
+    """Return those of ``params`` that have an entry on which several losses depend."""
+    if not params:
+        return []
+    with trial.restored():
+        true = trial.true_gradients(params)
+    depend = [sum(grad != 0 for grad in of_param if grad is not None) for of_param in zip(*true.values(), strict=True)]
+    return [param for param, count in zip(params, depend, strict=True) if bool((torch.as_tensor(count) > 1).any())]
+
+
+def _split(trial: Trial) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:
     """Return the trained parameters in front of the taps of each task, those of its head, and all others.
 
-    Excluded are parameters that a head shares with the backbone, such as embeddings that are also the weights of an
-    output layer: part of their gradient is weighted, part is not.
+    The third part are those that seem to be both but are not listed as those of a task, as layers that are compiled
+    into one graph with a loss. Excluded are parameters that a head shares with the backbone, such as embeddings that
+    are also the weights of an output layer: part of their gradient is weighted, part is not.
     """
     with trial.restored():
         present = trial.losses().values()
@@ -43,9 +54,16 @@ def _split(trial: Trial) -> tuple[list[list[Tensor]], list[Tensor]]:
     behind = {id(param) for loss in present for param in leaves(behind_taps(loss))}
     trained = [param for param in trial.parameters() if param.requires_grad]
     in_any = set().union(*heads)
+    listed = {
+        id(param)
+        for parts in trial.core.heads
+        for part in parts
+        for param in ([part] if isinstance(part, nn.Parameter) else part.parameters())
+    }
     return (
         [[param for param in trained if id(param) in head - behind] for head in heads],
         [param for param in trained if id(param) not in in_any],
+        [param for param in trained if id(param) in (in_any & behind) - listed],
     )
 
 
@@ -55,6 +73,9 @@ def _check_gradients(trial: Trial, groups: Sequence[list[Tensor]], *, weighted: 
         return
     with trial.restored():
         true = trial.true_gradients(params)
+        memory = trial.engine.memory
+        # Different ones where they are those of the step before: all ones, in the first step, would hide mistakes.
+        memory.weights = torch.linspace(0.5, 2.0, len(memory.weights)).to(memory.weights)
         trial.backward(trial.losses())
         grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in params]
         weights, divisors = trial.optimizer.task_weights.tolist(), trial.divisors()

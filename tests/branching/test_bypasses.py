@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from rotoopt import RotoGradOptimizer
+from rotoopt.testing import check_invariants
 from tests.contract.models import TwoTasks, back_propagate, sgd, wrap
 
 PAST = "A parameter that tasks share must be reached through their heads, got"
@@ -179,3 +180,52 @@ def test_norms_of_a_list_of_parameters_are_a_penalty_like_any_other() -> None:
     norms = torch._foreach_norm(list(model.parameters()))
     back_propagate([torch.stack([*model.losses(0)[0], *norms]).sum()])
     optimizer.step()
+
+
+class OneAfterAnother(nn.Module):
+    """The second head reads a deeper tensor; the first one's loss or output may be computed, or used, on the way."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.early, self.late = nn.Linear(3, 6), nn.Linear(6, 6)
+        self.heads = nn.ModuleDict({"first": nn.Linear(6, 6), "second": nn.Linear(6, 2)})
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        z = self.early(x).tanh()
+        out = self.heads["first"](z)
+        loss = (out - 1).square().mean() if "early loss" in self.kind else None
+        deeper = self.late(z + out if "cascade" in self.kind else z)
+        if self.kind == "skip":
+            out = out + z
+        second = 100 * self.heads["second"](deeper).square().mean()
+        return [(out - 1).square().mean() if loss is None else loss, second]
+
+
+@pytest.mark.parametrize(
+    ("kind", "visible", "own"),
+    [("", True, False), ("cascade", True, True), ("early loss", False, False), ("cascade, early loss", False, True)],
+)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_wiring_that_is_compiled_is_checked_or_reported(kind: str, visible: bool, own: bool) -> None:
+    model, x = OneAfterAnother(kind), torch.randn(4, 3)
+    optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), model.heads)
+    compiled = torch.compile(model, backend="aot_eager")
+    raises = pytest.raises(RuntimeError, match="Heads must read the backbone, got second")
+    warns = pytest.warns(UserWarning, match="The wiring must be visible in the autograd graph")
+    with raises if visible and kind else nullcontext() if visible else warns:
+        back_propagate(compiled(x)) if own else optimizer.backward(compiled(x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", ["early loss", "cascade, early loss", "skip"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:The wiring must be visible in the autograd graph")
+def test_gradients_tell_what_a_compiled_graph_hides(kind: str) -> None:
+    model, x = OneAfterAnother(kind), torch.randn(4, 3)
+    optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), model.heads)
+    compiled = torch.compile(model, backend="aot_eager")
+    wrong = pytest.raises(AssertionError, match="must be the sum of the task gradients, each times its weight")
+    with nullcontext() if kind == "early loss" else wrong:
+        check_invariants(optimizer, lambda: compiled(x))
+    torch._dynamo.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -59,6 +60,24 @@ def test_compiled_model(make: Make) -> None:
         x = twins.batch(step)
         torch.manual_seed(0)
         check_step(twins, x, compiled(x), TOLERANCE[torch.float32])
+    torch._dynamo.reset()
+
+
+# A loss is computed between two heads, and compiled into one graph with what enters the second one.
+INTERLEAVED = ["cast_per_head", "auxiliary_head", "variational", "nodes_and_graph", "other_sizes"]
+
+
+@pytest.mark.parametrize("name", [*INTERLEAVED, "one_tensor"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_graphs_of_several_outputs(name: str) -> None:
+    """As of all backends that compile the backward pass, too."""
+    twins = Twins.of(BRANCHING[NAMES.index(name)], 0, torch.float32)
+    compiled = torch.compile(twins.wrapped.losses, backend="aot_eager")
+    with pytest.warns(UserWarning, match="The wiring must be visible") if name in INTERLEAVED else nullcontext():
+        for step in range(3):
+            x = twins.batch(step)
+            torch.manual_seed(0)
+            check_step(twins, x, compiled(x), TOLERANCE[torch.float32])
     torch._dynamo.reset()
 
 
