@@ -74,6 +74,7 @@ class Fork:
         self._running = running
         self._waiting: Tensor | None = None  # G, shape (K, *shape)
         self._arrived: set[int] = set()
+        self._zero: Tensor | None = None  # what is passed on for the first gradient that is collected
         self._of: BackwardPass | None = None
         # A hook of the user, which may scale or clip the gradient at z, applies to the sum of all.
         register_first_hook(rep, self._join)
@@ -108,7 +109,8 @@ class Fork:
         elif not is_there:
             waiting[task] = grad
         self._arrived.add(task)
-        return grad.new_zeros(()).expand(grad.shape) if first else None
+        self._zero = grad.new_zeros(()).expand(grad.shape) if first else self._zero
+        return self._zero if first else None
 
     def room(self, task: int, like: Tensor) -> Tensor | None:
         """Return where the gradient of ``task``, which is like ``like``, may be written before it arrives."""
@@ -128,8 +130,8 @@ class Fork:
         """Add the combination of the task gradients to ``grad``, the gradient from all other uses of z."""
         if self._waiting is None:
             return grad
-        grads, tasks = self._waiting, tuple(sorted(self._arrived))
-        self._waiting, self._arrived, self._of = None, set(), None
+        grads, tasks, has_other_uses = self._waiting, tuple(sorted(self._arrived)), grad is not self._zero
+        self._waiting, self._arrived, self._zero, self._of = None, set(), None, None
         this = self._running()
         if not this.lagged:  # otherwise the gradients are independent
             if self.used not in ((), tasks):
@@ -137,7 +139,8 @@ class Fork:
             self.used = tasks
         for task in set(range(len(grads))) - set(tasks):
             grads[task] = 0.0
-        return grad + this.combine(this, grads, tasks, self).to(grad.dtype)
+        combined = this.combine(this, grads, tasks, self).to(grad.dtype)
+        return grad + combined if has_other_uses else combined
 
 
 class Rotate(torch.autograd.Function):

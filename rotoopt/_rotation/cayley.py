@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 MAX_TURN = 1000.0  # Frobenius norm of S, in radians
-# Newton's iteration for (I - T)^-1, |T| <= 1/2, begins with I + T, an error of T^2, and squares it: to below rounding.
-NEWTON_STEPS = {torch.float32: 4, torch.float64: 5}
+SQUARINGS = {torch.float32: 4, torch.float64: 5}  # of a matrix of norm 0.56, until its square is below rounding
 CLEAR = 8.0  # times eps: the share of |N|^2 that |S|^2 must exceed to be more than rounding
 
 
@@ -54,66 +52,63 @@ class Ascent:
 class SampleSkew:
     r"""S_k as a sum over n samples, :math:`S_k = W_k V^\top - V W_k^\top`: a matrix of rank 2n, never formed.
 
-    With :math:`X = [V, W_k]` and :math:`XJ = [W_k, -V]`, :math:`S_k = XJX^\top`, and its inner products are those of
-    :math:`M = X^\top XJ`: :math:`\lVert S_k \rVert_F^2 = -\langle M, M^\top \rangle`. By Sherman, Morrison and
-    Woodbury, :math:`\mathrm{cay}(\eta S_k) - I = \eta XJ (I - \eta M / 2)^{-1} X^\top`: a turn costs
-    :math:`O(n m^2)`.
+    With an orthonormal basis Q of V, :math:`V = QT`, and :math:`A_k = W_k T^\top`, we have
+    :math:`S_k = Q \Omega_k Q^\top - P_k Q^\top + Q P_k^\top` with :math:`\Omega_k = Q^\top A_k - A_k^\top Q` and
+    :math:`P_k = QQ^\top A_k - A_k`, which is orthogonal to Q. By Sherman, Morrison and Woodbury,
+
+    .. math:: \mathrm{cay}(S_k) - I = (2QE_k - P_k) (I - E_k)^{-1} (Q + \tfrac12 P_k)^\top + Q P_k^\top,
+        \quad E_k = \tfrac12 \Omega_k - \tfrac14 P_k^\top P_k.
+
+    So a turn costs :math:`O(n m^2)`, and what is inverted is only ``(n, n)``.
 
     Args:
         tasks: W. Shape ``(K, m, n)``.
         target: V. Shape ``(m, n)``, shared by the tasks.
+        half_squared_norm: :math:`\tfrac12 \lVert S_k \rVert_F^2`, if it is known. Shape ``(K,)``.
     """
 
-    def __init__(self, tasks: Tensor, target: Tensor) -> None:
+    def __init__(self, tasks: Tensor, target: Tensor, half_squared_norm: Tensor | None = None) -> None:
         self._W, self._V = tasks.mT, target.mT  # one row per sample
-
-    @cached_property
-    def _X(self) -> Tensor:
-        """X^T. Shape ``(K, 2n, m)``."""
-        return torch.cat([self._V.expand(self._W.shape), self._W], dim=1)
-
-    @cached_property
-    def _XJ(self) -> Tensor:
-        """(XJ)^T. Shape ``(K, 2n, m)``."""
-        return torch.cat([self._W, -self._V.expand(self._W.shape)], dim=1)
-
-    @cached_property
-    def _M(self) -> Tensor:
-        return self._X @ self._XJ.mT
+        self._half_squared_norm = half_squared_norm
 
     def half_squared_norm(self) -> Tensor:
         """From inner products of samples."""
+        if self._half_squared_norm is None:
+            samples = torch.cat([self._V[None], self._W])
+            self._half_squared_norm = _products(samples, samples)[0][:, 1, 1].abs()
         return self._half_squared_norm
-
-    @cached_property
-    def _half_squared_norm(self) -> Tensor:
-        return (0.5 * _inner(self._M, self._M.mT)).abs()  # rounding may change the sign of what is zero
 
     def in_metric(self, factor: Tensor) -> Ascent:
         """In O(n m^2), and again of rank 2n."""
         samples = torch.cat([self._V[None], self._W])
-        target, tasks, n = samples[0], samples[1:], samples.shape[1]
+        target, tasks = samples[0], samples[1:]
         # W - c V gives the same S, and avoids cancellation if gradients are almost aligned.
         inner = torch.mv(samples.flatten(1), target.flatten())
         along = (inner[1:] / inner[0]).nan_to_num_(0.0)
         tasks.addcmul_(along[:, None, None], target, value=-1.0)
-        solved = torch.cholesky_solve(samples.flatten(0, 1).mT, factor).mT.view(samples.shape)
-        skew, own = SampleSkew(solved[1:].mT, solved[0].mT), SampleSkew(tasks.mT, target.mT)
-        mixed = own._X @ skew._XJ.mT  # the inner products in the metric
-        flipped = -mixed.mT
-        rise, change = _inner(mixed, flipped), _inner(skew._M, flipped)
+        solved = _solved(samples, factor)
+        products, sizes = _products(samples, solved)
+        rise, change = (products[:, 0] + products[:, :, 0]).unbind(1)
+        norm = products[:, 1, 1].abs()  # rounding may change the sign of what is zero
         # Rounding is that of the products in D: |V V^T| |W W^T|, which is at least |N|^2, for W - c V and for c V.
-        VV, WW = (torch.linalg.vector_norm(each, dim=(1, 2)) for each in (skew._M[:, :n, n:], skew._M[:, n:, :n]))
-        aligned = along * VV
-        size = torch.addcmul(VV * WW, aligned, aligned)
-        clarity = _beyond_rounding(skew.half_squared_norm(), size)
+        VV, WW = sizes[0], sizes[1:]
+        size = torch.addcmul(WW, along, along * VV)
+        clarity = torch.addcmul(norm, size, VV, value=-_rounding(norm))
+        skew = SampleSkew(solved[1:].mT, solved[0].mT, norm)
         return Ascent(skew, rise, change, clarity=torch.minimum(rise, clarity))
 
     def turn_(self, matrices: Tensor, step: Tensor) -> None:
         """In O(n m^2)."""
-        step = step[:, None, None]
-        left = (matrices @ self._XJ.mT).mul_(step)  # (K, m, 2n)
-        matrices.baddbmm_(left, _inverse_near_identity(self._M, step) @ self._X)
+        Q, T = torch.linalg.qr(self._V.mT)
+        A = (T @ self._W).mul_(step[:, None, None])  # (K, n, m): A^T of the step
+        B = A @ Q
+        P = torch.addmm(A.flatten(0, 1), B.flatten(0, 1), Q.mT, beta=-1.0).view(A.shape)
+        E = torch.baddbmm(B.mT - B, P, P.mT, beta=0.5, alpha=-0.25)
+        onto_Q = matrices @ Q
+        left = (matrices @ P.mT).baddbmm_(onto_Q, E, beta=-1.0, alpha=2.0)
+        right = _inverse_near_identity(E) @ torch.add(Q.mT, P, alpha=0.5)
+        # One product, since every sum into R is rounded.
+        matrices.baddbmm_(torch.cat([left, onto_Q], dim=2), torch.cat([right, P], dim=1))
 
 
 class DenseSkew:
@@ -135,7 +130,7 @@ class DenseSkew:
         inverse = torch.cholesky_inverse(factor)  # four times faster than solving for K m columns
         half = inverse @ self._S
         skew = DenseSkew(half @ (0.5 * inverse))  # D / 2 is skew, up to rounding errors
-        clarity = _beyond_rounding(_dot(self._S, self._S), _dot(self._N, self._N))
+        clarity = torch.sub(_dot(self._S, self._S), _dot(self._N, self._N), alpha=_rounding(self._S))
         rise, change = _dot(self._S, skew._S), _dot(skew._S, half)
         return Ascent(skew, rise, change, clarity=torch.minimum(rise, clarity))
 
@@ -144,18 +139,40 @@ class DenseSkew:
         matrices.add_(matrices @ cayley_delta(self._S * step[:, None, None]))
 
 
-def _inner(one: Tensor, other: Tensor) -> Tensor:
-    return (one * other).sum((-2, -1))
+def _products(samples: Tensor, solved: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return inner products of S and :math:`D = G^{-1} S G^{-1}` for sums over samples.
+
+    Args:
+        samples: V and the W, one row per sample. Shape ``(K + 1, n, m)``.
+        solved: These times :math:`G^{-1}`.
+
+    Returns:
+        F, shape ``(K, 2, 2)``, with :math:`F_{00} = \tfrac12 \langle S, D \rangle`, :math:`F_{11} = \tfrac12 \lVert D
+        \rVert_F^2` and :math:`F_{01} + F_{10} = \langle D, DG \rangle`; and the norms of the products of ``solved``
+        with themselves, shape ``(K + 1,)``.
+    """
+    count, n, _ = samples.shape
+    rows = torch.cat([samples, solved], dim=1)
+    own = (rows @ solved.mT).reshape(count, 2, n * n)  # of each with itself
+    mixed = (rows[0] @ solved[1:].mT).reshape(count - 1, 2, n, n)  # of V with each
+    products = torch.baddbmm(own[1:] @ own[0].mT, mixed.flatten(2), mixed.mT.flatten(2).mT, alpha=-1.0)
+    return products, torch.linalg.vector_norm(own[:, 1], dim=1)
+
+
+def _solved(samples: Tensor, factor: Tensor) -> Tensor:
+    r"""Return ``samples``, shape ``(K, n, m)``, times :math:`G^{-1}`, given the lower Cholesky factor of G."""
+    if samples.shape[0] * samples.shape[1] > len(factor):  # more than m: the inverse takes fewer operations
+        return samples @ torch.cholesky_inverse(factor)
+    return torch.cholesky_solve(samples.flatten(0, 1).mT, factor).mT.view(samples.shape)
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
-    """The same of contiguous matrices, without their product in memory."""
+    """Return the inner products of contiguous matrices, without their product in memory."""
     return torch.bmm(one.flatten(1)[:, None], other.flatten(1)[:, :, None]).flatten()
 
 
-def _beyond_rounding(squared_norm_of_S: Tensor, squared_norm_of_N: Tensor) -> Tensor:
-    rounding = CLEAR * torch.finfo(squared_norm_of_N.dtype).eps
-    return torch.sub(squared_norm_of_S, squared_norm_of_N, alpha=rounding)
+def _rounding(like: Tensor) -> float:
+    return CLEAR * torch.finfo(like.dtype).eps
 
 
 def cayley_delta(skew: Tensor) -> Tensor:
@@ -184,19 +201,18 @@ def cayley_delta(skew: Tensor) -> Tensor:
     return torch.cholesky_solve(right, factor)
 
 
-def _inverse_near_identity(gram: Tensor, step: Tensor) -> Tensor:
-    r"""Return :math:`(I - \eta M / 2)^{-1}`, by products alone (batched LU: see above).
+def _inverse_near_identity(E: Tensor) -> Tensor:
+    r"""Return :math:`(I - E)^{-1} = \prod_j (I + E^{2^j})`, by products alone (batched LU: see above).
 
     Args:
-        gram: M. Shape ``(K, n, n)``.
-        step: :math:`\eta`, with a spectral radius of :math:`\eta M` of at most one. Shape ``(K, 1, 1)``.
+        E: Shape ``(K, n, n)``, of norm at most 0.56. It is overwritten.
     """
-    identity = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
-    matrix = torch.addcmul(identity, gram, step, value=-0.5)
-    inverse = torch.addcmul(identity, gram, step, value=0.5)
-    for _ in range(NEWTON_STEPS[gram.dtype]):
-        inverse = inverse @ torch.baddbmm(identity, matrix, inverse, beta=2.0, alpha=-1.0)
-    return inverse
+    power, inverse = E @ E, E
+    inverse.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    for _ in range(SQUARINGS[E.dtype] - 1):
+        inverse = torch.baddbmm(inverse, power, inverse)
+        power = power @ power
+    return torch.baddbmm(inverse, power, inverse)
 
 
 @torch.no_grad()

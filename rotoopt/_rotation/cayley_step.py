@@ -17,7 +17,7 @@ from rotoopt._rotation.step import RotationGradient, sum_of_correlations
 from rotoopt._torch.devices import move_
 from rotoopt._torch.processes import Processes
 
-DENSE_FROM = 0.43  # samples per feature from which the dense update takes fewer operations
+DENSE_FROM = 0.55  # samples per feature from which the dense update takes fewer operations
 REPAIRED_SHARE = 64  # 1 / 64 of the columns are corrected in each update
 
 

@@ -112,8 +112,10 @@ class Rotations(nn.Module):
     def create(self, size: int) -> None:
         """Create the K rotations of ``size`` features."""
         self._allocate(size)
-        for matrix, seed in zip(self.matrices, self.seeds, strict=True):
-            _draw_(matrix, seed)
+        self.matrices.copy_(torch.eye(size, device=self.device))
+        for task, seed in enumerate(self.seeds):
+            if seed is not None:
+                _draw_(self[task], seed)
 
     def _allocate(self, size: int) -> None:
         with torch.device("meta"):  # otherwise geotorch draws K Haar matrices: slow, and uses random numbers
