@@ -94,8 +94,12 @@ def test_plain_state_dict_loads_with_one_warning() -> None:
     bare = Adam(model.parameters(), lr=0.5)
     train(model, optimizer, 0)
     own = optimizer.state_dict()["rotograd"]
-    message = r"^The state dict should have an entry 'rotograd', got one without\. .* it is that of a bare optimizer"
-    with pytest.warns(UserWarning, match=message) as record:
+    message = (
+        "The state dict should have an entry 'rotograd', got one without. Rotations, references and trained weights do "
+        "not change. Either (a) it is that of a bare optimizer, or (b) it comes from torch.distributed.checkpoint: "
+        "save and load optimizer.rotograd_state as well, and load it first."
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$") as record:
         optimizer.load_state_dict(state_dict=bare.state_dict())
     assert len(record) == 1
     assert record[0].filename == __file__
@@ -188,7 +192,8 @@ MISFITS: dict[str, tuple[Builder, Builder, str]] = {
     "rotation optimizer": (
         wrap,
         lambda: wrap(rotation_optimizer=Adam),
-        "must be of a `rotation_optimizer`, got that of the built-in rotation step. Build the optimizer with the",
+        "must be of a `rotation_optimizer`, got that of the built-in rotation step. Build the optimizer with the "
+        "`rotation_optimizer` that",
     ),
     "built-in step": (
         lambda: wrap(rotation_optimizer=Adam),

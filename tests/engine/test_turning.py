@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch.testing import assert_close
 
 from rotoopt import RotoGradWeighting
 from rotoopt._capture.backward_pass import Met
-from rotoopt._engine.turning import partial_cosines
+from rotoopt._engine.turning import cosines_of, partial_cosines
 from rotoopt.weighting._gradients import TaskGradients, task_mask
 from tests.samplers import NUM_TASKS, SEEDS, Bench, Lagged, Sampler
 
@@ -80,3 +82,12 @@ def test_a_step_with_one_task_does_not_update_the_rotations(weighting: Any) -> N
     assert (bench.record.angles > 0).all()
     bench.step([torch.randn(3, 4).double(), None])
     assert torch.equal(bench.matrices, before)
+
+
+def test_a_task_that_reads_another_tensor_alone_has_a_cosine_of_one_with_itself() -> None:
+    grads = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    met = Met(TaskGradients.of(grads, (0, 1), torch.tensor([True, True, False])), torch.Size([2]), False, None)
+    this: Any = SimpleNamespace(met=[met], tasks={0, 1, 2}, read_one_tensor=True)
+    cosine = math.sqrt(0.5)
+    expected = torch.tensor([[1.0, cosine, 0.0], [cosine, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    assert_close(cosines_of(this, torch.tensor([1.0, math.sqrt(2), 3.0])), expected)

@@ -111,10 +111,13 @@ def test_steps_of_another_optimizer_are_reported_once(num_passes: int, changed_a
             with torch.no_grad():
                 head.weight.add_(1.0)
     assert len(found) == (changed_after < FOREIGN_PASSES < num_passes)
-    assert all(message.startswith("The optimizer whose heads a loss passes through must make") for message in found)
-    assert all(
-        message.endswith("called on the wrapped optimizer: call it on the RotoGradOptimizer.") for message in found
+    message = (
+        "The optimizer whose heads a loss passes through must make the steps, got weights that something else has "
+        f"changed, and {FOREIGN_PASSES} backward passes without step() or zero_grad(). It weights the gradients that "
+        "something else uses. Either (a) another optimizer has replaced it: call remove() or fold() on the "
+        "RotoGradOptimizer, or (b) step() was called on the wrapped optimizer: call it on the RotoGradOptimizer."
     )
+    assert found == [message] * len(found)
 
 
 def test_backward_passes_without_a_step() -> None:

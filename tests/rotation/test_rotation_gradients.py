@@ -1,6 +1,7 @@
 """Gradients of the rotations: sums over the samples of a batch, its parts, and all processes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.testing import assert_close
 
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._rotation import cayley_step
-from rotoopt._rotation.step import RotationGradient
+from rotoopt._rotation.step import RotationGradient, any_usable
 from rotoopt._torch.processes import Processes
 from tests.asserts import assert_same_bits
 from tests.oracle import layout
@@ -80,3 +81,19 @@ def test_the_gradient_of_no_samples_changes_nothing(
     assert_close(none.usable, torch.tensor(False))
     assert torch.equal(turned(R, gradients, none, dense_from=dense), turned(R, gradients, dense_from=dense))
     assert_same_bits(turned(R, none, dense_from=dense), R)
+
+
+@pytest.mark.parametrize("usable", [(False, True), (False, False, True), (False, False)])
+def test_a_gradient_that_is_usable_on_one_process_is_usable_on_all(usable: tuple[bool, ...]) -> None:
+    def found(processes: Processes) -> bool:
+        empty = RotationGradient.none(1, 4, like=torch.ones(1))
+        own = replace(empty, usable=torch.tensor(usable[processes.rank]))
+        return bool(any_usable([empty, own], processes))
+
+    assert together(len(usable), found) == [any(usable)] * len(usable)
+
+
+def test_the_gradient_of_an_empty_batch_is_zero() -> None:
+    empty = RotationGradient.none(1, 4, like=torch.ones(1, dtype=torch.float64))
+    assert empty.num_samples == 0
+    assert torch.equal(empty.correlation(3), torch.zeros(1, 3, 3, dtype=torch.float64))
