@@ -66,6 +66,7 @@ def test_angles_are_those_between_vectors_before_and_after(own_optimizer: bool, 
         before = bench.matrices
         bench.backward(list(common + 0.1 * sampler.normal(K, 2, m)))
         assert (bench.record.angles == 0).all()
+        assert_close(bench.record.total_angles, total, rtol=1e-3, atol=1e-9)
         bench.optimizer.step()
         chord = (bench.matrices - before).flatten(1).norm(dim=1) / math.sqrt(m)
         assert_close(bench.record.angles, chord, rtol=1e-3, atol=1e-9)
