@@ -369,3 +369,14 @@ def test_wrong_argument(options: dict[str, float], message: str) -> None:
 
 def test_repr_shows_its_arguments() -> None:
     assert repr(ProgressWeighting(1.0)) == "ProgressWeighting(alpha=1.0)"
+
+
+@pytest.mark.parametrize("agrees", [False, True])
+def test_the_state_becomes_as_wide_as_the_network(agrees: bool) -> None:
+    weighting = ProgressWeighting()
+    weighting.bind(2, torch.device("cpu"), torch.float32)
+    for dtype in (torch.float32, torch.float64):
+        for _ in range(2):
+            ones = torch.ones(2, dtype=dtype)
+            assert weighting(measured(ones, ones, ones if agrees else None)).dtype == dtype
+    assert {tensor.dtype for tensor in weighting.state.values()} == {torch.float64}
