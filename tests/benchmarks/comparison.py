@@ -46,7 +46,9 @@ Results = dict[Job, list[float]]
 
 
 def search_jobs(problem: Problem, method: Method) -> list[Job]:
-    """Return the trainings that choose the learning rates of a method."""
+    """Return the trainings that choose the learning rates of a method; none for a variant of another method."""
+    if method.variant is not None:
+        return []
     return [
         Job(problem.name, method.name, setting.factor, setting.own_lr, seed)
         for seed in SEARCH_SEEDS
