@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import pickle
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -53,9 +55,7 @@ def outcomes(
         return
     num_threads = max(1, torch.get_num_threads() // num_processes)
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        num_processes, mp_context=context, initializer=torch.set_num_threads, initargs=(num_threads,)
-    )
+    pool = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start, initargs=(num_threads,))
     try:
         for future in as_completed([pool.submit(_attempt, function, job) for job in jobs]):
             yield future.result()
@@ -67,6 +67,19 @@ def outcomes(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start(num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # Without this, the processes of a pool wait forever for jobs if their parent is killed.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _attempt(function: Callable[[Job], Result], job: Job) -> Outcome[Job, Result]:

@@ -57,7 +57,11 @@ def search_jobs(problem: Problem, method: Method) -> list[Job]:
 
 
 def choose(problem: Problem, method: Method, results: Results) -> Setting | None:
-    """Return the setting with the best mean relative change; None if a run is missing."""
+    """Return the setting with the best mean relative change; None if results are missing.
+
+    A variant of a method has the setting of that method.
+    """
+    method = method if method.variant is None else METHODS[method.variant]
     yardstick = _search_mean(problem, METHODS[SINGLE_TASK], Setting(1.0), results)
     scores = {}
     for setting in method.settings(problem):

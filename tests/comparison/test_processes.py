@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import subprocess
 import sys
+import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +18,7 @@ import pytest
 import torch
 
 from rotoopt.comparison import CANDIDATES, compare
-from rotoopt.comparison._processes import Failure, check_importable, outcomes
+from rotoopt.comparison._processes import Failure, _start, check_importable, outcomes
 from tests.comparison.test_compare import VALUES, compared, numbers, table
 from tests.comparison.trainings import HIGHER_IS_BETTER, ends, raises, threads, train
 
@@ -46,6 +50,47 @@ def test_a_run_that_raises_in_a_process_does_not_affect_others() -> None:
 def test_a_process_that_exits_is_reported() -> None:
     with pytest.raises(RuntimeError, match=r"got one that exited without a result.*memory.*__main__"):
         compared(ends, processes=2)
+
+
+ENDLESS = """
+import os
+import time
+from rotoopt.comparison._processes import outcomes
+
+def job(seconds):
+    print(os.getpid(), flush=True)
+    time.sleep(seconds)
+
+if __name__ == "__main__":
+    list(outcomes(job, [1000.0, 1000.0], 2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    parent = subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    children = [parent.stdout.readline().strip() for _ in range(2)]
+    parent.stdout.close()
+    assert all(_runs(child) for child in children)
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 60
+    while any(_runs(child) for child in children):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def _runs(process: str) -> bool:
+    """Return whether a process exists and has not ended: in a container, nobody may collect it."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path("/proc", process, "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 @pytest.mark.slow
@@ -129,7 +174,7 @@ def test_processes_are_spawned_and_divide_the_threads(ours: int, theirs: int, mo
     assert failure.error == "ZeroDivisionError: division by zero"
     assert failure.traceback.startswith("Traceback")
     pool = Pool.made.pop()
-    assert pool.started == (2, "spawn", torch.set_num_threads, (theirs,))
+    assert pool.started == (2, "spawn", _start, (theirs,))
     assert pool.shut_down_with == {"cancel_futures": True}
 
 
