@@ -1,4 +1,4 @@
-"""The core of the suite with the oldest and the newest torch, and with every Python at hand.
+"""The core of the suite with the oldest and the newest torch, and with every installed Python.
 
     python tests/bounds.py                 # make test-bounds
     python tests/bounds.py 3.10 oldest     # one of them, as continuous integration does

@@ -171,7 +171,7 @@ def cayley_step(R: Tensor, S: Tensor) -> Tensor:
 
 
 class References:
-    """Value of each task at its first valid step, taken anew at the first one after burn-in."""
+    """Value of each task at its first valid step, measured again at the first one after burn-in."""
 
     def __init__(self, n_tasks: int, burn_in: int) -> None:
         self.values, self.taken = torch.full((2, n_tasks), math.nan).double()

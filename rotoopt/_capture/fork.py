@@ -89,7 +89,7 @@ class Fork:
         return not this.lagged or (this.meets and len(self.taps) > 1) or max(self.taps.values()) > 1
 
     def arrive(self, task: int, grad: Tensor, *, is_there: bool = False) -> Tensor | None:
-        """Return the part of the gradient of ``task`` that goes on to z now; None if nothing does.
+        """Return the part of the gradient of ``task`` that is passed on to z now; None if nothing is.
 
         Autograd calls the hook on z only if a gradient arrives there: for the first gradient that is collected, one
         zero is passed on, which takes no memory.

@@ -41,7 +41,7 @@ def assert_warns_once(calls: Sequence[Callable[[], object]], message: str) -> No
     assert_reads_well(str(record[0].message))
 
 
-@pytest.mark.parametrize("trained_by", ["nobody", "another optimizer", "frozen"])
+@pytest.mark.parametrize("trained_by", ["no optimizer", "another optimizer", "frozen"])
 def test_parameters_of_a_head_that_no_optimizer_updates(trained_by: str) -> None:
     model = TwoTasks()
     bare = SGD([*model.backbone.parameters(), *model.heads["left"].parameters()], lr=0.1)
@@ -55,7 +55,7 @@ def test_parameters_of_a_head_that_no_optimizer_updates(trained_by: str) -> None
             other.step()
 
     steps = [partial(step, batch) for batch in range(2 * UNTRAINED_STEPS)]
-    if trained_by == "nobody":
+    if trained_by == "no optimizer":
         message = "Every parameter of a head should be updated, by this .* one, got no change of weight of right"
         assert_warns_once(steps, message)
     else:

@@ -139,7 +139,7 @@ class Tasks(nn.Module):
 
 @pytest.mark.parametrize("apart", [False, True], ids=["one tensor", "a tensor each"])
 @pytest.mark.parametrize("calls", ["step", "own backward", "a batch per task"])
-def test_share_of_a_task_that_is_noise_falls(calls: str, *, apart: bool) -> None:
+def test_share_of_a_task_that_is_noise_decreases(calls: str, *, apart: bool) -> None:
     """For both ways to call backward, and for one tensor or several; no loss decreases meanwhile."""
     shares = {}
     for weighting in (ProgressWeighting(), ProgressWeighting(alpha=0.0)):

@@ -57,7 +57,7 @@ def test_a_head_without_gradients_in_the_users_own_backward_is_reported_once(
 
 
 FATES = st.lists(
-    st.sampled_from(["ours", "another's", "data", "frozen", "frozen later", "nobody's"]), min_size=6, max_size=6
+    st.sampled_from(["ours", "another's", "data", "frozen", "frozen later", "no optimizer's"]), min_size=6, max_size=6
 )
 
 
@@ -91,7 +91,7 @@ def test_parameters_of_heads_that_no_optimizer_updates_are_named_after_some_step
                     param.mul_(2)
             for param in by_fate.get("data", []):
                 param.data.mul_(2)
-        expected = [key for key, its in zip(named, fates, strict=True) if its == "nobody's"]
+        expected = [key for key, its in zip(named, fates, strict=True) if its == "no optimizer's"]
         found = warned(watch.observe)
         if step == UNTRAINED_STEPS - 1 and expected:
             assert len(found) == 1
