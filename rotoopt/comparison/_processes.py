@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -55,7 +56,8 @@ def outcomes(
         return
     num_threads = max(1, torch.get_num_threads() // num_processes)
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start, initargs=(num_threads,))
+    reader, writer = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start, initargs=(num_threads, reader))
     try:
         for future in as_completed([pool.submit(_attempt, function, job) for job in jobs]):
             yield future.result()
@@ -65,20 +67,21 @@ def outcomes(
             "is not enough memory for so many: lower `processes`; or (b) a script calls this outside of "
             '`if __name__ == "__main__":`, so that every process runs it again. Finished runs are in `path`.'
         ) from error
+    except BaseException:  # interrupted: do not wait for the jobs that are running
+        writer.close()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _start(num_threads: int) -> None:
+def _start(num_threads: int, parent: Connection) -> None:
     torch.set_num_threads(num_threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    # Without this, the processes of a pool wait forever for jobs if their parent is killed.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+def _end_with(parent: Connection) -> None:
+    """End this process when the other end of the pipe ``parent`` is closed: by the parent, or because it was killed."""
+    parent.poll(None)
     os._exit(1)
 
 

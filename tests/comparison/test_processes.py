@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -69,17 +70,19 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda how: how.name)
+def test_processes_end_with_their_parent(tmp_path: Path, how: signal.Signals) -> None:
     script = tmp_path / "endless.py"
     script.write_text(ENDLESS, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    parent = subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    parent = subprocess.Popen([sys.executable, str(script)], env=environment, stdout=pipe, stderr=null, text=True)
     assert parent.stdout is not None
     children = [parent.stdout.readline().strip() for _ in range(2)]
     parent.stdout.close()
     assert all(_runs(child) for child in children)
-    parent.kill()
-    parent.wait()
+    parent.send_signal(how)
+    parent.wait(60)
     end = time.monotonic() + 60
     while any(_runs(child) for child in children):
         assert time.monotonic() < end
@@ -174,7 +177,8 @@ def test_processes_are_spawned_and_divide_the_threads(ours: int, theirs: int, mo
     assert failure.error == "ZeroDivisionError: division by zero"
     assert failure.traceback.startswith("Traceback")
     pool = Pool.made.pop()
-    assert pool.started == (2, "spawn", _start, (theirs,))
+    num_processes, method, start, (num_threads, _) = pool.started
+    assert (num_processes, method, start, num_threads) == (2, "spawn", _start, theirs)
     assert pool.shut_down_with == {"cancel_futures": True}
 
 
