@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rotoopt._capture.graph import behind_taps, in_heads, leaves
 from rotoopt._engine.construction import modules_of
@@ -100,7 +100,10 @@ def _another(rotation: Tensor) -> Tensor:
 
 
 def check_parameters_are_optimized(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
-    """Check that some optimizer has every parameter that a loss depends on: this one or another one."""
+    """Check that some optimizer has every parameter that a loss depends on: this one or another one.
+
+    Inputs that require grad, as activation checkpointing needs them, are not parameters.
+    """
     trial = Trial(optimizer, losses)
     with trial.restored():
         present = trial.losses()
@@ -113,7 +116,7 @@ def check_parameters_are_optimized(optimizer: RotoGradOptimizer, losses: LossFn)
         },
     }
     known = {id(param) for each in living_optimizers() for group in each.param_groups for param in group["params"]}
-    missing = {key: place for key, place in places.items() if key not in known}
+    missing = {key: at for key, at in places.items() if key not in known and isinstance(at[0], nn.Parameter)}
     if missing:
         raise AssertionError(
             f"There must be an optimizer for every parameter that the losses depend on, got {len(missing)} without: "

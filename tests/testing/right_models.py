@@ -172,9 +172,9 @@ def some_rotations() -> Wired:
 
 
 def activation_checkpointing() -> Wired:
-    """The backbone, and one head, run again in the backward pass."""
+    """The backbone, and one head, run again in the backward pass; the input requires grad, as is usual for that."""
     backbone, heads = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 8)), [mlp_head(1), mlp_head(2)]
-    x = torch.randn(6, 4)
+    x = torch.randn(6, 4, requires_grad=True)
 
     def losses() -> Losses:
         z = checkpoint(backbone, x, use_reentrant=False)
