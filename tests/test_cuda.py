@@ -105,6 +105,21 @@ def test_no_step_synchronizes(options: str, layout: str) -> None:
                 torch.cuda.set_sync_debug_mode("default")
 
 
+def test_an_index_into_the_outputs_of_several_heads_synchronizes_once() -> None:
+    model, optimizer = build("vectors", "cuda", "default")
+    inputs, order = [batch("vectors", step, "cuda") for step in range(STEPS)], torch.arange(K, device="cuda")
+    try:
+        for step, x in enumerate(inputs):
+            z = model.backbone(x)
+            outputs = torch.stack([head(z) for head in model.heads])[order]
+            optimizer.zero_grad()
+            optimizer.step([out.square().mean() for out in outputs], z)
+            if step == 2:
+                torch.cuda.set_sync_debug_mode("error")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_autocast_with_a_scaler_trains(options: str, dtype: torch.dtype) -> None:

@@ -23,8 +23,8 @@ from rotoopt._capture.labels import (
     reduced,
     whole,
 )
-from rotoopt._capture.moves import PICKS, WRITES
-from rotoopt._torch.private import output_shapes, saved
+from rotoopt._capture.moves import BY_VALUES, PICKS, WRITES
+from rotoopt._torch.private import is_on_host, output_shapes, saved
 
 # Linear in all inputs, or in the only one that depends on a task.
 LINEAR = {"Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Stack", "Cat", "Clone", "ToCopy", "Expand", "Where"}
@@ -56,14 +56,19 @@ class Dependence:
 
     Args:
         roots: The nodes of the losses.
+        known: The operations of a graph that was checked before. If they are the same, indices and masks are not read
+            from a device, so that nothing waits for it: what they select from the outputs of several heads is unknown.
 
     Attributes:
+        operations: The names of the operations, from the taps on.
         unknown: Compiled graphs between the heads, which compute what enters one of them and something else. What
             depends on what in them is unknown.
     """
 
-    def __init__(self, roots: Iterable[Edge]) -> None:
+    def __init__(self, roots: Iterable[Edge], known: Sequence[str] | None = None) -> None:
         self._order = _from_taps([node for node, _ in roots if node is not None])
+        self.operations = list(map(operation, self._order))
+        self._reads = self.operations != known
         self.unknown = set(filter(is_opaque, behind(filter(is_tap, self._order))))
         self._masks: dict[Node, int] = {}  # the tasks, as bits
         self._labels: dict[Node, list[Tensor]] = {}  # for nodes that depend on several tasks
@@ -159,13 +164,10 @@ class Dependence:
         return whole(self._masks.get(node, 0).bit_length() - 1, shapes[output] if shapes else ())
 
     def _labels_of(self, node: Node) -> list[Tensor]:
-        shapes = output_shapes(node)
-        if is_opaque(node):
+        name, parts, shapes = operation(node), edges(node), output_shapes(node)
+        if is_opaque(node) or (not self._reads and name in BY_VALUES and not is_on_host(node)):
             return [whole(UNTOLD, shape) for shape in shapes]
-        parts = edges(node)
-        return labels_of_outputs(
-            node, operation(node), [self._label(part) for part in parts], [_shape(p) for p in parts]
-        )
+        return labels_of_outputs(node, name, [self._label(part) for part in parts], [_shape(p) for p in parts])
 
     def _is_number(self, node: Node) -> bool:
         """Whether ``node`` computes one or several losses by adding over samples; not the output of a head."""

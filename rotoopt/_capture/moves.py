@@ -13,6 +13,7 @@ from rotoopt._torch.private import ASSIGNMENT, kept_by_assignment, saved
 PICKS = {"Index", "IndexSelect", "Gather", "MaskedSelect", "Sort", "Topk", "Flip", "Roll"}
 CHOICES = {"Where", "MaskedFill"}
 WRITES = {"IndexPut", ASSIGNMENT}
+BY_VALUES = (PICKS | CHOICES | WRITES) - {"Flip", "Roll"}  # of indices and masks
 
 
 def picked(node: Any, operation: str, labels: Tensor) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 
 from torch import Tensor, nn
 
@@ -42,6 +43,7 @@ class Wiring:
         self._places = places
         self._one_tensor: dict[frozenset[int], bool] = {}
         self._made_by: dict[frozenset[int], list[str]] = {}  # the latest operations of the losses
+        self._operations: dict[frozenset[int], list[str]] = {}  # all operations when the losses were checked
         self._num_known: Counter[frozenset[int]] = Counter()
         self._warned = False
         self._tied: set[int] = set()  # ids of parameters of a task that others read as well
@@ -54,10 +56,21 @@ class Wiring:
         known = self._known(tasks, fed)
         if known is not None and self._made_by.get(tasks) == made_by_now:
             return known
-        self._one_tensor.pop(tasks, None)  # check rejected losses again
+        accepted = self._one_tensor.pop(tasks, None) is not None  # rejected losses are checked in full again
         made = {task: made_by(loss) for task, loss in losses.items()}
         backbone = None if backbone_loss is None else made_by(backbone_loss)
-        check_losses(self._dependence(made.values()), made, fed, self._names, self._own_parameters(), backbone)
+
+        def check(operations: Sequence[str] | None) -> None:
+            dependence = self._dependence(made.values(), operations)
+            check_losses(dependence, made, fed, self._names, self._own_parameters(), backbone)
+            self._operations[tasks] = dependence.operations
+
+        checked = False
+        with suppress(RuntimeError) if accepted else nullcontext():
+            check(self._operations.get(tasks) if accepted else None)
+            checked = True
+        if not checked:  # an index may be needed that was not read
+            check(None)
         self._made_by[tasks] = made_by_now
         return self._remember(tasks, taps_of(node for node, _ in made.values()))
 
@@ -74,9 +87,9 @@ class Wiring:
             return fed.only_fork() is not None
         return self._remember(tasks, taps)
 
-    def _dependence(self, roots: Iterable[Edge]) -> Dependence:
+    def _dependence(self, roots: Iterable[Edge], known: Sequence[str] | None = None) -> Dependence:
         """Return how ``roots`` depend on the heads; warn once if that is not certain."""
-        dependence = Dependence(roots)
+        dependence = Dependence(roots, known)
         if dependence.unknown and not self._warned:
             self._warned = True
             warn_user(UNKNOWN)

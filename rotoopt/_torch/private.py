@@ -158,6 +158,11 @@ def num_outputs(node: Any) -> int:
     return len(getattr(node, "_input_metadata", ()))
 
 
+def is_on_host(node: Any) -> bool:
+    """Whether the outputs of an operation in a graph are on the CPU; see :func:`output_shapes`."""
+    return all(each.device.type == "cpu" for each in getattr(node, "_input_metadata", ()))
+
+
 def saved(node: Any, name: str) -> Any:
     """Return an argument of an operation in a graph, as the dimension of a sum.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch.optim import SGD
 from torch.testing import assert_close
 
 from rotoopt import RotoGradOptimizer
+from rotoopt._capture import dependence, labels
+from rotoopt._capture.moves import picked
 from rotoopt._capture.wiring import LOOK_EVERY
 from rotoopt.testing._branching.model import Call
 from tests.contract.models import TwoTasks, assert_same, back_propagate, sgd, wrap
@@ -44,6 +47,34 @@ def test_a_loss_that_later_uses_two_outputs_is_rejected_soon(own: bool) -> None:
 
     with pytest.raises(RuntimeError, match=r"The loss of left must be computed from the output of its own head"):
         steps()
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_an_index_on_a_device_is_read_once(mixes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later checks do not wait for it, and find other changes all the same."""
+    reads: list[str] = []
+
+    def noted(node: Any, operation: str, of_input: Tensor) -> Tensor | None:
+        reads.append(operation)
+        return picked(node, operation, of_input)
+
+    monkeypatch.setattr(dependence, "is_on_host", lambda node: False)
+    monkeypatch.setattr(labels, "picked", noted)
+    model, optimizer = wrap()
+
+    def steps() -> None:
+        for batch in range(3 * LOOK_EVERY):
+            both = torch.cat(model(model.inputs(batch)), dim=1)[:, torch.arange(3)]
+            left, right = both[:, :1], both[:, 1:]
+            losses = [left.square().mean(), right.square().mean()]
+            if mixes and batch > LOOK_EVERY:
+                losses[0] = (left - right).square().mean()
+            optimizer.zero_grad()
+            optimizer.step(losses)
+
+    with pytest.raises(RuntimeError, match=r"The loss of left must be") if mixes else nullcontext():
+        steps()
+    assert reads == ["Index"] * (3 if mixes else 1)  # again for other operations, and once more before an error
 
 
 @pytest.mark.parametrize("own", [False, True])
