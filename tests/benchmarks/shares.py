@@ -1,0 +1,59 @@
+"""Which operations take the time of a training with ``RotoGradOptimizer``, by ``torch.profiler``: a Markdown table.
+
+python -m tests.benchmarks.shares "K = 40, d = 512" [--threads 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tests.benchmarks.cases import NAMED, ROTOOPT, Case, Training
+
+CPU = torch.device("cpu")
+TURN_EVERY = 16  # steps; the rotations are updated in the first of them
+Times = Counter[tuple[str, str]]  # milliseconds by the operation and the shapes of its inputs
+
+
+def times(training: Training, steps: int) -> Times:
+    """Return the times of the operations in ``steps`` steps, each without the operations that it calls."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        for _ in range(steps):
+            training.step()
+    found: Times = Counter()
+    for event in profiler.key_averages(group_by_input_shape=True):
+        shapes = " ".join("x".join(map(str, shape)) for shape in event.input_shapes if shape)
+        found[event.key.removeprefix("aten::"), shapes] += event.self_cpu_time_total / 1e3
+    return found
+
+
+def table(case: Case, rows: int) -> str:
+    """Return the shares of the ``rows`` operations that take the most time in a step that updates the rotations."""
+    training = Training(case, ROTOOPT, CPU)
+    for _ in range(TURN_EVERY):
+        training.step()
+    update, rest = times(training, 1), times(training, TURN_EVERY - 1)
+    lines = ["| operation | shapes | share of the step with an update | share of all steps |", "|---|---|---:|---:|"]
+    for key, milliseconds in update.most_common(rows):
+        shares = milliseconds / update.total(), (milliseconds + rest[key]) / (update.total() + rest.total())
+        lines.append(f"| {' | '.join([*key, *(f'{share:.1%}' for share in shares)])} |")
+    whole = update.total() / (update.total() + rest.total())
+    return "\n".join([*lines, f"| all | | 100.0% | {whole:.1%} in the step with an update |"])
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("case", nargs="?", choices=NAMED, default="K = 40, d = 512")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=16)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(table(NAMED[args.case], args.rows))
+
+
+if __name__ == "__main__":
+    main()
