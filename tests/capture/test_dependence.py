@@ -81,6 +81,7 @@ TOLD: dict[str, Callable[[Tensor], Tensor]] = {  # for these, the graph determin
     "squared errors": lambda x: F.mse_loss(x, torch.zeros(x.shape), reduction="none"),
     "backwards": lambda x: x[torch.arange(len(x) - 1, -1, -1)],
     "indexed": lambda x: x[..., [-1]],
+    "indexed by a matrix": lambda x: x[torch.arange(len(x) - 1, -1, -1).expand(2, -1)],
     "indexed twice": lambda x: x[[-1], ..., [0]] if x.ndim > 1 else x,
     "masked": lambda x: x[every_second(x)],
     "index_select": lambda x: x.index_select(-1, torch.arange(x.shape[-1] - 1, -1, -1)),
@@ -102,6 +103,7 @@ UNTOLD: dict[str, Callable[[Tensor], Tensor]] = {  # for these it does not, and 
     "part added to": lambda x: changed(x, Tensor.add_),
     "part times a constant": lambda x: changed(x, lambda part, _: part.mul_(2.0)),
     "part without gradient": lambda x: changed(x, lambda part, _: part.zero_()),
+    "added at an index": lambda x: x.clone().index_put_((torch.tensor([0]),), x[-1:], accumulate=True),
     "repeated": lambda x: x.repeat(*[2] * x.ndim),
 }
 OPERATIONS = TOLD | UNTOLD

@@ -15,9 +15,10 @@ from torch.optim import SGD
 from torch.testing import assert_close
 
 from rotoopt import RotoGradWeighting
-from rotoopt._capture.backward_pass import Met
+from rotoopt._capture.backward_pass import BackwardPass, Met
 from rotoopt._engine.turning import cosines_of, partial_cosines
 from rotoopt.weighting._gradients import TaskGradients, task_mask
+from rotoopt.weighting._measurements import Reference
 from tests.samplers import NUM_TASKS, SEEDS, Bench, Lagged, Sampler
 
 
@@ -91,3 +92,12 @@ def test_a_task_that_reads_another_tensor_alone_has_a_cosine_of_one_with_itself(
     cosine = math.sqrt(0.5)
     expected = torch.tensor([[1.0, cosine, 0.0], [cosine, 1.0, 0.0], [0.0, 0.0, 1.0]])
     assert_close(cosines_of(this, torch.tensor([1.0, math.sqrt(2), 3.0])), expected)
+
+
+@pytest.mark.parametrize(("number", "expected"), [(1, True), (2, False)])
+def test_whether_all_tasks_read_one_tensor(number: int, expected: bool) -> None:
+    unknown = Reference.unknown(2, torch.device("cpu"), torch.float32)
+    this = BackwardPass(None, None, None, None, True, True, lambda *_: torch.ones(1), torch.ones(2), unknown, unknown)
+    for task in [0, 1] * number:
+        this.note(task, torch.ones(()))
+    assert this.read_one_tensor == expected
