@@ -145,6 +145,16 @@ def test_one_number_for_the_outputs_of_all_tasks_is_named(shape: tuple[int, ...]
     assert optimizer.last_step is None
 
 
+@pytest.mark.parametrize("shape", [(5, 1), (1, 5, 1)])
+def test_one_number_per_sample_for_the_outputs_of_all_tasks_is_named(shape: tuple[int, ...]) -> None:
+    model, s = TwoTasks(), nn.Parameter(torch.ones(5))
+    optimizer = RotoGradOptimizer(SGD([*model.parameters(), s], lr=0.1), model.heads)
+    outputs = [each.mean(1, keepdim=True) for each in model(model.inputs(0))]
+    with pytest.raises(RuntimeError, match=PAST):
+        back_propagate([(torch.stack(outputs) * s.view(shape) - 1).square().mean()])
+    assert optimizer.last_step is None
+
+
 def test_time_steps_of_one_task_may_share_a_parameter_that_is_not_listed() -> None:
     """In the sum of their losses, each looks like the loss of a task."""
     model = TwoTasks()

@@ -15,7 +15,9 @@ from torch.optim import SGD
 from torch.testing import assert_close
 
 from rotoopt import RotoGradWeighting
+from rotoopt._capture.agreement import Sketch
 from rotoopt._capture.backward_pass import BackwardPass, Met
+from rotoopt._capture.representation import RotatedDims
 from rotoopt._engine.turning import cosines_of, partial_cosines
 from rotoopt.weighting._gradients import TaskGradients, task_mask
 from rotoopt.weighting._measurements import Reference
@@ -94,10 +96,22 @@ def test_a_task_that_reads_another_tensor_alone_has_a_cosine_of_one_with_itself(
     assert_close(cosines_of(this, torch.tensor([1.0, math.sqrt(2), 3.0])), expected)
 
 
+def backward_pass() -> BackwardPass:
+    unknown, ones = Reference.unknown(2, torch.device("cpu"), torch.float32), torch.ones(2)
+    return BackwardPass(None, None, None, ones, True, True, lambda *_: ones, ones, unknown, unknown)
+
+
+def test_samples_of_a_zero_gradient_agree_in_nothing() -> None:
+    """Its sums are zero, and are added to those of other tensors."""
+    this, z = backward_pass(), torch.randn(3, 4)
+    assert torch.equal(this.pass_on(0, torch.zeros(3, 4), Sketch(z, RotatedDims(-1), 0)), torch.zeros(3, 4))
+    (sums,) = this.sample_sums
+    assert all((tensor == 0).all() for tensor in sums.state_dict().values())
+
+
 @pytest.mark.parametrize(("number", "expected"), [(1, True), (2, False)])
 def test_whether_all_tasks_read_one_tensor(number: int, expected: bool) -> None:
-    unknown = Reference.unknown(2, torch.device("cpu"), torch.float32)
-    this = BackwardPass(None, None, None, None, True, True, lambda *_: torch.ones(1), torch.ones(2), unknown, unknown)
+    this = backward_pass()
     for task in [0, 1] * number:
         this.note(task, torch.ones(()))
     assert this.read_one_tensor == expected
