@@ -354,3 +354,33 @@ def test_a_tied_weight_gets_a_gradient_of_each_kind(own: bool) -> None:
         assert step == 0 or weights[0] > weights[1]
         assert_close(embedding.weight.grad, plain + weights[0] * grads[0] + weights[1] * grads[1])
         optimizer.step()
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("listed", [False, True])
+def test_gates_in_front_of_heads_are_weighted_with_the_experts(listed: bool, own: bool) -> None:
+    torch.manual_seed(0)
+    experts, gates, towers = (
+        nn.ModuleList(nn.Linear(5, 6) for _ in range(3)),
+        nn.ModuleList(nn.Linear(5, 3) for _ in range(2)),
+        nn.ModuleList(nn.Linear(6, 2) for _ in range(2)),
+    )
+    shared = [*experts.parameters(), *gates.parameters()]
+    heads = [(tower, gate) if listed else tower for tower, gate in zip(towers, gates, strict=True)]
+    optimizer = RotoGradOptimizer(SGD([*shared, *towers.parameters()], lr=1e-3), heads, rotate=False)
+    x = torch.randn(4, 5)
+
+    def losses() -> list[Tensor]:
+        outputs = torch.stack([expert(x).tanh() for expert in experts], dim=1)
+        mixed = [(gate(x).softmax(1)[:, :, None] * outputs).sum(1) for gate in gates]
+        return [30**k * (tower(z) - 1).square().mean() for k, (tower, z) in enumerate(zip(towers, mixed, strict=True))]
+
+    for _ in range(3):
+        with optimizer.paused():
+            true = [torch.autograd.grad(loss, shared, allow_unused=True, materialize_grads=True) for loss in losses()]
+        optimizer.zero_grad()
+        back_propagate(losses()) if own else optimizer.backward(losses())
+        weights = optimizer.last_step.weights  # type: ignore[union-attr]
+        for param, first, second in zip(shared, *true, strict=True):
+            assert_close(param.grad, weights[0] * first + weights[1] * second)
+        optimizer.step()
