@@ -20,8 +20,8 @@ def load(path: Path) -> list[Entry]:
     if not path.exists():
         return []
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        entries = json.loads(path.read_bytes())
+    except ValueError as error:  # neither JSON nor text
         raise ValueError(_message(path, str(error))) from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(_message(path, type(entries).__name__))
@@ -32,7 +32,7 @@ def save(path: Path, entries: Iterable[Entry]) -> None:
     """Write all entries, one per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n", encoding="utf-8")
+    partial.write_bytes(("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n").encode())
     os.replace(partial, path)
 
 

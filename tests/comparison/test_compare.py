@@ -405,6 +405,14 @@ def test_a_file_with_other_contents_is_rejected_and_not_changed(text: str, found
     assert path.read_text() == text
 
 
+def test_a_binary_file_is_rejected_and_not_changed(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"PK\x03\x80")
+    with pytest.raises(ValueError, match=r"`path` must be a file that .* got .*model.pt: .*decode.*Give another path"):
+        compared(path=path)
+    assert path.read_bytes() == b"PK\x03\x80"
+
+
 def test_tensors_are_metrics_too() -> None:
     result = compared(lambda seed, **options: {"left": torch.tensor(2.0), "right": torch.tensor([1.0])})
     assert result.metrics["two"]["left"].tolist() == [2.0] * 3

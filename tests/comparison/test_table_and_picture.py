@@ -45,6 +45,7 @@ def test_a_table_of_one_seed_has_no_errors_and_one_of_no_runs_no_numbers() -> No
     text = str(made([1.0], [0.5]))
     assert "| default   |   0.500 |      +50.0 |" in text
     assert "1 seed." in text
+    assert "2 seeds." in str(made([1.0, 2.0], [0.5, 1.0]))
     diverged = str(made([1.0, 1.0], [torch.nan, torch.nan])).splitlines()[3]
     assert [each.strip() for each in diverged.split("|")] == ["", "default", "-", "-", "-100.0 ± 0.0", ""]
 
