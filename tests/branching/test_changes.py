@@ -377,7 +377,9 @@ def test_gates_in_front_of_heads_are_weighted_with_the_experts(listed: bool, own
 
     for _ in range(3):
         with optimizer.paused():
-            true = [torch.autograd.grad(loss, shared, allow_unused=True, materialize_grads=True) for loss in losses()]
+            true = [
+                torch.autograd.grad(losses()[k], shared, allow_unused=True, materialize_grads=True) for k in range(2)
+            ]
         optimizer.zero_grad()
         back_propagate(losses()) if own else optimizer.backward(losses())
         weights = optimizer.last_step.weights  # type: ignore[union-attr]
