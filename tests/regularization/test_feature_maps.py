@@ -307,7 +307,11 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
         r"must be as many as there are attentions, 2, got those of \['conv'\]",
         lambda: AttentionBehavioralRegularization([WEIGHTS, WEIGHTS])({"conv": A}, {"conv": A}),
     ),
-    "no attention": (ValueError, "for at least one layer, got none", lambda: AttentionBehavioralRegularization([])),
+    "no attention": (
+        ValueError,
+        r"^`channel_attention` must have weights for at least one layer, got none\.$",
+        lambda: AttentionBehavioralRegularization([]),
+    ),
     "attention as a matrix": (
         ValueError,
         r"must have one weight per channel, got shape \(1, 3\) for conv",

@@ -264,7 +264,8 @@ MODEL = network(0)
 BAD: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "missing": (
         ValueError,
-        r"must have the parameters of `target_model`, .*got none for fc.weight, fc.bias. Either \(a\) pass",
+        r"must have the parameters of `target_model`, .*got none for fc.weight, fc.bias. Either \(a\) pass .*"
+        r", or \(b\) leave new layers out, as in exclude=\['fc\.\*'\]\.$",
         lambda: SPRegularization(headless(network(0)), MODEL),
     ),
     "broadcastable": (
@@ -330,6 +331,7 @@ def test_parameters_that_change_later_are_rejected(change: Callable[[Network], N
     change(target)
     with pytest.raises(
         RuntimeError,
-        match=r"must keep its parameters, got one in which fc.weight, fc.bias is missing or has another shape",
+        match=r"must keep its parameters, got one in which fc.weight, fc.bias is missing or has another shape\. "
+        r"Parametrize, prune or replace layers before building SPRegularization\.$",
     ):
         penalty()
