@@ -37,11 +37,12 @@ def markdown(problems: Sequence[Problem], results: Results, seeds: int) -> str:
 
 
 def tested(problem: Problem, results: Results, seeds: int) -> dict[str, Tensor]:
-    """Return the metrics of the methods that have run, with the chosen learning rates. Shape ``(seeds, n)``."""
+    """Return the metrics of the methods that have run on all seeds, with the selected rates. Shape ``(seeds, n)``."""
+    jobs = {name: final_jobs(problem, method, results, seeds) for name, method in METHODS.items()}
     return {
-        name: torch.tensor([results[job] for job in jobs], dtype=torch.float64)
-        for name, method in METHODS.items()
-        if (jobs := [job for job in final_jobs(problem, method, results, seeds) if job in results])
+        name: torch.tensor([results[job] for job in of], dtype=torch.float64)
+        for name, of in jobs.items()
+        if of and all(job in results for job in of)
     }
 
 
