@@ -18,7 +18,17 @@ from tests.benchmarks.comparison_methods import DEFAULT, PLAIN_SUM, SINGLE_TASK
 from tests.benchmarks.comparison_tables import clipped, relative_changes, tested
 from tests.benchmarks.problems import PROBLEMS
 
-SHOWN = (PLAIN_SUM, "scale only", "GradNorm", "TorchJD IMTLG", "TorchJD FairGrad", "TorchJD UPGrad", DEFAULT)
+SHOWN = (
+    PLAIN_SUM,
+    "scale only",
+    "GradNorm",
+    "TorchJD IMTLG",
+    "TorchJD NashMTL",
+    "TorchJD FairGrad",
+    "TorchJD UPGrad",
+    "TorchJD DualProj",
+    DEFAULT,
+)
 
 
 def main() -> None:

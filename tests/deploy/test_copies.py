@@ -211,6 +211,15 @@ def test_a_new_optimizer_takes_over_the_rotations(heads: list[str], copied: bool
     second.step({name: losses[name] for name in heads})
 
 
+def test_steps_of_an_optimizer_that_was_replaced_are_reported() -> None:
+    model, optimizer = wrap(**OPTIONS)
+    train(model, optimizer, 0, 1)
+    second = RotoGradOptimizer(sgd(model.parameters()), model.heads)
+    with pytest.warns(UserWarning, match="no head that ran.* or a later RotoGradOptimizer has replaced this one"):
+        train(model, optimizer, *range(1, 30))
+    assert second.last_step is None
+
+
 class ModelEmaV3(nn.Module):
     """Like that of timm: an average that is no ``AveragedModel``."""
 
