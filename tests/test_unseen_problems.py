@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rotoopt import EqualWeighting, RotoGradOptimizer
 from rotoopt.comparison import Comparison
-from tests.benchmarks.unseen import PROBLEMS, Problem
+from tests.benchmarks.unseen import PROBLEMS, Problem, __main__
 from tests.benchmarks.unseen.digits import FineTuning
+from tests.benchmarks.unseen.parts import rank_error
 from tests.benchmarks.unseen.table import log_changes, markdown
 from tests.benchmarks.unseen.training import METHODS, PLAIN_SUM, UPGRAD, methods, train
 
@@ -117,3 +121,33 @@ def test_table_has_means_over_seeds_and_over_problems() -> None:
     assert cells[2] == ["graphs", "+69.3 ± 0.0", "+0.000 ± 0.000", "-"]
     assert cells[3] == ["many tasks", "+0.000 ± 0.000", "+0.000 ± 0.000", "+69.3 ± 0.0"]
     assert cells[4] == ["mean over problems", "+34.7 ± 34.7", "+0.000 ± 0.000", "+69.3 (1 of 2)"]
+
+
+def test_command_prints_a_table_of_each_group_with_chosen_problems(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    same = [[1.0, 1.0], [1.0, 1.0]]
+    made = comparison(dict.fromkeys([PLAIN_SUM, "default", "default, rotate=False"], same))
+    monkeypatch.setattr(__main__, "results", lambda *_: made)
+    command = ["unseen", "--out", str(tmp_path), "--problems"]
+    monkeypatch.setattr("sys.argv", [*command, "languages", "graphs", "scenes"])
+    __main__.main()
+    ten, six = capsys.readouterr().out.split("Six later problems")
+    assert ten.startswith("Ten problems")
+    assert [name in ten for name in ("graphs", "languages", "scenes", "scales")] == [True, False, False, False]
+    assert [name in six for name in ("graphs", "languages", "scenes", "patients")] == [False, True, True, False]
+
+    monkeypatch.setattr("sys.argv", [*command, "patients"])
+    __main__.main()
+    assert "Ten problems" not in capsys.readouterr().out
+
+
+@given(
+    pairs=st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=1, max_size=30, unique_by=lambda pair: pair[0])
+)
+def test_rank_error_is_the_share_of_pairs_in_the_wrong_order(pairs: list[tuple[float, bool]]) -> None:
+    positives, negatives = ([score for score, of in pairs if of == label] for label in (True, False))
+    scores, labels = torch.tensor([score for score, _ in pairs], dtype=torch.float64), [of for _, of in pairs]
+    found = rank_error(scores, torch.tensor(labels).float())
+    wrong = [positive < negative for positive in positives for negative in negatives]
+    assert found == pytest.approx(sum(wrong) / len(wrong) if wrong else 1.0)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from rotoopt.comparison import Comparison, compare
-from tests.benchmarks.unseen import PROBLEMS
+from tests.benchmarks.unseen import PROBLEMS, SIX, TEN
 from tests.benchmarks.unseen.table import markdown
 from tests.benchmarks.unseen.training import PLAIN_SUM, methods, train
 
@@ -29,13 +29,20 @@ def results(name: str, seeds: int, num_processes: int, folder: Path) -> Comparis
 
 
 def main() -> None:
-    """Run what is missing, and print the table."""
+    """Run what is missing, and print a table of each group."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.unseen", description=__doc__)
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (5)")
     parser.add_argument("--jobs", type=int, default=1, help="number of processes, of one thread each (1)")
     parser.add_argument("--out", type=Path, default="unseen", help="folder where results are kept (unseen)")
+    parser.add_argument(
+        "--problems", nargs="+", choices=PROBLEMS, default=[*PROBLEMS], metavar="NAME", help="which problems (all)"
+    )
     args = parser.parse_args()
-    print(markdown({name: results(name, args.seeds, args.jobs, args.out) for name in PROBLEMS}))
+    for title, group in {"Ten problems": TEN, "Six later problems": SIX}.items():
+        chosen = [name for name in group if name in args.problems]
+        if chosen:
+            table = markdown({name: results(name, args.seeds, args.jobs, args.out) for name in chosen})
+            print(f"{title}\n\n{table}\n")
 
 
 if __name__ == "__main__":

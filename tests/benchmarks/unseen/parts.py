@@ -26,3 +26,13 @@ def average_precision(scores: Tensor, labels: Tensor) -> float:
     hits = labels[scores.argsort(descending=True)].double()
     precisions = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
     return (precisions * hits).sum().item() / max(hits.sum().item(), 1)
+
+
+def rank_error(scores: Tensor, labels: Tensor) -> float:
+    """Return 1 - AUC: the share of pairs of a positive and a negative in the wrong order."""
+    ranks = torch.empty(len(scores), dtype=torch.float64)
+    ranks[scores.argsort()] = torch.arange(len(scores), dtype=torch.float64)
+    positives = ranks[labels > 0]
+    num_negatives = len(scores) - len(positives)
+    wins = (positives.sort().values - torch.arange(len(positives))).sum()  # negatives below each positive
+    return 1 - (wins / max(len(positives) * num_negatives, 1)).item()
