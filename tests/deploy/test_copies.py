@@ -217,7 +217,7 @@ def test_steps_of_an_optimizer_that_was_replaced_are_reported() -> None:
     second = RotoGradOptimizer(sgd(model.parameters()), model.heads)
     with pytest.warns(UserWarning, match="no head that ran.* or a later RotoGradOptimizer has replaced this one"):
         train(model, optimizer, *range(1, 30))
-    assert second.last_step is None
+    assert second.last_step is not None  # it weights the gradients
 
 
 class ModelEmaV3(nn.Module):
