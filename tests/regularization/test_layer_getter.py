@@ -100,6 +100,7 @@ def fails(getter: IntermediateLayerGetter) -> None:
 def skips(getter: IntermediateLayerGetter) -> None:
     message = (
         r"Every layer must run in the forward pass, got optional, which did not.* model uses its forward\(\) or its"
+        r".*: run it through the getter first, or call torch\.compiler\.reset\(\)\.$"
     )
     with pytest.raises(RuntimeError, match=message):
         getter(torch.randn(5, 3))

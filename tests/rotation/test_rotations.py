@@ -264,3 +264,9 @@ def test_processes_draw_the_same_rotations() -> None:
         None,
         None,
     ]
+
+
+def test_the_default_device_does_not_affect_seeds() -> None:
+    with torch.device("meta"):
+        R = Rotations(2, None, rotate=(True, True), init="haar", device=torch.device("cpu"), dtype=torch.float32)
+    assert all(isinstance(seed, int) for seed in R.seeds)
