@@ -18,7 +18,7 @@ from tests.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.distributed
 
-RANDOM = {"dropout_per_head", "variational"}  # two processes draw other random numbers than one
+RANDOM = ["dropout_per_head", "variational"]  # two processes draw other random numbers than one
 SIZE = 4  # of the batch of one process
 
 
