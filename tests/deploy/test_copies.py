@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -248,7 +249,26 @@ def test_a_rotation_inside_of_a_new_head_is_an_error_until_it_is_folded() -> Non
     model, optimizer = wrap(**OPTIONS)
     train(model, optimizer, 0, 1)
     outer = {name: nn.Sequential(nn.Tanh(), head) for name, head in model.heads.items()}
-    with pytest.raises(ValueError, match=r"left, which has one in front of its \w+. Call fold\(\) on that optimizer"):
+    message = (
+        "`heads` must be the modules of the previous optimizer, or modules without rotations, got left, which has one "
+        "in front of its Linear. Call fold() on that optimizer first, to merge the rotations into the heads."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         RotoGradOptimizer(sgd(model.parameters()), outer)
     optimizer.fold()
     RotoGradOptimizer(sgd(model.parameters()), outer)
+
+
+def test_new_heads_may_contain_heads_whose_rotations_are_still_the_identity() -> None:
+    model, _ = wrap()
+    outer = {name: nn.Sequential(nn.Tanh(), head) for name, head in model.heads.items()}
+    RotoGradOptimizer(sgd(model.parameters()), outer)
+
+
+def test_wrapped_heads_take_over_the_rotations() -> None:
+    """Unlike a sequence, the wrapper only changes the names of the parameters."""
+    model, optimizer = wrap(**OPTIONS)
+    train(model, optimizer, 0, 1)
+    wrapped = {name: nn.DataParallel(head) for name, head in model.heads.items()}
+    second = RotoGradOptimizer(sgd(model.parameters()), wrapped)
+    assert_same(second.rotations.matrices, optimizer.rotations.matrices)
