@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -97,7 +98,8 @@ def test_rotations_that_do_not_fit_are_an_error(rotated: str) -> None:
     ]
     with pytest.raises(RuntimeError, match=message):
         wrap(**options)[0].load_state_dict(model.state_dict())
-    with pytest.raises(ValueError, match=f"match their rotations from .* got left, where .*{message}"):
+    remedy = re.escape("or (b) call fold() on that one, to merge the rotations into the heads.")
+    with pytest.raises(ValueError, match=f"match their rotations from .* got left, where .*{message}.* {remedy}$"):
         RotoGradOptimizer(sgd(model.parameters()), model.heads, **options)
     train(model, optimizer, 1)
 
