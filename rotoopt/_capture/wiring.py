@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -65,12 +65,9 @@ class Wiring:
             check_losses(dependence, made, fed, self._names, self._own_parameters(), backbone)
             self._operations[tasks] = dependence.operations
 
-        checked = False
-        with suppress(RuntimeError) if accepted else nullcontext():
-            check(self._operations.get(tasks) if accepted else None)
-            checked = True
-        if not checked:  # an index may be needed that was not read
-            check(None)
+        before = self._operations.get(tasks) if accepted else None
+        if before is None or not _passes(partial(check, before)):
+            check(None)  # reads all indices: one that was not read may be needed
         self._made_by[tasks] = made_by_now
         return self._remember(tasks, taps_of(node for node, _ in made.values()))
 
@@ -138,3 +135,12 @@ class Wiring:
             for part, task in parts
             for param in ([part] if isinstance(part, nn.Parameter) else part.parameters())
         }
+
+
+def _passes(check: Callable[[], None]) -> bool:
+    """Return whether ``check`` raises no error about the wiring."""
+    try:
+        check()
+    except RuntimeError:
+        return False
+    return True

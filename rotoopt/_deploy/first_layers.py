@@ -223,8 +223,7 @@ def _close(output: Any, expected: Any) -> bool:
     if output.shape != expected.shape:
         return False
     output, expected = wide(output), wide(expected)
-    tolerance = (
-        torch.finfo(expected.dtype).eps ** 0.5
-    )  # far above rounding errors, far below the effect of a random matrix
+    # Far above rounding errors, far below the effect of a random matrix.
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5
     scale = float(expected[expected.isfinite()].abs().amax()) if expected.isfinite().any() else 0.0
     return torch.allclose(output, expected, rtol=tolerance, atol=tolerance * scale, equal_nan=True)

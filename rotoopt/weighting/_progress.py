@@ -99,9 +99,8 @@ class ProgressWeighting(Weighting):
     def _remember(self, measured: Measurements) -> tuple[Tensor, Tensor]:
         """Return norms and losses, the latest of every task, and their running means, both of shape ``(2, K)``."""
         norms, losses, seen = measured.norms, measured.losses, measured.present & (measured.norms > 0)
-        before = self._remembered("means", norms.expand(2, -1)).to(
-            norms
-        )  # the dtype of the network may have become wider
+        # The dtype of the network may have become wider.
+        before = self._remembered("means", norms.expand(2, -1)).to(norms)
         if losses is None:
             latest, learned = torch.stack([norms, before[1]]), torch.stack([seen, torch.zeros_like(seen)])
         else:  # a negative loss makes the mean NaN permanently

@@ -26,9 +26,9 @@ from tests.benchmarks.trainings import (
 )
 
 ALPHA = 0.5  # of GradNorm: between equal norms and equal rates of training
-# With the hyperparameters of their papers. NashMTL also needs the number of tasks, and solves its
-# problem in every 25th step, the fast variant of its paper: that step takes 8 to 50 times as long as a plain one.
-# It needs `pip install cvxpy ecos`.
+# With the hyperparameters of their papers. NashMTL also needs the number of tasks, and solves its problem in every 25th
+# step, the fast variant of its paper, because solving it takes much longer than a step. It needs
+# `pip install cvxpy ecos`.
 AGGREGATORS: dict[str, dict[str, float]] = {
     "UPGrad": {},
     "MGDA": {},

@@ -107,11 +107,11 @@ def _summary(changes: Changes) -> str:
 
 
 def _parts(changes: Changes, whole: str) -> str:
-    """Return the table of the differences between the method ``whole`` and its variants."""
+    """Return the table of the differences of the plain sum, and of variants of the method ``whole``, from it."""
     lines = [f"### Ahead of the {whole}, points of Delta-m (metrics clipped to 100 %)", ""]
     lines += [row("", changes), rule(len(changes))]
     for name in _methods(changes):
-        if METHODS[name].variant == whole:
+        if name == PLAIN_SUM or METHODS[name].variant == whole:
             both = [(of[name], of[whole]) if name in of and whole in of else None for of in changes.values()]
             ahead = ["" if pair is None else _cell(clipped(pair[0]) - clipped(pair[1]), sign="+") for pair in both]
             lines.append(row(name.removeprefix(f"{whole}, "), ahead))

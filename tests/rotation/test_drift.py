@@ -31,9 +31,8 @@ def test_many_turns_by_noise_do_not_drift(form: str, turns: int) -> None:
         Ws, Vs = sampler.normal(1000, len(ANGLES), m, n), sampler.normal(1000, m, n)
         for i, (W, V) in enumerate(zip(Ws, Vs, strict=True)):
             skew = FORMS[form](W, V)
-            skew.turn_(
-                R, ANGLES / skew.half_squared_norm().sqrt()
-            )  # root of the sum of squares of the angles of the planes
+            # The angle of an update is the root of the sum of squares of the angles of its planes.
+            skew.turn_(R, ANGLES / skew.half_squared_norm().sqrt())
             repair_columns_(R, (start + i) % m, 1, everywhere)
         assert orthogonality_error(R).max() <= 1e-6
     assert (torch.linalg.slogdet(R.double()).sign == 1).all()
