@@ -130,8 +130,6 @@ class Dependence:
             node, _ = stack.pop()
             if is_tap(node):
                 continue
-            if is_leaf(node):
-                yield node.variable, None
             for part in edges(node):
                 if part in seen or part[0] is None:
                     continue

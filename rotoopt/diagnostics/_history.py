@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotoopt._rotation.cayley_step import NormalizedStep
 from rotoopt._torch.warn import warn_user
 from rotoopt.diagnostics._harm import WINDOW, harm
 from rotoopt.diagnostics._measurements import Measured, columns, latest, stack
@@ -135,7 +134,7 @@ def _network_lr(optimizer: Measured) -> float:
 
     The optimizer of a module's network is not known here, and the built-in rotation step has another unit.
     """
-    if isinstance(optimizer, RotateOnly) or isinstance(optimizer.rotation_optimizer, NormalizedStep):
+    if isinstance(optimizer, RotateOnly) or optimizer._core.built_in_step:
         return float("nan")
     groups = optimizer.param_groups
     return max((float(group["lr"]) for group in groups if "lr" in group), default=float("nan"))

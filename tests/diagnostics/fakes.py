@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.optim import SGD
+from torch import Tensor
 
 from rotoopt import RotoGradOptimizer, StepRecord
 from rotoopt.diagnostics import History
@@ -24,7 +24,7 @@ class FakeOptimizer:
     def __init__(self, names: Sequence[str], lr: float = 1e-2) -> None:
         self.task_names = tuple(names)
         self.param_groups = [{"lr": lr / 2}, {"lr": lr}, {"params": []}]
-        self.rotation_optimizer = SGD([nn.Parameter(torch.zeros(1))])  # of the user
+        self._core = SimpleNamespace(built_in_step=False)
         self.last_step: StepRecord | None = None
 
     def step(self, **fields: Any) -> RotoGradOptimizer:
