@@ -77,7 +77,7 @@ class Places:
             fits = self._fits(rep, alone=alone) if alone else None
             if trains:
                 noted[place] = fits or None
-        elif fits and not self._has_size(rep):
+        elif fits and self._rotations.size is not None and not self._has_size(rep):
             raise ValueError(self._misfit(rep))
         if not fits:
             return None

@@ -69,14 +69,15 @@ def test_weights_are_loaded_into_another_wrapped_model_with_their_rotations(
     assert_same(predict(other, model.inputs(9)), predict(model, model.inputs(9)))
 
 
+@pytest.mark.parametrize("init", ["haar", "identity"])  # those of heads without a common tensor stay I
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_of_any_model_are_loaded_with_their_rotations(name: str) -> None:
+def test_weights_of_any_model_are_loaded_with_their_rotations(name: str, init: Any) -> None:
     make, results = BRANCHING[NAMES.index(name)], []
     saved: list[Any] = []
     for seed in (0, 1):
         model = built(make, Sizes(), seed, torch.float64)
         bare = SGD(model.modules().parameters(), lr=0.01)
-        optimizer = RotoGradOptimizer(bare, model.heads, init="haar", **model.options)
+        optimizer = RotoGradOptimizer(bare, model.heads, init=init, **model.options)
         if seed == 0:
             optimizer.step(model.losses(inputs(0, 4, torch.float64)))
         for part in model.modules():
@@ -86,6 +87,8 @@ def test_weights_of_any_model_are_loaded_with_their_rotations(name: str) -> None
         with torch.no_grad():
             results.append(model.losses(inputs(1, 4, torch.float64)))
     assert_same(*results)
+    model.modules().train()
+    optimizer.step(model.losses(inputs(2, 4, torch.float64)))
 
 
 @pytest.mark.parametrize("rotated", ["size", "rotate"])
