@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from rotoopt._capture.graph import behind_taps, in_heads, leaves
+from rotoopt._capture.graph import behind_taps, in_heads, leaves, taps_of
 from rotoopt._engine.construction import modules_of
 from rotoopt._torch.modules import living_optimizers
 from rotoopt.optimizer import RotoGradOptimizer
@@ -71,13 +72,10 @@ def check_rotations_reach_their_heads(optimizer: RotoGradOptimizer, losses: Loss
     trial = Trial(optimizer, losses)
     with trial.restored():
         before = trial.losses()
-        rotated = {task for task, noted in enumerate(trial.engine.capture.places.noted) if any(noted.values())}
-        trial.backward(before)
-        rotations, record = optimizer.rotations, trial.engine.record
-        assert record is not None
-        depends = record.grad_norms > 0  # a head whose last layer is initialized to zero does not depend on z
+        depending = _depending_on_rotations(trial, before)
+        rotations = optimizer.rotations
         for task in before:
-            if task not in rotated or rotations.size == 1 or not depends[task]:
+            if task not in depending or rotations.size == 1:
                 continue
             original = rotations[task].clone()
             rotations[task].copy_(_another(original))
@@ -89,6 +87,26 @@ def check_rotations_reach_their_heads(optimizer: RotoGradOptimizer, losses: Loss
                     "causes: (a) the head only uses the norm of z, which no rotation changes, or (b) its value and "
                     "its gradient come from different computations, as with a straight-through estimator."
                 )
+
+
+def _depending_on_rotations(trial: Trial, losses: dict[int, Tensor]) -> set[int]:
+    """Return the tasks with a gradient at rotated inputs.
+
+    There is none if the last layer of a head is initialized to zero, or if no sample of this batch counts there, as for
+    a level of a pyramid to which a detector assigns no box.
+    """
+    depending: set[int] = set()
+
+    def note(task: int, grads: Sequence[Tensor | None]) -> None:
+        if any(grad is not None and bool(grad.any()) for grad in grads):
+            depending.add(task)
+
+    for task, loss in losses.items():
+        for tap in taps_of([loss.grad_fn]):
+            if tap.task == task and trial.engine.capture.places.noted[task].get(tap.place):
+                tap.register_prehook(partial(note, task))
+    trial.backward(losses)
+    return depending
 
 
 def _another(rotation: Tensor) -> Tensor:

@@ -70,6 +70,29 @@ def transformer() -> Wired:
     return wire(model, losses, heads=[model["tags"], model["topic"]])
 
 
+class Levels(nn.Module):
+    """A head that reads the levels of a pyramid, of different sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.Linear(4, 2), nn.Linear(3, 2)
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        return [self.fine(levels[0]), self.coarse(levels[1])]
+
+
+def detector() -> Wired:
+    """A batch whose boxes are all assigned to a level that is not rotated, so that rotations do not change a loss."""
+    fine, coarse, classes, boxes = nn.Linear(4, 4), nn.Linear(4, 3), Levels(), Levels()
+    x = torch.randn(6, 4)
+
+    def losses() -> Losses:
+        levels = [fine(x), coarse(fine(x))]
+        return [torch.cat(classes(levels)).square().mean(), (torch.cat(boxes(levels))[6:] - 1).abs().mean()]
+
+    return wire(nn.ModuleList([fine, coarse, classes, boxes]), losses, heads=[classes, boxes])
+
+
 def functional_heads() -> Wired:
     """Heads that are functions of plain parameters, fed by ``optimizer.rotate``."""
     model = nn.ParameterDict({name: torch.randn(8, n) for name, n in [("spread", 3), ("decoder", 4)]})
@@ -302,6 +325,7 @@ RIGHT: dict[str, Callable[[], Wired]] = {
         mlp,
         dense_prediction,
         transformer,
+        detector,
         functional_heads,
         batch_norm_and_dropout,
         variational,
