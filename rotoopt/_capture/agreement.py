@@ -111,7 +111,7 @@ class Sketch:
         features = features if features.dtype == torch.float64 else features.float()
         self._of_rep, self._of_grads = _drawn(features.shape[1], features, seed)
         self._num_samples = 1 if 0 in dims.resolve(rep.shape) else len(rep)
-        self._projected = self._samples(features.movedim(1, 2) @ self._of_rep)
+        self._projected = self._samples(_projected(features, self._of_rep))
 
     def _samples(self, projected: Tensor) -> Tensor:
         """Return ``(..., L, P, 8)`` as ``(..., B, L P / B, 8)``."""
@@ -120,9 +120,18 @@ class Sketch:
 
     def sums(self, grads: Tensor) -> SampleSums:
         """Return the sums for gradients at the representation, shape ``(K, *z.shape)``."""
-        projected = self._samples(self._dims.view_stacked(grads).movedim(2, 3) @ self._of_grads.to(grads.dtype))
-        each = (projected.mT @ self._projected.to(grads.dtype)).flatten(2)  # (K, B, 64)
+        projected = self._samples(_projected(self._dims.view_stacked(grads), self._of_grads.to(grads.dtype)))
+        of_rep = self._projected.to(grads.dtype)
+        has_one_position = of_rep.shape[1] == 1
+        each = (projected.mT * of_rep if has_one_position else projected.mT @ of_rep).flatten(2)  # (K, B, 64)
         return SampleSums(each.sum(1), torch.linalg.vector_norm(each, dim=(1, 2)))
+
+
+def _projected(features: Tensor, projections: Tensor) -> Tensor:
+    """Return the projections, shape ``(d, 8)``, of ``features``, shape ``(..., d, P)``: shape ``(..., P, 8)``."""
+    if features.shape[-1] == 1:
+        return features.mT @ projections  # vectors: one product
+    return (projections.mT @ features).mT  # maps: without a copy of them
 
 
 def _drawn(size: int, like: Tensor, seed: int) -> Tensor:

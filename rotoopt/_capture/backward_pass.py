@@ -77,7 +77,7 @@ class BackwardPass:
     met: list[Met] = field(default_factory=list)
     sample_sums: list[SampleSums] = field(default_factory=list)
 
-    def pass_on(self, task: int, grad: Tensor, sketch: Sketch | None) -> Tensor:
+    def pass_on(self, task: int, grad: Tensor, sketch: Sketch | None, *, in_place: bool) -> Tensor:
         """Measure the gradient of one task, and return it times its weight, which is known."""
         assert self.weights is not None
         norm = torch.linalg.vector_norm(grad)
@@ -85,7 +85,8 @@ class BackwardPass:
         if sketch is not None:  # of the unit gradient, whose squares neither overflow nor underflow
             sums = sketch.sums(torch.where(norm > 0, grad / norm, 0.0)[None])
             self.sample_sums.append(sums.scaled(norm).of_task(task, len(self.weights)))
-        return self.weights[task].to(grad.dtype) * grad
+        # New memory takes longer than the product.
+        return torch.mul(grad, self.weights[task].to(grad.dtype), out=grad if in_place else None)
 
     def note(self, task: int, norm: Tensor) -> None:
         """Record the norm of the gradient of one task at one tensor."""

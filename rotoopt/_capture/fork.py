@@ -88,7 +88,7 @@ class Fork:
         """Whether gradients are collected: those of several tasks, or those of one task for a joint norm."""
         return not this.lagged or (this.meets and len(self.taps) > 1) or max(self.taps.values()) > 1
 
-    def arrive(self, task: int, grad: Tensor, *, is_there: bool = False) -> Tensor | None:
+    def arrive(self, task: int, grad: Tensor, *, is_own: bool = False, is_there: bool = False) -> Tensor | None:
         """Return the part of the gradient of ``task`` that is passed on to z now; None if nothing is.
 
         Autograd calls the hook on z only if a gradient arrives there: for the first gradient that is collected, one
@@ -97,11 +97,12 @@ class Fork:
         Args:
             task: k.
             grad: The gradient.
+            is_own: Whether nothing else reads its memory.
             is_there: Whether it was written to its :meth:`room`.
         """
         this = self._running()
         if not self._waits(this):
-            return this.pass_on(task, grad, self.sketch)
+            return this.pass_on(task, grad, self.sketch, in_place=is_own)
         waiting = self._rows(this, grad)
         first = not self._arrived
         if task in self._arrived:  # a head that was called twice
@@ -167,5 +168,5 @@ class Rotate(torch.autograd.Function):
         if matrix is not None:
             room = ctx.fork.room(ctx.task, at_rep) if ctx.dims.lie_side_by_side(at_rep.shape) else None
             at_rep = rotated(at_rep, matrix.mT, ctx.dims, room)
-        goes_on = ctx.fork.arrive(ctx.task, at_rep, is_there=room is not None)
+        goes_on = ctx.fork.arrive(ctx.task, at_rep, is_own=matrix is not None, is_there=room is not None)
         return None if goes_on is None else goes_on.to(grad.dtype), None, None, None, None

@@ -58,8 +58,8 @@ class TaskGradients:
     @classmethod
     def of(cls, grads: Tensor, tasks: tuple[int, ...], present: Tensor) -> TaskGradients:
         """Measure ``grads``, shape ``(K, n)``, which is scaled in place."""
-        # A batch may be empty.
-        peak = torch.linalg.vector_norm(grads, torch.inf, dim=1) if grads.shape[1] else grads.sum(dim=1)
+        # At least the largest absolute value. On a CPU, `vector_norm` with inf takes ten times as long.
+        peak = torch.hypot(grads.amax(1), grads.amin(1)) if grads.shape[1] else grads.sum(1)  # a batch may be empty
         scale = torch.pow(2.0, torch.frexp(peak).exponent.clamp_(MIN_EXPONENT, MAX_EXPONENT)).to(grads.dtype)
         scaled = grads.div_(scale[:, None])
         return TaskGradients(scaled, scale, tasks, present, scaled @ scaled.mT)

@@ -91,7 +91,7 @@ class ProgressWeighting(Weighting):
         if measured.agreement is not None:
             self._renew(measured.agreement, rates)
         rates = torch.where(rates.isnan(), self._remembered("unknown_rate", norms[:1]), rates)
-        logits = torch.add(self._remembered("signal", norms), rates).mul_(self.alpha)
+        logits = torch.add(self._remembered("signal", norms), rates, alpha=self.alpha)
         shares = logits.masked_fill(norms == 0, -torch.inf).softmax(0)
         # NaN (0 / 0) for a task that has had no gradient yet; infinite if norms nearly overflow.
         return (shares * (norms.sum() / norms)).nan_to_num(1.0)
@@ -121,13 +121,13 @@ class ProgressWeighting(Weighting):
         return torch.maximum(torch.maximum(means, latest / BURST), VANISHED * self.state["peaks"])
 
     def _renew(self, agreement: Tensor, rates: Tensor) -> None:
-        r"""Renew :math:`\log s`, closer to its mean over the tasks the less is known, and the mean of ``rates``."""
+        r"""Renew :math:`\alpha \log s`, closer to its mean over tasks the less is known, and the mean of ``rates``."""
         known = agreement < torch.inf  # NaN is not
         before = self._remembered("agreement", rates).to(rates)
         count = self._remembered("num_agreements", before).to(before) + known
         gain = count.clamp(1.0, TURNS).reciprocal()
         mean = torch.lerp(before, torch.where(known, agreement.to(before), before), gain)
-        logs = (1 - mean.reciprocal()).clamp(min=NOISE).log()
+        logs = (1 - mean.reciprocal()).clamp(min=NOISE).log() * self.alpha
         self.state["agreement"], self.state["num_agreements"] = mean, count
         self.state["signal"] = torch.lerp(_mean(logs, count > 0), logs, count / (count + PRIOR))
         self.state["unknown_rate"] = _mean(rates, ~rates.isnan())
