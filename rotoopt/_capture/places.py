@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,8 @@ class Places:
         for (reader, _), size in self._sizes.items():
             readers.setdefault(size, set()).add(reader)
         most = max(readers, key=lambda size: len(readers[size]))
+        if m is None and noted[task].get(place) and len(readers[most]) > len(readers[self._sizes[task, place]]):
+            del noted[task][place]  # more heads have read another size, beside others: it is decided after this pass
         if m is None or len(readers[most]) <= len(readers.get(m, ())):
             return noted[task].get(place)
         if self._fresh == version(self._rotations.matrices):
@@ -166,13 +169,16 @@ class Places:
     def propose(self, forks: Iterable[Fork]) -> None:
         """Store the size that most heads read, given ``forks``, in case that no head reads z alone."""
         if self._rotations.size is None and any(self._rotations.rotate):
-            read = [
-                (sum(self._rotations.rotate[task] for task in each.tasks), self._dims.size(each.shape))
-                for each in forks
-                if self._dims.exist_in(each.shape) and not self._dims.may_be_samples(each.shape)
-            ]
-            read = [(tasks, size) for tasks, size in read if tasks]
-            self._proposed = max(read)[1] if read else None
+            readers: dict[int, set[int]] = {}
+            together: Counter[int] = Counter()  # the most heads that read one tensor of a size
+            for fork in forks:
+                if self._dims.exist_in(fork.shape) and not self._dims.may_be_samples(fork.shape):
+                    size = self._dims.size(fork.shape)
+                    tasks = {task for task in fork.tasks if self._rotations.rotate[task]}
+                    readers.setdefault(size, set()).update(tasks)
+                    together[size] = max(together[size], len(tasks))
+            sizes = [size for size, tasks in readers.items() if tasks]
+            self._proposed = max(sizes, key=lambda size: (len(readers[size]), together[size], size), default=None)
 
     def decide(self) -> None:
         """Create the proposed rotations. Not in a backward pass, in which checkpointing reruns heads."""

@@ -343,3 +343,30 @@ def test_large_rotations_are_a_warning_and_disabled_ones_are_not_created(
                 step(optimizer, [head(z) for head in heads])
         assert warned is None or len(warned) == 1
         assert optimizer.rotations.size == size
+
+
+class EarlyExit(nn.Module):
+    """A classifier that gets all scales, and reads the last one."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, 2)
+
+    def forward(self, scales: list[Tensor]) -> Tensor:
+        return self.linear(scales[-1])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("last", [[12], [12, 12]])
+def test_early_exits_with_lists_of_scales_determine_the_size_before_the_last_one_that_reads_a_tensor_alone(
+    last: list[int],
+) -> None:
+    """Two exits read 4 features, beside others; no warning says that the rotations have another size."""
+    sizes = [[2, 4], [4, 8], last]
+    backbones = [nn.ModuleList(nn.Linear(5, size) for size in each) for each in sizes]
+    exits = nn.ModuleList(EarlyExit(each[-1]) for each in sizes)
+    optimizer = RotoGradOptimizer(SGD(nn.ModuleList([*backbones, exits]).parameters(), lr=0.1), exits)
+    for _ in range(3):
+        x = torch.randn(4, 5)
+        scales = [[layer(x) for layer in each] for each in backbones]
+        step(optimizer, [leave(each) for leave, each in zip(exits, scales, strict=True)])
+        assert optimizer.rotations.size == 4
