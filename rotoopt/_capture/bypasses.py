@@ -24,6 +24,11 @@ from rotoopt._capture.graph import (
 )
 from rotoopt._torch.modules import is_trained, name_of
 
+LOSSES_AS_HEADS = (
+    "list the modules that compute the losses, with rotate=False, as in heads={'task': nn.BCELoss()}: everything in "
+    "front of them then counts as backbone"
+)
+
 
 def check_shared(
     dependence: Dependence,
@@ -139,10 +144,13 @@ def _around_the_heads(read: _Read, names: Sequence[str]) -> str:
         f"A parameter that tasks share must be reached through their heads, got {name_of(read.param)}, which "
         f"{who} {'reach' if several else 'reaches'} without passing through a head: its gradient is not weighted "
         "there. Likely causes: (a) a skip connection goes around a head: move it into the head, or pass it to the "
-        "head as an input, (b) a head is called as head.forward(z), (c) a head reads something that is stored in it, "
-        "is complex, or is inside an object of a custom class: pass it as an input, (d) a penalty on the backbone is "
-        "part of a loss: pass it as backbone_loss, or (e) a layer is applied to the outputs of several heads: give "
-        "every task its own copy, in `heads`. A loss that was computed from gradients, as in MAML, cannot be weighted: "
+        "head as an input, (b) the task has other modules that read shared tensors, such as an auxiliary classifier or "
+        "one head per level: list all, heads={'task': (first, second)}, (c) a head is called as head.forward(z), (d) a "
+        "head reads something that is stored in it, is complex, or is inside an object of a custom class: pass it as "
+        "an input, (e) a penalty on the backbone is part of a loss: pass it as backbone_loss, or (f) a layer is "
+        "applied to the outputs of several heads, or these are combined with other shared tensors: list only later "
+        f"modules as heads, give every task its own copy of the layer, or {LOSSES_AS_HEADS}. "
+        "A loss that was computed from gradients, as in MAML, cannot be weighted: "
         "run its forward and backward pass under optimizer.paused(), and then optimizer.step() without losses. If the "
         "parameter belongs to one task, list it there: heads={'task': (head, parameter)}. To weight losses by it, "
         "multiply the losses, not their errors."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rotoopt._capture.bypasses import check_not_bypassed, check_shared, not_through_its_head
+from rotoopt._capture.bypasses import LOSSES_AS_HEADS, check_not_bypassed, check_shared, not_through_its_head
 from rotoopt._capture.dependence import Dependence
 from rotoopt._capture.fed import Fed
 from rotoopt._capture.fork import SPENT
@@ -88,20 +88,26 @@ def check_heads_apart(taps: set[Node], names: Sequence[str]) -> None:
     """
     if not any(map(is_tap, surely_behind(taps))):
         return
-    for tap in taps:
-        for other in filter(is_tap, surely_behind([tap])):
+    for tap in sorted(taps, key=_task_of):
+        for other in sorted(filter(is_tap, surely_behind([tap])), key=_task_of):
             if other.task == tap.task:
                 raise RuntimeError(
                     f"The modules of {names[tap.task]} must be the first ones that belong to it alone, got one that "
-                    "reads the output of another one, or of an earlier call. List the first one only; a loop that "
-                    "calls a head on its own output should be inside of the head."
+                    "reads the output of another one, or of an earlier call. Either (a) list the first one only, (b) "
+                    "list the last one only, if the later ones read shared tensors as well, as attention on every "
+                    "level does: what is in front of it counts as backbone, or (c) move a loop that calls a head on "
+                    "its own output into the head."
                 )
             raise RuntimeError(
                 f"Heads must read the backbone, got {names[tap.task]}, which reads an output of the head of "
-                f"{names[other.task]}: its gradient would be given two weights. Either (a) detach() that output, or "
-                f"(b) make what {names[tap.task]} reads a part of the backbone: in `heads`, list only the later layers "
-                f"of {names[other.task]}."
+                f"{names[other.task]}: its gradient would be given two weights. Either (a) detach() that output, (b) "
+                f"make what {names[tap.task]} reads a part of the backbone: in `heads`, list only the later layers "
+                f"of {names[other.task]}, or (c) {LOSSES_AS_HEADS}."
             )
+
+
+def _task_of(tap: Node) -> int:
+    return int(tap.task)
 
 
 def check_weighting(weighting: Weighting, fed: Fed, names: Sequence[str], *, one_tensor: bool) -> None:
@@ -119,9 +125,10 @@ def _mixed(tasks: Sequence[int], names: Sequence[str]) -> str:
     first, second = names[tasks[0]], names[tasks[1]]
     return (
         f"The loss of {first} must be computed from the output of its own head, got one that passes through that "
-        f"of {second}, too: its gradient would be given two weights. Either (a) give each head its own loss, to "
-        f"which the others may be added, or detach() the output of {second} in the loss of {first}, (b) if an "
-        "index or a mask selects one task for each sample in your own sum(losses).backward(), call backward(losses) "
-        "with the loss of each task instead, or (c) if the loss trains something else, as an actor through its "
-        "critics, run its forward pass under optimizer.paused()."
+        f"of {second}, too: its gradient would be given two weights. Either (a) detach() the output of {second} in the "
+        f"loss of {first}, or add that term to the loss of {second} and detach() the output of {first}, (b) if both "
+        f"heads must be trained by it, as by a product of their outputs, {LOSSES_AS_HEADS}, (c) if an index or a mask "
+        "selects one task for each sample in your own sum(losses).backward(), call backward(losses) with the loss of "
+        "each task instead, or (d) if the loss trains something else, as an actor through its critics, run its forward "
+        "pass under optimizer.paused()."
     )

@@ -27,6 +27,7 @@ BRANCHING = (
     per_head.nodes_and_graph,
     per_head.other_sizes,
     per_head.detached_and_not,
+    per_head.losses_as_heads,
     batches.batch_per_domain,
     batches.rows_per_task,
     batches.one_tensor,

@@ -236,3 +236,21 @@ def detached_and_not(s: Sizes) -> Branching:
 
     heads: dict[str, Head] = {"first": first, "second": second}
     return Branching([backbone], heads, losses)
+
+
+def losses_as_heads(s: Sizes) -> Branching:
+    """A loss of the product of the outputs of two towers, which both losses train. The heads compute the losses."""
+    backbone, click, buy = s.vectors(), s.head(outputs=1), s.head(outputs=1)
+    click_loss, both_loss = nn.BCELoss(), nn.BCELoss()
+
+    def losses(x: Tensor) -> dict[str, Tensor]:
+        z = backbone(x)
+        clicks, buys = click(z).squeeze(1).sigmoid(), buy(z).squeeze(1).sigmoid()
+        clicked, bought = (x[:, 0] > 0).to(z), (x[:, 0] + x[:, 1] > 0).to(z)
+        return {
+            "click": click_loss(clicks, clicked),
+            "click and buy": both_loss(clicks * buys, bought * clicked),
+        }
+
+    heads: dict[str, Head] = {"click": click_loss, "click and buy": both_loss}
+    return Branching([backbone, click, buy], heads, losses, {"rotate": False})
