@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rotoopt._torch.autocast import without_autocast
+
 
 class RotatedDims:
     """The dimensions of a representation that a rotation mixes.
@@ -23,11 +25,13 @@ class RotatedDims:
     Attributes:
         dim: The same as a tuple.
         assumed: Whether ``dim`` was None.
+        are_last: Whether it is the last dimension.
     """
 
     def __init__(self, dim: int | Sequence[int] | None) -> None:
         self.dim = tuple(dim) if isinstance(dim, Sequence) else (-1 if dim is None else dim,)
         self.assumed = dim is None
+        self.are_last = self.dim == (-1,)
         if not self.dim or not all(isinstance(i, int) for i in self.dim):
             raise ValueError(f"`dim` must be an int or a non-empty sequence of ints, got {dim!r}.")
 
@@ -113,15 +117,18 @@ def rotated(rep: Tensor, matrix: Tensor, dims: RotatedDims, out: Tensor | None =
         dims: The rotated dimensions.
         out: Where to write it. Contiguous, otherwise like ``rep``; the rotated dimensions must lie side by side.
     """
-    with torch.autocast(rep.device.type, enabled=False):
+    matrix = matrix.to(rep.dtype)
+    with without_autocast(rep.device):
+        if dims.are_last and matrix.shape[-1] == rep.shape[-1]:
+            return torch.matmul(rep, matrix.mT, out=out)  # the same, in the usual case
         into = None if out is None else dims.view(out)
-        return dims.restore(_apply(matrix.to(rep.dtype), dims.view(rep), into), rep)
+        return dims.restore(_apply(matrix, dims.view(rep), into), rep)
 
 
 @torch.no_grad()
 def second_moment(rep: Tensor, like: Tensor, dims: RotatedDims) -> Tensor:
     r"""Return :math:`\sum_s z_s z_s^\top` of the features of ``rep`` that ``like``, a rotation, rotates. ``(m, m)``."""
-    with torch.autocast(rep.device.type, enabled=False):
+    with without_autocast(rep.device):
         features = dims.view(rep)[:, : like.shape[-1]].to(like)  # (L, m, P)
         samples = features.movedim(1, 2).flatten(0, 1)
         return samples.mT @ samples

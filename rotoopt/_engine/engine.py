@@ -25,6 +25,7 @@ from rotoopt._engine.watch import ForeignSteps, FrozenRepresentation, SilentHead
 from rotoopt._engine.weighing import Weighing
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._rotation.step import RotationGradient
+from rotoopt._torch.autocast import without_autocast
 from rotoopt._torch.private import backward_pass_id
 from rotoopt._torch.processes import Processes
 from rotoopt._torch.subclasses import plain
@@ -262,7 +263,7 @@ class Engine:
         if not self.pending:
             return
         # A training loop may call step() under autocast.
-        with torch.autocast(self.rotations.device.type, enabled=False):
+        with without_autocast(self.rotations.device):
             measured, latest = self._weighing.learn(self._passes), self._passes[-1]
             joined = self.processes.count > 1 or len(self._passes) > 1
             if joined and any(this.lagged for this in self._passes):

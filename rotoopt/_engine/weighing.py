@@ -13,6 +13,7 @@ from rotoopt._capture.backward_pass import BackwardPass, Met
 from rotoopt._capture.fork import Fork
 from rotoopt._engine.memory import Memory
 from rotoopt._rotation.rotations import Rotations
+from rotoopt._torch.autocast import without_autocast
 from rotoopt._torch.processes import Processes
 from rotoopt.weighting import Measurements, Weighting
 from rotoopt.weighting._gradients import JoinedGradients, TaskGradients, all_finite
@@ -76,7 +77,7 @@ class Weighing:
     def combine(self, this: BackwardPass, grads: Tensor, tasks: tuple[int, ...], fork: Fork) -> Tensor:
         """Return the gradient of a tensor, given the gradients of the tasks that were collected there."""
         this.tasks.update(tasks)
-        with torch.autocast(grads.device.type, enabled=False):
+        with without_autocast(grads.device):
             gradients = TaskGradients.of(grads.flatten(1), tasks, self._memory.mask(set(tasks)))
             if this.lagged:
                 for task in tasks:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD
 from torch.testing import assert_close
 
@@ -158,6 +158,27 @@ def test_gradients_are_neither_collected_nor_stored(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(bench.optimizer._core.engine._weighing, "combine", None)
     bench.backward(list(sampler.normal(3, 4, 6)))
     assert bench.optimizer._core.engine._passes[0].met == []
+
+
+@given(K=NUM_TASKS, rotate=st.booleans(), seed=SEEDS)
+def test_weighting_does_not_write_to_gradients_that_others_read(K: int, seed: int, *, rotate: bool) -> None:
+    """Autograd gives the gradient of a sum to both terms, in the same memory."""
+    sampler = Sampler(seed, torch.float64)
+    z, targets = sampler.normal(3, 5).requires_grad_(), sampler.normal(K, 3, 5)
+    offsets = [sampler.normal(3, 5).requires_grad_() for _ in range(K)]
+    heads = [nn.Identity() for _ in range(K)]
+    weighting = Lagged()
+    optimizer = RotoGradOptimizer(
+        SGD([z, *offsets], lr=0.0), heads, rotate=rotate, init="haar", weighting=weighting, turn_every=NEVER
+    )
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        before = [offset.tanh() for offset in offsets]  # their operations run after those of z, backwards
+        outputs = [head(z.tanh()) for head in heads]
+        sums = [output + each for output, each in zip(outputs, before, strict=True)]
+        optimizer.step([(each * target).sum() for each, target in zip(sums, targets, strict=True)])
+        for offset, target in zip(offsets, targets, strict=True):
+            assert_close(offset.grad, target * (1 - offset.detach().tanh() ** 2))
 
 
 def test_cosines_are_those_of_the_latest_step_that_collected_gradients() -> None:
