@@ -58,6 +58,8 @@ class Dependence:
         roots: The nodes of the losses.
         known: The operations of a graph that was checked before. If they are the same, indices and masks are not read
             from a device, so that nothing waits for it: what they select from the outputs of several heads is unknown.
+        of_none: Whether to distinguish entries that depend on one task from those that depend on none, which takes
+            longer.
 
     Attributes:
         operations: The names of the operations, from the taps on.
@@ -65,7 +67,8 @@ class Dependence:
             depends on what in them is unknown.
     """
 
-    def __init__(self, roots: Iterable[Edge], known: Sequence[str] | None = None) -> None:
+    def __init__(self, roots: Iterable[Edge], known: Sequence[str] | None = None, *, of_none: bool = False) -> None:
+        self._of_none = of_none
         self._order = _from_taps([node for node, _ in roots if node is not None])
         self.operations = list(map(operation, self._order))
         self._reads = self.operations != known
@@ -151,7 +154,7 @@ class Dependence:
         return mask
 
     def _is_joint(self, node: Node) -> bool:
-        return self._masks[node].bit_count() > 1
+        return self._masks[node].bit_count() > 1 or (self._of_none and bool(self._masks[node]) and not is_tap(node))
 
     def _label(self, edge: Edge) -> Tensor:
         """Return the labels of the tensor at ``edge``."""

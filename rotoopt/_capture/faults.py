@@ -35,6 +35,8 @@ def check_losses(
     """
     for task, loss in losses.items():
         through = dependence.tasks(loss)
+        if through and task not in through and fed.is_frozen([task]):  # a probe beside others, in one tensor
+            through = Dependence([loss], of_none=True).tasks(loss)
         if task not in through and (through or not (fed.is_frozen([task]) or _trains_only(task, loss, own))):
             raise RuntimeError(not_through_its_head(names[task], ", ".join(names[other] for other in sorted(through))))
         if dependence.is_mixed(loss):

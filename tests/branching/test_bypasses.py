@@ -104,6 +104,21 @@ def test_trained_weights_of_losses_are_accepted(kind: str, way: str) -> None:
         assert optimizer.last_step.present.all()
 
 
+@pytest.mark.parametrize("kind", ["its own column", "another column", "with another output"])
+def test_column_of_a_probe_must_be_its_own(kind: str) -> None:
+    """The output of a head that reads nothing with a gradient, beside that of another one."""
+    model = TwoTasks()
+    optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), model.heads)
+    z = model.backbone(model.inputs(0))
+    left, right = model.heads["left"](z).mean(1), model.heads["right"](z.detach()).mean(1)
+    outputs = torch.stack([left, right + left if kind == "with another output" else right], 1).tanh()
+    losses = [outputs[:, 0].square().mean(), outputs[:, 0 if kind == "another column" else 1].square().mean()]
+    accepted = kind == "its own column"
+    with nullcontext() if accepted else pytest.raises(RuntimeError, match=r"^The loss of right must pass through its"):
+        optimizer.step(losses)
+    assert not accepted or optimizer.task_weights.tolist() == [1.0, 0.0]
+
+
 KINDS = ["of samples", "unbound", "of columns", "of columns, as losses", "of rows, by a view", "unsqueezed"]
 
 

@@ -282,6 +282,18 @@ def columns_of_one_matrix() -> Wired:
     return wire(nn.ModuleList([backbone, *heads]), losses, heads=heads)
 
 
+def probes_in_one_matrix() -> Wired:
+    """The outputs of a head and of two probes in one matrix: the losses of the probes do not depend on the head."""
+    backbone, heads, x = nn.Linear(4, 8), [nn.Linear(8, 1) for _ in range(3)], torch.randn(6, 4)
+
+    def losses() -> Losses:
+        z = backbone(x)
+        outputs = torch.cat([head(z.detach() if number else z) for number, head in enumerate(heads)], 1).sigmoid()
+        return [(outputs[:, k] - k).square().mean() for k in range(3)]
+
+    return wire(nn.ModuleList([backbone, *heads]), losses, heads=heads)
+
+
 def zero_output_layers() -> Wired:
     """Heads whose outputs do not depend on the representation until they have been trained."""
     backbone, heads, x = nn.Linear(4, 8), [nn.Linear(8, 1), nn.Linear(8, 2)], torch.randn(6, 4)
@@ -340,6 +352,7 @@ RIGHT: dict[str, Callable[[], Wired]] = {
         learned_loss_weights,
         probe_on_stopped_gradients,
         columns_of_one_matrix,
+        probes_in_one_matrix,
         zero_output_layers,
         consistency,
         sparse_embeddings,
