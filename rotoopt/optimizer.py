@@ -279,6 +279,7 @@ class RotoGradOptimizer(OptimizerWrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the parameters, and what was collected for the rotations."""
         super().zero_grad(set_to_none=set_to_none)
+        self._core.engine.borrowed_heads.observe(self._core.optimizer)
         self._core.engine.clear()
 
     def rotate(self, rep: Tensor) -> tuple[Tensor, ...]:

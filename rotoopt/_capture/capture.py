@@ -15,6 +15,7 @@ from rotoopt._capture.agreement import Sketch
 from rotoopt._capture.backward_pass import BackwardPass
 from rotoopt._capture.fed import Fed
 from rotoopt._capture.fork import Fork, Rotate
+from rotoopt._capture.graph import is_from_head
 from rotoopt._capture.in_place import InPlaceHeads
 from rotoopt._capture.inputs import Inputs, is_floating, paths_and_leaves, rebuilt
 from rotoopt._capture.owner import Owner
@@ -44,6 +45,7 @@ class Capture:
         places: Which of the tensors that enter the heads are rotated.
         whereabouts: Whether the rotations are those of the weights behind them.
         shapes: Latest shapes of the inputs in training, by task and place.
+        inside: Tasks and places of inputs that a head computes itself, as in a decoder that calls it at every position.
         owner: The owner of the gradients; None for a module that calls the heads itself.
     """
 
@@ -63,6 +65,7 @@ class Capture:
         self.places = Places(rotations, dims)
         self.whereabouts = Whereabouts(rotations, self.places)
         self.shapes: dict[tuple[int, Place], torch.Size] = {}
+        self.inside: set[tuple[int, Place]] = set()
         self.owner: Owner | None = None
         self._paused = False
         self._running = running
@@ -210,6 +213,9 @@ class Capture:
         return with_attributes_of(rep, self._captured(rep, task, place, alone, own))
 
     def _captured(self, rep: Tensor, task: int, place: Place, alone: bool, own: bool) -> Tensor:
+        if self._is_inside(rep, task, place):
+            self.places.noted[task][place] = False
+            return rep
         matrix = self.places.matrix_for(rep, task, place, alone=alone, trains=True)
         own_place = not self._paused and (task, place) in self.places.own
         if own_place and not self._is_own(rep, task):  # the backbone was frozen, but is no longer
@@ -234,6 +240,16 @@ class Capture:
         self.shapes[task, place] = rep.shape
         out = Rotate.apply(rep, matrix, self.dims, fork, (task, place))  # type: ignore[no-untyped-call]
         return self._in_place.own_copy(out, (task, place)) if own and matrix is None else out
+
+    def _is_inside(self, rep: Tensor, task: int, place: Place) -> bool:
+        """Whether the head has computed ``rep`` itself, so that its gradient is weighted further back in the graph.
+
+        Decided when the first gradient is expected at ``place``; the wiring check finds out if that changes.
+        """
+        known = (task, place) in self.inside or (task, place) in self.shapes
+        if not known and not self._paused and self.fed.tasks.get(task) and is_from_head(rep, task):
+            self.inside.add((task, place))
+        return (task, place) in self.inside
 
     def _fork(self, rep: Tensor) -> Fork:
         fork: Fork | None = self._forks.get(rep)  # type: ignore[no-untyped-call]

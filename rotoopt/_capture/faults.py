@@ -94,17 +94,17 @@ def check_heads_apart(taps: set[Node], names: Sequence[str]) -> None:
         for other in sorted(filter(is_tap, surely_behind([tap])), key=_task_of):
             if other.task == tap.task:
                 raise RuntimeError(
-                    f"The modules of {names[tap.task]} must be the first ones that belong to it alone, got one that "
-                    "reads the output of another one, or of an earlier call. Either (a) list the first one only, (b) "
-                    "list the last one only, if the later ones read shared tensors as well, as attention on every "
-                    "level does: what is in front of it counts as backbone, or (c) move a loop that calls a head on "
-                    "its own output into the head."
+                    f"An input of a head must always be the representation, or never, got one of {names[tap.task]} "
+                    "that was the representation in one call, and computed by the head itself in another. A loop that "
+                    "calls a head on its own output should be inside of the head. Or pass num_tasks=K instead of "
+                    "`heads`, and start the loop with the tensor of optimizer.rotate(z)."
                 )
             raise RuntimeError(
                 f"Heads must read the backbone, got {names[tap.task]}, which reads an output of the head of "
                 f"{names[other.task]}: its gradient would be given two weights. Either (a) detach() that output, (b) "
-                f"make what {names[tap.task]} reads a part of the backbone: in `heads`, list only the later layers "
-                f"of {names[other.task]}, or (c) {LOSSES_AS_HEADS}."
+                f"make what {names[tap.task]} reads a part of the backbone: in `heads`, list only the later layers of "
+                f"{names[other.task]}, (c) if there are none, as for the divergence of an autoencoder, pass its loss "
+                f"as backbone_loss, or (d) {LOSSES_AS_HEADS}."
             )
 
 

@@ -34,7 +34,8 @@ SPENT = (
 SECOND_ORDER = (
     "Gradients through heads must not be differentiated again, got create_graph=True. They are weighted outside of "
     "autograd. Either (a) detach the gradients of the inner steps, as first-order MAML does, and compute them under "
-    "optimizer.paused(), or (b) if the loss depends on derivatives, as in MAML or the residual of a differential "
+    "optimizer.paused(), (b) run the forward pass of a gradient penalty under optimizer.paused(), and pass the penalty "
+    "as backbone_loss, or (c) if the losses depend on derivatives, as in MAML or the residual of a differential "
     "equation, run forward and backward under optimizer.paused(), and then optimizer.step() without losses: the model "
     "is then trained by the true gradients, without weighting."
 )

@@ -60,6 +60,12 @@ def behind_taps(loss: Tensor) -> set[Node]:
     return behind(taps_of([loss.grad_fn]))
 
 
+def is_from_head(tensor: Tensor, task: int) -> bool:
+    """Whether ``tensor`` was computed from outputs of the head of ``task``, and of no other head."""
+    found = reached([tensor.grad_fn], stop_at_taps=True, stop_at_opaque=True)
+    return {node.task for node in found if is_tap(node)} == {task}
+
+
 def is_tap(node: Node) -> bool:
     """Whether ``node`` is the tap of a head; it then has the attributes ``task`` and ``fork``."""
     return isinstance(getattr(node, "fork", None), Fork)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rotoopt._capture.places import Place
@@ -31,9 +32,24 @@ class InPlaceHeads:
         if key not in self._changes and key in self._probes:
             probe, count = self._probes.pop(key)
             self._changes[key] = version(probe) > count
-        if not self.may_change(key):
+        if not self.may_change(key) or _is_expanded(rep):
             return rep
-        copy = rep.clone()
+        copy = _copied(rep)
         if key not in self._changes:
             self._probes[key] = copy.detach(), version(copy)  # both share the version counter
         return copy
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether entries of ``tensor`` share memory, as after ``expand``: torch cannot change it in place."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Return a copy with the same strides: layers would compute it otherwise than later, without a copy."""
+    copy = tensor.clone()
+    return (
+        copy
+        if copy.stride() == tensor.stride()
+        else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    )

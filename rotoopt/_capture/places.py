@@ -13,7 +13,7 @@ from rotoopt._capture.first_layer import FirstLayer
 from rotoopt._capture.paths import Path, as_in_training, siblings
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._rotation.rotations import Rotations
-from rotoopt._torch.private import is_transformed, not_compiled, version
+from rotoopt._torch.private import backward_pass_id, is_transformed, not_compiled, version
 from rotoopt._torch.warn import warn_user
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ class Places:
         fits = noted.get(place)
         if fits is None:
             self._check_dim(rep, task, place, alone=alone)
-        if fits is None and trains and rep.requires_grad:
+        # Not in a backward pass, in which checkpointing reruns heads: they must compute the same as before.
+        if fits is None and trains and rep.requires_grad and backward_pass_id() == -1:
             fits = self._fits(rep, alone=alone) if not self._was_unrotated(task, place) else False
             if fits is not None:
                 noted[place] = fits

@@ -45,6 +45,7 @@ class Wiring:
         self._made_by: dict[frozenset[int], list[str]] = {}  # the latest operations of the losses
         self._operations: dict[frozenset[int], list[str]] = {}  # all operations when the losses were checked
         self._num_known: Counter[frozenset[int]] = Counter()
+        self._shared: list[Tensor] = []
         self._warned = False
         self._tied: set[int] = set()  # ids of parameters of a task that others read as well
 
@@ -84,6 +85,11 @@ class Wiring:
             return fed.only_fork() is not None
         return self._remember(tasks, taps)
 
+    def take_shared(self) -> list[Tensor]:
+        """Return the parameters behind the heads if the latest graph was searched, otherwise none; and forget them."""
+        shared, self._shared = self._shared, []
+        return shared
+
     def _dependence(self, roots: Iterable[Edge], known: Sequence[str] | None = None) -> Dependence:
         """Return how ``roots`` depend on the heads; warn once if that is not certain."""
         dependence = Dependence(roots, known)
@@ -109,7 +115,8 @@ class Wiring:
     def _remember(self, tasks: frozenset[int], taps: Iterable[Node]) -> bool:
         own = self._own_parameters()
         taps = list(taps)
-        if any(id(param) in own for param in leaves(behind(taps))):
+        self._shared = leaves(behind(taps))
+        if any(id(param) in own for param in self._shared):
             made_of = [leaves(behind([tap])) for tap in taps]
             for tap, params in zip(taps, made_of, strict=True):
                 self._tied.update(id(param) for param in params if own.get(id(param), tap.task) != tap.task)

@@ -21,7 +21,7 @@ from rotoopt._engine.losses import Losses, check_backbone_loss, check_losses, ch
 from rotoopt._engine.memory import Memory
 from rotoopt._engine.record import StepRecord
 from rotoopt._engine.turning import cosines_of, rotation_gradients
-from rotoopt._engine.watch import ForeignSteps, FrozenRepresentation, SilentHeads
+from rotoopt._engine.watch import BorrowedHeads, ForeignSteps, FrozenRepresentation, SilentHeads
 from rotoopt._engine.weighing import Weighing
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._rotation.step import RotationGradient
@@ -89,6 +89,7 @@ class Engine:
         self.frozen_representation = FrozenRepresentation()
         self._silent_heads = SilentHeads(self.names)
         self._foreign_steps = ForeignSteps(heads)
+        self.borrowed_heads = BorrowedHeads()
         self._record: StepRecord | None = None
         self._running: BackwardPass | None = None
         self._passes: list[BackwardPass] = []  # since the latest step
@@ -152,6 +153,7 @@ class Engine:
         self._follow_rotations()
         memory, weighting, count = self.memory, self.weighting, self.processes.count
         lagged = self._lags(one_tensor)
+        self.borrowed_heads.note(self._wiring.take_shared())
         return BackwardPass(
             number,
             losses,
@@ -284,6 +286,7 @@ class Engine:
         memory.num_steps += 1
         self.capture.places.decide()
         self._silent_heads.observe(self._passes)
+        self.borrowed_heads.forget()
         self.clear()
 
     def _rotation_gradients(self, measured: Measurements) -> list[RotationGradient]:

@@ -1,8 +1,9 @@
-"""Warnings: heads without gradients, parameters that are not updated, and steps that train nothing."""
+"""Warnings: heads without gradients or that train something else, parameters that are not updated, idle steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from rotoopt._torch.warn import warn_user
 SILENT_STEPS = 20
 IDLE_STEPS = 2
 UNTRAINED_STEPS = 10
+BORROWED_PASSES = 2  # one may come from a step that a GradScaler has skipped
 FOREIGN_PASSES = 32  # more than LBFGS makes in a step
 
 
@@ -167,6 +169,47 @@ class ForeignSteps:
                 "gradients that something else uses. Either (a) another optimizer has replaced it: call remove() or "
                 "fold() on the RotoGradOptimizer, or (b) step() was called on the wrapped optimizer: call it on the "
                 "RotoGradOptimizer."
+            )
+
+
+class BorrowedHeads:
+    """Warns of backward passes that train something else through the heads, such as the generator of a GAN.
+
+    These are discarded by ``zero_grad()``, after another optimizer has updated some parameters behind the heads.
+    """
+
+    def __init__(self) -> None:
+        self._noted: list[tuple[Tensor, int]] = []  # parameters behind the heads, and their version counters
+        self._count = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_noted": []}  # a copy of a head has no copy of the backbone
+
+    def note(self, shared: Sequence[Tensor]) -> None:
+        """Record the parameters behind the heads in a backward pass, if its graph was searched."""
+        if shared:
+            self._noted = [(param, version(param)) for param in shared]
+
+    def forget(self) -> None:
+        """Record a step with the noted backward pass."""
+        self._noted = []
+
+    def observe(self, optimizer: Optimizer) -> None:
+        """Record ``zero_grad()``."""
+        noted, self._noted = self._noted, []
+        if not noted:
+            return
+        updated = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        moved = {id(param) for param, old in noted if version(param) != old}
+        if not moved or moved & updated or not any(id(param) in updated for param, _ in noted):
+            return
+        self._count += 1
+        if self._count == BORROWED_PASSES:
+            warn_user(
+                "A backward pass through the heads should train parameters of their optimizer, got one that "
+                "zero_grad() has discarded, after another optimizer had updated other parameters: their gradients were "
+                "weighted. If something else is trained through the heads, as the generator of a GAN through its "
+                "discriminator, run that forward pass under optimizer.paused(): its gradients are then true ones."
             )
 
 

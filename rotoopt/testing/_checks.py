@@ -120,9 +120,9 @@ def check_resume(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
                 buffer.seek(0)
                 optimizer.load_state_dict(torch.load(buffer, weights_only=True))
             trial.step()
-            results.append(
-                [*(param.detach().clone() for param in trial.parameters()), optimizer.rotations.matrices.clone()]
-            )
+            rotations = optimizer.rotations
+            matrices = [] if rotations.size is None else [rotations.matrices]  # none if no input can be rotated
+            results.append([tensor.detach().clone() for tensor in [*trial.parameters(), *matrices]])
     if not all(torch.equal(first, second) for first, second in zip(*results, strict=True)):
         raise AssertionError(
             "A step after loading the saved state must equal the step without, got different parameters. Likely "

@@ -329,16 +329,20 @@ def test_a_forward_pass_before_the_backbone_is_frozen_has_no_effect(
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_a_tied_weight_gets_a_gradient_of_each_kind(own: bool) -> None:
+@pytest.mark.parametrize("transform", [None, nn.Tanh()])
+def test_a_tied_weight_gets_a_gradient_of_each_kind(transform: nn.Module | None, own: bool) -> None:
     """As two layers that are not tied: plain where the head uses it, weighted where the backbone does."""
     torch.manual_seed(0)
     embedding, words, other = nn.Embedding(5, 6), nn.Linear(6, 5, bias=False), nn.Linear(6, 2)
     words.weight = embedding.weight
-    optimizer = RotoGradOptimizer(SGD([embedding.weight, *other.parameters()], lr=1e-3), [words, other], rotate=False)
+    heads = [words if transform is None else (transform, words), other]
+    optimizer = RotoGradOptimizer(SGD([embedding.weight, *other.parameters()], lr=1e-3), heads, rotate=False)
+    first: Any = nn.Identity() if transform is None else transform
     ids = torch.arange(5)
 
     def losses(z: Tensor, output: Tensor) -> list[Tensor]:
-        return [F.cross_entropy(F.linear(z, output), ids), 30 * F.linear(z, *other.parameters()).square().mean()]
+        read = z if transform is None else z.tanh()
+        return [F.cross_entropy(F.linear(read, output), ids), 30 * F.linear(z, *other.parameters()).square().mean()]
 
     for step in range(3):
         z = embedding(ids)
@@ -348,12 +352,21 @@ def test_a_tied_weight_gets_a_gradient_of_each_kind(own: bool) -> None:
         (plain,) = torch.autograd.grad(true[0], output)
         optimizer.zero_grad()
         z = embedding(ids)
-        given = [F.cross_entropy(words(z), ids), 30 * other(z).square().mean()]
+        given = [F.cross_entropy(words(first(z)), ids), 30 * other(z).square().mean()]
         back_propagate(given) if own else optimizer.backward(given)
         weights = optimizer.last_step.weights  # type: ignore[union-attr]
         assert step == 0 or weights[0] > weights[1]
         assert_close(embedding.weight.grad, plain + weights[0] * grads[0] + weights[1] * grads[1])
         optimizer.step()
+
+
+def test_a_tied_output_layer_that_is_not_listed_is_named() -> None:
+    embedding, transform, words, other = nn.Embedding(5, 6), nn.Tanh(), nn.Linear(6, 5, bias=False), nn.Linear(6, 2)
+    words.weight = embedding.weight
+    optimizer = RotoGradOptimizer(SGD([embedding.weight, *other.parameters()], lr=1e-3), [transform, other])
+    z = embedding(torch.arange(5))
+    with pytest.raises(RuntimeError, match="as an output layer with an embedding: list all"):
+        optimizer.step([words(transform(z)).square().mean(), other(z).square().mean()])
 
 
 @pytest.mark.parametrize("own", [False, True])

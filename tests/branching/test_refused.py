@@ -147,7 +147,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "A dict with inputs of a head must support copy.copy() and setting items": lambda: container(lambda z: Fixed(z=z)),
     "Losses must reach shared parameters through their heads, got the output of a re-entrant checkpoint": reentrant,
     "The weighting UPGrad() must see the gradients of all tasks at one tensor": aggregator,
-    "The modules of a must be the first ones that belong to it alone": recurrent,
+    "An input of a head must always be the representation, or never": recurrent,
     "The losses of one forward pass must be back-propagated together and once": one_by_one,
     "`dim` must be given for a representation of four or more dimensions": lambda: Model((2, 2, 6)).run(),
     "`dim` must be given for a representation whose features are not in its last dimension": lambda: Model(

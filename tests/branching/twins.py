@@ -19,6 +19,13 @@ Make = Callable[[Sizes], Branching]
 Way = Callable[[RotoGradOptimizer, Mapping[str, Tensor]], object]
 NAMES = [make.__name__ for make in BRANCHING]
 
+
+def any_depends(tensor: Tensor, on: list[Tensor]) -> bool:
+    """Whether ``tensor`` was computed from one of the other tensors."""
+    found = torch.autograd.grad(tensor.sum(), on, retain_graph=True, allow_unused=True)
+    return any(grad is not None for grad in found)
+
+
 # Sums in another order over a few layers, relative to the sum of the norms of the parts.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -98,11 +105,12 @@ class Twins:
         return dict(zip(named, grads, strict=True))
 
     def true_norm(self, x: Tensor, seed: int, task: str) -> float:
-        """Return the norm of the gradient of one loss at everything that enters its head."""
+        """Return the norm of the gradient of one loss at everything that enters its head from outside."""
         entered: dict[int, tuple[Tensor, Tensor]] = {}  # keeps the tensor, so that its id is not reused
 
         def view(tensor: Tensor) -> Tensor:
-            if not tensor.requires_grad:
+            views = [viewed for _, viewed in entered.values()]
+            if not tensor.requires_grad or (views and any_depends(tensor, views)):
                 return tensor
             return entered.setdefault(id(tensor), (tensor, tensor.view_as(tensor)))[1]
 

@@ -179,3 +179,32 @@ def test_reentrant_checkpointing_of_everything() -> None:
     assert_same(run(forward, CALLS[call]), run(around(), CALLS[call]))
     with pytest.raises(RuntimeError, match=r"passes through: none.*re-entrant checkpointing"):
         run(forward, CALLS["step(losses)"])
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "slice": lambda z: z[:, 1:],
+    "expanded": lambda z: z[:, :1].expand(-1, 3, -1),
+    "transposed": lambda z: z.mT.contiguous().mT,
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_the_first_forward_pass_uses_the_strides_of_later_ones(view: Callable[[Tensor], Tensor]) -> None:
+    """Layers choose their operations by strides, and checkpointing checks what they have saved."""
+    results = []
+    for run in (recomputed, lambda function, x: function(x)):
+        torch.manual_seed(0)
+        backbone, tokens, pooled = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 1)
+        model = nn.ModuleList([backbone, tokens, pooled])
+        optimizer = RotoGradOptimizer(sgd(model.parameters()), heads=[tokens, pooled], rotate=False)
+
+        def outputs(x: Tensor, backbone: Any = backbone, tokens: Any = tokens, pooled: Any = pooled) -> Any:
+            z = backbone(x)
+            return tokens(view(z)), pooled(z.mean(1))
+
+        for _ in range(2):
+            losses = [out.square().mean() for out in run(outputs, torch.randn(5, 6, 3))]
+            optimizer.zero_grad()
+            optimizer.step(losses)
+        results.append(snapshot(model, optimizer))
+    assert_same(*results)

@@ -1,6 +1,7 @@
 """Outside training, the model is the rotated model with its true gradients, and nothing is recorded."""
 
 import contextlib
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -79,6 +80,36 @@ def test_gradient_penalty_goes_through_paused() -> None:
     output = model(x)[0].square().sum()
     with pytest.raises(RuntimeError, match=r"must not be differentiated again, got create_graph=True.*paused\(\)"):
         torch.autograd.grad(output, x, create_graph=True)
+
+
+@pytest.mark.parametrize("way", ["backbone_loss", "separate"])
+def test_a_gradient_penalty_beside_the_losses(way: str) -> None:
+    model, optimizer = trained()
+    params = list(model.parameters())
+
+    def penalty() -> Tensor:
+        x = model.inputs(3).requires_grad_()
+        with optimizer.paused():
+            outputs = model(x)
+        (slope,) = torch.autograd.grad(sum(out.square().sum() for out in outputs), x, create_graph=True)
+        return slope.square().mean()
+
+    of_penalty = torch.autograd.grad(penalty(), params)
+    without, plain = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    optimizer.zero_grad()
+    optimizer.backward(model.losses(3)[0])
+    expected = [param.grad.add(grad) for param, grad in zip(params, of_penalty, strict=True)]  # type: ignore[union-attr]
+    model.load_state_dict(plain)
+    optimizer.load_state_dict(without)
+    optimizer.zero_grad()
+    losses = model.losses(3)[0]
+    if way == "backbone_loss":
+        optimizer.backward(losses, backbone_loss=penalty())
+    else:
+        penalty().backward()  # type: ignore[no-untyped-call]
+        back_propagate(losses)
+    for param, grad in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.grad, grad)
 
 
 @pytest.mark.parametrize("second_order", [False, True])

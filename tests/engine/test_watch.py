@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD
 
+from rotoopt import RotoGradOptimizer
+from rotoopt._capture.wiring import LOOK_EVERY
 from rotoopt._engine.construction import Parts
 from rotoopt._engine.watch import (
     FOREIGN_PASSES,
@@ -159,3 +163,29 @@ def test_a_lazy_layer_that_never_runs_is_reported() -> None:
     watch = UntrainedHeads(SGD(head[0].parameters(), lr=0.1), [(head,)], ["a"])
     (message,) = [each for _ in range(UNTRAINED_STEPS) for each in warned(watch.observe)]
     assert "got no change of 1.weight of a in" in message
+
+
+@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize("trains", ["generator", "backbone"])
+def test_a_generator_that_is_trained_through_the_heads_is_reported_once(trains: str, paused: bool) -> None:
+    """But no backbone with an optimizer of its own, also if the steps of the heads are skipped."""
+    model, _ = wrap()
+    generator = nn.Linear(3, 3, bias=False)
+    of_others = generator if trains == "generator" else model.backbone
+    own = [param for param in model.parameters() if all(param is not other for other in of_others.parameters())]
+    bare, optimizer = SGD(of_others.parameters(), lr=0.01), RotoGradOptimizer(SGD(own, lr=0.01), model.heads)
+
+    def run() -> None:
+        for step in range(3 * LOOK_EVERY):
+            with optimizer.paused() if paused else nullcontext():
+                first, second = model(generator(model.inputs(step)))
+            (first.sum() + second.sum()).backward()
+            bare.step()
+            optimizer.zero_grad()
+            losses, rep = model.losses(step)
+            if trains == "generator":
+                optimizer.step(losses, rep)
+
+    found = warned(run)
+    assert len(found) == (trains == "generator" and not paused)
+    assert all("run that forward pass under optimizer.paused()" in each for each in found)

@@ -331,6 +331,19 @@ def sparse_embeddings() -> Wired:
     return Wired(model, RotoGradOptimizer(SGD(model.parameters(), lr=0.1), heads=[click, price]), losses)
 
 
+def weighting_of_maps() -> Wired:
+    """Maps without rotations: there are none, since it is not known which dimension has the features."""
+    encoder, segmentation, depth = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1), nn.Conv2d(6, 1, 1)
+    x = torch.randn(2, 3, 8, 8)
+
+    def losses() -> Losses:
+        z = encoder(x)
+        return [segmentation(z).square().mean(), (depth(z) - 1).abs().mean()]
+
+    model = nn.ModuleList([encoder, segmentation, depth])
+    return wire(model, losses, heads=[segmentation, depth], rotate=False)
+
+
 RIGHT: dict[str, Callable[[], Wired]] = {
     build.__name__: build
     for build in (
@@ -356,5 +369,6 @@ RIGHT: dict[str, Callable[[], Wired]] = {
         zero_output_layers,
         consistency,
         sparse_embeddings,
+        weighting_of_maps,
     )
 }

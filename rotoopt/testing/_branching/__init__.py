@@ -12,6 +12,8 @@ BRANCHING = (
     head_inputs.condition_first,
     head_inputs.lstm_state,
     head_inputs.siamese,
+    head_inputs.decoder_loop,
+    head_inputs.decoder_layers,
     per_head.pooled_and_dense,
     per_head.dropout_per_head,
     per_head.cast_per_head,

@@ -166,3 +166,45 @@ def siamese(s: Sizes) -> Branching:
         return {name: square(h(first, second)) for name, h in heads.items()}
 
     return Branching([backbone], heads, losses)
+
+
+def decoder_loop(s: Sizes) -> Branching:
+    """A speech recognizer: for each symbol, a decoder reads the encoder with a state that it has computed itself."""
+    encoder, cell, out = s.sequences(), nn.GRUCell(s.features, s.features), nn.Linear(s.features, 3)
+
+    def attend(layers: nn.ModuleDict, state: Tensor, memory: Tensor) -> Tensor:
+        scores = torch.einsum("bd,btd->bt", layers["query"](state), layers["key"](memory))
+        return torch.einsum("bt,btd->bd", scores.softmax(1), memory)
+
+    attention = Call(attend, query=nn.Linear(s.features, s.features), key=nn.Linear(s.features, s.features))
+    alignment = s.head(outputs=3)
+
+    def losses(x: Tensor) -> dict[str, Tensor]:
+        memory, state, symbols = encoder(x), x.new_zeros(len(x), s.features), []
+        for _ in range(3):
+            state = cell(attention(state, memory), state)
+            symbols.append(out(state))
+        return {"alignment": square(alignment(memory)), "symbols": square(torch.stack(symbols))}
+
+    return Branching([encoder], {"alignment": alignment, "symbols": (attention, cell, out)}, losses)
+
+
+def decoder_layers(s: Sizes) -> Branching:
+    """A model of images and captions: all layers of a text decoder read the image, and are listed one by one."""
+    encoder, words = s.sequences(), nn.Embedding(2, s.features)
+
+    def attend(layers: nn.ModuleDict, text: Tensor, image: Tensor) -> Tensor:
+        attended, _ = layers["attention"](text, image, image)
+        return text + torch.tanh(attended)
+
+    layers = [Call(attend, attention=nn.MultiheadAttention(s.features, 2, batch_first=True)) for _ in range(2)]
+    out, match = nn.Linear(s.features, 4), s.head()
+
+    def losses(x: Tensor) -> dict[str, Tensor]:
+        image = encoder(x)
+        text = words.weight.expand(len(x), -1, -1)
+        for layer in layers:
+            text = layer(text, image)
+        return {"caption": square(out(text)), "match": square(match(image))}
+
+    return Branching([encoder, words], {"caption": (*layers, out), "match": match}, losses)
