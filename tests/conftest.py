@@ -1,5 +1,6 @@
 """Settings of all tests: seeds, determinism, hypothesis profiles, --runslow and markers."""
 
+import gc
 import os
 
 import hypothesis
@@ -66,6 +67,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in skips.items():
             if reason is not None and item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    # Half a million objects of imported modules: fold() searches all that the garbage collector tracks.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -143,6 +143,7 @@ def test_modules_must_be_found() -> None:
             find_first_layers(head, torch.Size(VECTORS), RotatedDims(-1), torch.eye(6))
     finally:
         gc.unfreeze()
+        gc.freeze()  # as in conftest.py
 
 
 def test_outputs_must_be_found() -> None:
