@@ -106,6 +106,8 @@ def _compare(pairs: Sequence[tuple[Tensor, Tensor]], *, weighted: bool) -> None:
                 f"The gradient of a parameter of {'the backbone' if weighted else 'a head'} must be the {rule}, got an "
                 f"error of {error:.1e}, where the largest entry should be {float(total.abs().max()):.1e}, for shape "
                 f"{tuple(grad.shape)}. Likely causes: (a) a hook changes gradients, for example to clip them, (b) the "
-                "forward pass runs under autocast, where rounding is coarse: check without it, or (c) a loss reaches "
-                "the backbone around its head."
+                "forward pass runs under autocast, where rounding is coarse: check without it, (c) a loss reaches "
+                "the backbone around its head, or (d) the model is compiled, and an autograd.Function in front of a "
+                "head returns a view, as gradient reversal often does: torch then ignores its backward. Return "
+                "x.clone()."
             )

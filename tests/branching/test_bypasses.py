@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -252,5 +253,38 @@ def test_gradients_tell_what_a_compiled_graph_hides(kind: str) -> None:
     compiled = torch.compile(model, backend="aot_eager")
     wrong = pytest.raises(AssertionError, match="must be the sum of the task gradients, each times its weight")
     with nullcontext() if kind == "early loss" else wrong:
+        check_invariants(optimizer, lambda: compiled(x))
+    torch._dynamo.reset()
+
+
+class Reverse(torch.autograd.Function):
+    """Gradient reversal, as it is often written."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clones: bool) -> Tensor:
+        return x.clone() if clones else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return -grad, None
+
+
+@pytest.mark.parametrize("clones", [False, True])
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:The wiring must be visible in the autograd graph")
+def test_backward_that_torch_ignores_at_the_end_of_a_compiled_graph_is_found(clones: bool) -> None:
+    """An output that is a view of another one is taken again from it, without the function in between."""
+    model, x = TwoTasks(), torch.randn(4, 3)
+
+    def forward(x: Tensor) -> list[Tensor]:
+        z = model.backbone(x)
+        reversed_z = Reverse.apply(z, clones)  # type: ignore[no-untyped-call]
+        return [model.heads["left"](z).square().mean(), model.heads["right"](reversed_z).square().mean()]
+
+    optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), model.heads)
+    compiled = torch.compile(forward, backend="aot_eager")
+    raises = pytest.raises(AssertionError, match=r"must be the sum of the task gradients.*\(d\) the model is compiled")
+    with nullcontext() if clones else raises:
         check_invariants(optimizer, lambda: compiled(x))
     torch._dynamo.reset()
