@@ -90,26 +90,21 @@ def check_heads_apart(taps: set[Node], names: Sequence[str]) -> None:
     """
     if not any(map(is_tap, surely_behind(taps))):
         return
-    for tap in sorted(taps, key=_task_of):
-        for other in sorted(filter(is_tap, surely_behind([tap])), key=_task_of):
-            if other.task == tap.task:
-                raise RuntimeError(
-                    f"An input of a head must always be the representation, or never, got one of {names[tap.task]} "
-                    "that was the representation in one call, and computed by the head itself in another. A loop that "
-                    "calls a head on its own output should be inside of the head. Or pass num_tasks=K instead of "
-                    "`heads`, and start the loop with the tensor of optimizer.rotate(z)."
-                )
-            raise RuntimeError(
-                f"Heads must read the backbone, got {names[tap.task]}, which reads an output of the head of "
-                f"{names[other.task]}: its gradient would be given two weights. Either (a) detach() that output, (b) "
-                f"make what {names[tap.task]} reads a part of the backbone: in `heads`, list only the later layers of "
-                f"{names[other.task]}, (c) if there are none, as for the divergence of an autoencoder, pass its loss "
-                f"as backbone_loss, or (d) {LOSSES_AS_HEADS}."
-            )
-
-
-def _task_of(tap: Node) -> int:
-    return int(tap.task)
+    pairs = [(tap.task, other.task) for tap in taps for other in filter(is_tap, surely_behind([tap]))]
+    reader, read = min(pairs, key=lambda pair: (pair[0] == pair[1], pair))  # another task, if there is one
+    if reader == read:
+        raise RuntimeError(
+            f"An input of a head must always be the representation, or never, got one of {names[reader]} that was the "
+            "representation in one call, and computed by the head itself in another. A loop that calls a head on its "
+            "own output should be inside of the head. Or pass num_tasks=K instead of `heads`, and start the loop with "
+            "the tensor of optimizer.rotate(z)."
+        )
+    raise RuntimeError(
+        f"Heads must read the backbone, got {names[reader]}, which reads an output of the head of {names[read]}: its "
+        f"gradient would be given two weights. Either (a) detach() that output, (b) make what {names[reader]} reads a "
+        f"part of the backbone: in `heads`, list only the later layers of {names[read]}, (c) if there are none, as for "
+        f"the divergence of an autoencoder, pass its loss as backbone_loss, or (d) {LOSSES_AS_HEADS}."
+    )
 
 
 def check_weighting(weighting: Weighting, fed: Fed, names: Sequence[str], *, one_tensor: bool) -> None:

@@ -172,3 +172,20 @@ def test_error_is_raised(message: str) -> None:
     name = re.escape(message).replace("backbone\\.0\\.weight", r"[\w.]*0\.(weight|bias)")
     with pytest.raises((RuntimeError, TypeError, ValueError), match=f"^{name}"):
         REFUSED[message]()
+
+
+def test_stages_that_read_the_predictions_of_all_tasks_name_another_task() -> None:
+    """The second module of each task reads the outputs of both first ones: a cascade rather than a loop."""
+    backbone, first, second = (
+        nn.Linear(5, 6),
+        [nn.Linear(6, 6) for _ in range(2)],
+        [nn.Linear(6, 6) for _ in range(2)],
+    )
+    heads = dict(zip("ab", zip(first, second, strict=True), strict=True))
+    params = nn.ModuleList([backbone, *first, *second]).parameters()
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), heads)
+    z = backbone(torch.randn(4, 5))
+    predictions = [head(z) for head in first]
+    refined = [head(z + sum(predictions)) for head in second]
+    with pytest.raises(RuntimeError, match=r"^Heads must read the backbone, got a, which reads .* of the head of b"):
+        optimizer.step([square(p) + square(r) for p, r in zip(predictions, refined, strict=True)])
