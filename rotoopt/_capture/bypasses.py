@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -18,11 +18,12 @@ from rotoopt._capture.graph import (
     is_of_each,
     is_sum,
     leaves,
+    operation,
     reached,
     reaching,
     taps_of,
 )
-from rotoopt._torch.modules import is_trained, name_of
+from rotoopt._torch.modules import are_trained_together, is_trained, name_of
 
 LOSSES_AS_HEADS = (
     "list the modules that compute the losses, with rotate=False, as in heads={'task': nn.BCELoss()}: everything in "
@@ -85,17 +86,44 @@ def check_not_bypassed(
         names: Names of the K tasks.
     """
     shared = {id(param) for param in leaves(behind(taps))} - own.keys()
+    param = _applied_to_shared(losses, own.keys(), shared)
+    if param is not None:
+        raise RuntimeError(not_through_its_head(names[own[id(param)]], "none"))
+
+
+def unlisted_layer(losses: Sequence[Node], taps: Iterable[Node], own: Mapping[int, int]) -> Tensor | None:
+    """Return a parameter of a layer that reads something shared and is not in `heads`, None if there is none.
+
+    Such a layer may be the head of a task that is missing there. Layers with an optimizer of their own, as a
+    discriminator, are not.
+
+    Args:
+        losses: Nodes of losses that pass no tap.
+        taps: The taps of other losses.
+        own: The tasks by the ids of their parameters.
+    """
+    shared = {id(param) for param in leaves(behind(taps))} - own.keys()
+    nodes = reached(losses)
+    if any(operation(node) == "CompiledFunction" for node in nodes):  # a penalty looks like a layer there
+        return None
+    others = {id(param) for param in leaves(nodes)} - own.keys() - shared
+    param = _applied_to_shared(losses, others, shared) if others else None
+    return param if param is not None and are_trained_together(id(param), shared) else None
+
+
+def _applied_to_shared(losses: Iterable[Node], params: Set[int], shared: Set[int]) -> Tensor | None:
+    """Return one of ``params``, given as ids, that a layer applies to something shared; None if there is none."""
     for loss in losses:
         nodes = reached([loss])
-        with_own = reaching(nodes, [node for node in nodes if is_leaf(node) and id(node.variable) in own])
+        with_own = reaching(nodes, [node for node in nodes if is_leaf(node) and id(node.variable) in params])
         with_shared = reaching(nodes, [node for node in nodes if is_leaf(node) and id(node.variable) in shared])
         for node in with_own & with_shared:
             parts = inputs(node)
             # A penalty on all parameters adds or concatenates them; a layer has an input and a weight.
             meet = any(p in with_own and q in with_shared for p in parts for q in parts if p is not q)
             if meet and not is_sum(node) and not is_of_each(node):
-                param = next(param for param in leaves(reached([node])) if id(param) in own)
-                raise RuntimeError(not_through_its_head(names[own[id(param)]], "none"))
+                return next(param for param in leaves(reached([node])) if id(param) in params)
+    return None
 
 
 def check_not_hidden(dependence: Dependence, terms: Sequence[Edge], names: Sequence[str]) -> None:
@@ -162,8 +190,9 @@ def not_through_its_head(name: str, others: str) -> str:
     """Return the error for a loss that passes through ``others`` instead of the head of ``name``."""
     return (
         f"The loss of {name} must pass through its rotated head, got one that passes through: {others or 'none'}. "
-        "Either (a) the order of `losses` is not that of the heads, (b) the head was bypassed, as by "
-        "head.forward(z), a submodule of it, or a functional head that did not read optimizer.rotate(z), "
+        "Either (a) the order of `losses` is not that of the heads, (b) the head was bypassed, as by head.forward(z), "
+        "another method or a submodule of it (list that one), or a functional head that did not read "
+        "optimizer.rotate(z), "
         "(c) it ran in eval mode, on z.detach(), under paused() (a gradient penalty: pass it as backbone_loss, or call "
         "its backward() by itself), no_grad(), torch.func.vmap() or re-entrant checkpointing (pass "
         "use_reentrant=False), before the optimizer was built, or after remove() or fold(), or (d) the model was "

@@ -8,11 +8,13 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from rotoopt._capture.bypasses import unlisted_layer
 from rotoopt._capture.dependence import Dependence
 from rotoopt._capture.faults import check_losses, check_sum
 from rotoopt._capture.fed import Fed
 from rotoopt._capture.graph import Edge, Node, behind, leaves, made_by, operation, reached, taps_of
 from rotoopt._capture.places import Places
+from rotoopt._torch.modules import name_of
 from rotoopt._torch.private import running_roots
 from rotoopt._torch.warn import warn_user
 
@@ -23,6 +25,11 @@ UNKNOWN = (
     "head and something else at once. If a head read the output of another one there, or a loss went around its head, "
     "gradients would be weighted incorrectly without an error. To be certain, call rotoopt.testing.check_invariants, "
     "or run a step without torch.compile."
+)
+UNLISTED = (
+    "Every task should have a head in `heads`, got a term of a loss that passes through none of these, but applies a "
+    "layer of its own to something shared, {layer}: its gradient is not weighted. If it is the loss of a task, list "
+    "its head, or, if heads are functions, let it read optimizer.rotate(z). If it is a regularizer, ignore this."
 )
 
 
@@ -46,7 +53,7 @@ class Wiring:
         self._operations: dict[frozenset[int], list[str]] = {}  # all operations when the losses were checked
         self._num_known: Counter[frozenset[int]] = Counter()
         self._shared: list[Tensor] = []
-        self._warned = False
+        self._warned = self._found_unlisted = False
         self._tied: set[int] = set()  # ids of parameters of a task that others read as well
 
     def check(self, losses: Mapping[int, Tensor], fed: Fed, backbone_loss: Tensor | None) -> bool:
@@ -80,10 +87,19 @@ class Wiring:
             return known
         self._one_tensor.pop(tasks, None)
         roots = [made_by(root) for root in running_roots()]
-        taps = check_sum(self._dependence(roots), roots, self._names, self._own_parameters())
+        dependence, own = self._dependence(roots), self._own_parameters()
+        taps = check_sum(dependence, roots, self._names, own)
         if not taps:  # torch does not show what the pass started from
             return fed.only_fork() is not None
+        self._warn_of_unlisted([node for root in roots for node, _ in dependence.terms(root).of_none], taps, own)
         return self._remember(tasks, taps)
+
+    def _warn_of_unlisted(self, losses: Sequence[Node], taps: Iterable[Node], own: Mapping[int, int]) -> None:
+        """Warn once of a layer that may be the head of a task that is not listed."""
+        layer = None if self._found_unlisted or not losses else unlisted_layer(losses, taps, own)
+        if layer is not None:
+            self._found_unlisted = True
+            warn_user(UNLISTED.format(layer=name_of(layer)))
 
     def take_shared(self) -> list[Tensor]:
         """Return the parameters behind the heads if the latest graph was searched, otherwise none; and forget them."""

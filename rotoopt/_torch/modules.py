@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -37,6 +37,12 @@ def is_trained(leaf: Tensor) -> bool:
         return True
     groups = (group for each in living_optimizers() for group in each.param_groups)
     return any(leaf is param for group in groups for param in group["params"])
+
+
+def are_trained_together(key: int, keys: Set[int]) -> bool:
+    """Whether some optimizer has the parameter with the id ``key``, and one of those with the ids ``keys``; slow."""
+    of_each = ({id(param) for group in each.param_groups for param in group["params"]} for each in living_optimizers())
+    return any(key in params and not params.isdisjoint(keys) for params in of_each)
 
 
 def name_of(param: Tensor) -> str:

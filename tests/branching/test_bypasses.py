@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -288,3 +289,41 @@ def test_backward_that_torch_ignores_at_the_end_of_a_compiled_graph_is_found(clo
     with nullcontext() if clones else raises:
         check_invariants(optimizer, lambda: compiled(x))
     torch._dynamo.reset()
+
+
+class Extra(nn.Module):
+    """Layers beside two tasks, and one that another optimizer trains."""
+
+    def __init__(self, model: TwoTasks) -> None:
+        super().__init__()
+        self.head, self.discriminator = nn.Linear(6, 1), nn.Linear(6, 1)
+        self.trained = [*model.parameters(), *self.head.parameters()]
+
+
+TERMS: dict[str, Callable[[Extra, Tensor], Tensor]] = {
+    "head": lambda extra, z: extra.head(z.tanh()).square().mean(),
+    "head of a copy": lambda extra, z: extra.head((z * 1).relu()).mean(),
+    "discriminator": lambda extra, z: extra.discriminator(z).mean(),
+    "penalty on z": lambda extra, z: z.square().mean(),
+    "penalty on parameters": lambda extra, z: torch.stack([each.square().sum() for each in extra.trained]).sum(),
+    "probe": lambda extra, z: extra.head(z.detach()).mean(),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_head_that_is_not_listed_is_reported_once_in_the_users_own_backward(name: str) -> None:
+    model = TwoTasks()
+    extra = Extra(model)
+    discriminating = SGD(extra.discriminator.parameters(), lr=0.1)
+    optimizer = RotoGradOptimizer(sgd(extra.trained), model.heads)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for batch in range(20):
+            losses, z = model.losses(batch)
+            optimizer.zero_grad()
+            discriminating.zero_grad()
+            back_propagate([*losses, TERMS[name](extra, z)])
+            optimizer.step()
+    messages = [str(warning.message) for warning in found]
+    assert len(messages) == name.startswith("head")
+    assert all("applies a layer of its own to something shared, head." in message for message in messages)
