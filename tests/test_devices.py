@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -33,12 +32,6 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "rotate=False": lambda: {"rotate": False},
     "Adam": lambda: {"rotation_optimizer": partial(Adam, lr=0.1), "rotation_size": 8},
 }
-
-
-@pytest.fixture(autouse=True)
-def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autocast does not support this device, and disabling it there is an error."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
 
 
 @pytest.fixture(params=[None, 1], ids=["as it ships", "turns in every step"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rotoopt._capture.representation import RotatedDims
+from rotoopt._torch.autocast import without_autocast
 from rotoopt._torch.processes import Processes
 from rotoopt.weighting._measurements import root_sum_square
 
@@ -111,7 +112,8 @@ class Sketch:
         features = features if features.dtype == torch.float64 else features.float()
         self._of_rep, self._of_grads = _drawn(features.shape[1], features, seed)
         self._num_samples = 1 if 0 in dims.resolve(rep.shape) else len(rep)
-        self._projected = self._samples(_projected(features, self._of_rep))
+        with without_autocast(rep.device):
+            self._projected = self._samples(_projected(features, self._of_rep))
 
     def _samples(self, projected: Tensor) -> Tensor:
         """Return ``(..., L, P, 8)`` as ``(..., B, L P / B, 8)``."""
@@ -120,10 +122,11 @@ class Sketch:
 
     def sums(self, grads: Tensor) -> SampleSums:
         """Return the sums for gradients at the representation, shape ``(K, *z.shape)``."""
-        projected = self._samples(_projected(self._dims.view_stacked(grads), self._of_grads.to(grads.dtype)))
         of_rep = self._projected.to(grads.dtype)
         has_one_position = of_rep.shape[1] == 1
-        each = (projected.mT * of_rep if has_one_position else projected.mT @ of_rep).flatten(2)  # (K, B, 64)
+        with without_autocast(grads.device):
+            projected = self._samples(_projected(self._dims.view_stacked(grads), self._of_grads.to(grads.dtype)))
+            each = (projected.mT * of_rep if has_one_position else projected.mT @ of_rep).flatten(2)  # (K, B, 64)
         return SampleSums(each.sum(1), torch.linalg.vector_norm(each, dim=(1, 2)))
 
 

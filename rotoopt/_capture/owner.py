@@ -13,12 +13,12 @@ class Owner:
     other references, and so is complete in the copy before either of the two, in any order.
     """
 
-    def __init__(self) -> None:
-        self._core: weakref.ref[Any] | None = None
+    def __init__(self, core: Any) -> None:
+        self.become(core)
 
     def become(self, core: Any) -> None:
         """Make ``core``, the state of an optimizer, the owner."""
-        self._core = weakref.ref(core)
+        self._core: weakref.ref[Any] | None = weakref.ref(core)
 
     @property
     def is_gone(self) -> bool:

@@ -38,11 +38,10 @@ class RotoGradCore(Core):
     untrained_heads: UntrainedHeads
     idle_steps: IdleSteps = field(default_factory=IdleSteps)
     loaded: bool = False
-    owner: Owner = field(default_factory=Owner)
+    owner: Owner = field(init=False)
 
     def __post_init__(self) -> None:
-        self.engine.capture.owner = self.owner
-        self.owner.become(self)
+        self.owner = self.engine.capture.owner = Owner(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

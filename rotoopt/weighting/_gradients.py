@@ -139,7 +139,7 @@ class JoinedGradients(TaskGradients):
         zero = grams.diagonal(dim1=1, dim2=2) == 0
         scale = torch.where(zero, 0.0, scales).amax(0)
         scale = torch.where(scale > 0, scale, 1.0)
-        ratios = torch.where(zero, 0.0, scales / scale)
+        ratios = scales / scale
         gram = (ratios[:, :, None] * grams * ratios[:, None, :]).sum(0)
         return cls(own.scaled.mul_((own.scale / scale)[:, None]), scale, None, present.any(0), gram, processes)
 

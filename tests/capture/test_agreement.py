@@ -76,6 +76,7 @@ def test_gradients_of_known_signal_and_noise(share: float) -> None:
 
 
 @given(K=NUM_TASKS, sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), seed=SEEDS)
+@example(K=2, sizes=[3, 2], seed=0)
 def test_parts_of_a_batch_and_processes_measure_the_whole(K: int, sizes: list[int], seed: int) -> None:
     sampler = Sampler(seed)
     z, grads = sampler.normal(sum(sizes), 6), sampler.normal(K, sum(sizes), 6)

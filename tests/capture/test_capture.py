@@ -1,6 +1,8 @@
 """Capture: rotations in front of the heads, and the gradient of each task."""
 
 import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -185,6 +187,46 @@ def test_heads_may_begin_with_an_in_place_layer(rotate: bool) -> None:
         assert torch.equal(rep.detach(), before)
         rep = backbone(torch.randn(5, 3))
         before = rep.detach().clone()
+
+
+class Looks(nn.Module):
+    """A head that notes the address of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.seen.append(z.data_ptr())
+        return z.square()
+
+
+@pytest.mark.parametrize("trains", [True, False], ids=["training", "evaluation"])
+def test_a_head_that_does_not_change_its_input_gets_a_copy_only_until_this_is_known(trains: bool) -> None:
+    heads = [Looks(), Looks()]
+    optimizer = RotoGradOptimizer(SGD([nn.Parameter(torch.zeros(4))], lr=0.1), heads, rotate=False)
+    reps = [torch.randn(5, 4, requires_grad=True) for _ in range(3)]
+    for step, rep in enumerate(reps):
+        if trains or step < 2:
+            optimizer.step([head(rep).sum() for head in heads])
+        else:
+            _ = [head.eval()(rep) for head in heads]
+    for head in heads:
+        assert [seen == rep.data_ptr() for seen, rep in zip(head.seen, reps, strict=True)] == [False, True, True]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_a_copy_finds_out_anew_whether_a_head_changes_its_input(copied: Callable[[Any], Any]) -> None:
+    """The tensors in the copy have other version counters."""
+    heads, bare = nn.ModuleList([Looks(), Looks()]), SGD([nn.Parameter(torch.zeros(4))], lr=0.1)
+    optimizer = RotoGradOptimizer(bare, heads, rotate=False)
+    reps = [torch.randn(5, 4, requires_grad=True) for _ in range(3)]
+    optimizer.step([head(reps[0]).sum() for head in heads])
+    optimizer, heads = copied((optimizer, heads))
+    for rep in reps[1:]:
+        optimizer.step([head(rep).sum() for head in heads])
+    for head in heads:
+        assert [seen == rep.data_ptr() for seen, rep in zip(head.seen, reps, strict=True)] == [False, False, True]
 
 
 class Echo(nn.Module):

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -76,6 +76,18 @@ def test_rotation_is_the_oracles_and_passes_the_rest_through(layout_: Layout, se
     (R,) = sampler.rotations(1, m)
     assert_close(rotated(rep, R, dims), rotate(rep, R, layout(rep.shape, dims.dim)), rtol=ROUNDING, atol=ROUNDING)
     assert torch.equal(dims.view(rotated(rep, R, dims))[:, m:], dims.view(rep)[:, m:])
+
+
+@given(layout_=LAYOUT, seed=SEEDS, rest=st.integers(0, 3))
+@example(layout_=((5, 6), 1), seed=0, rest=0)
+def test_rotation_is_written_to_the_memory_that_is_given(layout_: Layout, seed: int, rest: int) -> None:
+    shape, dim = layout_
+    sampler, dims = Sampler(seed), RotatedDims(dim)
+    rep, out = sampler.normal(*shape), torch.full(shape, torch.nan).double()
+    assume(dims.lie_side_by_side(rep.shape))
+    (R,) = sampler.rotations(1, dims.size(rep.shape) - rest)
+    assert rotated(rep, R, dims, out).data_ptr() == out.data_ptr()
+    assert_close(out, rotated(rep, R, dims), rtol=ROUNDING, atol=ROUNDING)
 
 
 @given(layout_=LAYOUT, seed=SEEDS)

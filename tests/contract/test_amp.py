@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given, settings
+from hypothesis.strategies import booleans, integers, sampled_from
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adam
@@ -202,6 +204,27 @@ def test_autocast(options: str, dtype: torch.dtype) -> None:
         # Autocast rounds the network by up to 2^-8; the method adds no error.
         bound = 0.1 if dtype == torch.bfloat16 else 0.02
         torch.testing.assert_close(parameters(model), parameters(reference_model), rtol=0.0, atol=bound)
+
+
+@settings(max_examples=10)
+@given(shape=sampled_from([(5, 4), (3, 5, 4), (2, 4, 3, 3)]), shared=booleans(), seed=integers(0, 100))
+@pytest.mark.parametrize("options", ALL)
+def test_method_computes_the_same_under_autocast(options: str, shape: tuple[int, ...], shared: bool, seed: int) -> None:
+    """Without a network, which autocast rounds. If no tensor is shared, every head reads a copy."""
+    results = []
+    for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        torch.manual_seed(seed)
+        rep, *targets = torch.randn(4, *shape)
+        rep, heads = nn.Parameter(rep), [nn.Identity() for _ in targets]
+        dim = 1 if len(shape) == 4 else -1
+        optimizer = RotoGradOptimizer(SGD([rep], lr=0.1), heads=heads, dim=dim, rotation_lr=0.5, **ALL[options]())
+        for _ in range(3):
+            with context:
+                outputs = [head(rep if shared or options == "callable" else rep.clone()) for head in heads]
+                optimizer.zero_grad()
+                optimizer.step([(out - to).square().sum() for out, to in zip(outputs, targets, strict=True)])
+        results.append([rep.detach(), optimizer.rotations.matrices])
+    assert_same(*results)
 
 
 @pytest.mark.parametrize("options", ALL)

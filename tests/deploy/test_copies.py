@@ -230,10 +230,10 @@ class ModelEmaV3(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [AveragedModel, ModelEmaV3])
-@pytest.mark.parametrize("of", ["the model", "another model", "nothing"])
+@pytest.mark.parametrize("of", ["the model", "one like it", "another model", "nothing"])
 def test_an_average_made_before_the_optimizer_is_reported(of: str, kind: Callable[[nn.Module], nn.Module]) -> None:
     model = TwoTasks()
-    copied = {"the model": model, "another model": nn.Linear(2, 2), "nothing": None}[of]
+    copied = {"the model": model, "one like it": TwoTasks(), "another model": nn.Linear(2, 2), "nothing": None}[of]
     averaged = None if copied is None else kind(copied)
     name = getattr(kind, "__name__", "")
     message = f"An average of the model must be created after the optimizer, got a {name} from before"

@@ -99,6 +99,13 @@ def test_it_moves_to_the_device_of_the_rotations() -> None:
     assert mean.device.type == "meta"
 
 
+def test_it_is_loaded_onto_the_device_of_the_rotations() -> None:
+    metric, resumed = Metric(Processes()), Metric(Processes())
+    observe(metric, Sampler(0).normal(4, 3))
+    resumed.load_state_dict(metric.state_dict(), torch.zeros((), device="meta"))
+    assert all(each is not None and each.is_meta for each in resumed.state_dict().values())
+
+
 def test_a_pass_without_a_moment_is_ignored() -> None:
     sampler, metric, like = Sampler(0), Metric(Processes()), torch.zeros(2, 3, 3).double()
     units, target = sampler.directions(2, 4, 3)

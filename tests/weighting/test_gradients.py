@@ -52,7 +52,7 @@ def test_scales_are_powers_of_two_that_bring_the_entries_below_one(grads: Tensor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_largest_and_smallest_numbers_are_exact_and_their_scales_are_normal_numbers(dtype: torch.dtype) -> None:
     limits = torch.finfo(dtype)
-    grads = torch.tensor([[limits.max], [limits.tiny], [limits.smallest_normal * limits.eps]], dtype=dtype)
+    grads = torch.tensor([[limits.max, 0], [limits.tiny, 0], [limits.smallest_normal * limits.eps, 0]], dtype=dtype)
     gradients = measure(grads.clone())
     assert_same_bits(gradients.rows(), grads)
     for scale in (gradients.scale, 1 / gradients.scale):

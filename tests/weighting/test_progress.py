@@ -163,6 +163,18 @@ def test_a_signal_counts_from_its_first_measurement_on(K: int, seed: int, late: 
 
 
 @given(K=NUM_TASKS, seed=SEEDS, alpha=ALPHAS)
+def test_tasks_without_a_gradient_so_far_do_not_change_the_weights_of_others(K: int, seed: int, alpha: float) -> None:
+    sampler, (of_all, of_seen) = Sampler(seed), (ProgressWeighting(alpha, decay=DECAY) for _ in range(2))
+    seen = sampler.uniform(K) < 0.7
+    seen[sampler.integer(K)] = True
+    for _ in range(STEPS):
+        norms, losses, agreement = sampler.uniform(K), sampler.uniform(K), 1 + sampler.uniform(K)
+        expected = of_seen(measured(norms[seen], losses[seen], agreement[seen]))
+        weights = of_all(measured(norms * seen, losses, agreement.where(seen, torch.nan)))
+        assert_close(weights, torch.ones_like(norms).masked_scatter(seen, expected))
+
+
+@given(K=NUM_TASKS, seed=SEEDS, alpha=ALPHAS)
 def test_a_zero_gradient_is_treated_like_an_absent_one(K: int, seed: int, alpha: float) -> None:
     sampler, (zero, absent) = Sampler(seed), (ProgressWeighting(alpha, decay=DECAY) for _ in range(2))
     for step in range(STEPS):
