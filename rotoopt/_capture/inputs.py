@@ -88,7 +88,7 @@ def _dict_like(given: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
     if type(given) is dict:
         return items
     try:
-        again = copy.copy(given)
+        again = _copied(given)
         for key in items:
             again[key] = items[key]
     except Exception as error:
@@ -97,6 +97,13 @@ def _dict_like(given: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
             f"{type(given).__name__} ({error}). Pass dict(...) of it to the head."
         ) from error
     return again
+
+
+def _copied(given: dict[Any, Any]) -> dict[Any, Any]:
+    try:
+        return copy.copy(given)
+    except KeyError:  # before Python 3.11, of an attribute that is looked up as an item
+        return type(given)(given)
 
 
 def _list_like(given: list[Any] | tuple[Any, ...], entries: list[Any]) -> Any:
