@@ -122,10 +122,9 @@ class Sketch:
 
     def sums(self, grads: Tensor) -> SampleSums:
         """Return the sums for gradients at the representation, shape ``(K, *z.shape)``."""
-        of_rep = self._projected.to(grads.dtype)
-        has_one_position = of_rep.shape[1] == 1
+        of_rep, has_one_position = self._projected, self._projected.shape[1] == 1
         with without_autocast(grads.device):
-            projected = self._samples(_projected(self._dims.view_stacked(grads), self._of_grads.to(grads.dtype)))
+            projected = self._samples(_projected(self._dims.view_stacked(grads), self._of_grads))
             each = (projected.mT * of_rep if has_one_position else projected.mT @ of_rep).flatten(2)  # (K, B, 64)
         return SampleSums(each.sum(1), torch.linalg.vector_norm(each, dim=(1, 2)))
 

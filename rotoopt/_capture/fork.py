@@ -89,7 +89,7 @@ class Fork:
         """Whether gradients are collected: those of several tasks, or those of one task for a joint norm."""
         return not this.lagged or (this.meets and len(self.taps) > 1) or max(self.taps.values()) > 1
 
-    def arrive(self, task: int, grad: Tensor, *, is_own: bool = False, is_there: bool = False) -> Tensor | None:
+    def arrive(self, task: int, grad: Tensor, *, is_own: bool, is_there: bool) -> Tensor | None:
         """Return the part of the gradient of ``task`` that is passed on to z now; None if nothing is.
 
         Autograd calls the hook on z only if a gradient arrives there: for the first gradient that is collected, one

@@ -158,7 +158,7 @@ class Origin:
     def __init__(self, rotations: Rotations, weights: Sequence[Tensor]) -> None:
         self._rotations = weakref.ref(rotations)  # if they still exist
         self._turned = self._looked = changes_of(rotations)
-        self._sums: list[tuple[torch.dtype, Tensor] | None] | None = None
+        self._sums: list[tuple[torch.dtype, Tensor] | None] | None
         self._note(weights)
         self._versions = 0  # version counters of the copy
 

@@ -196,21 +196,24 @@ class Looks(nn.Module):
         super().__init__()
         self.seen: list[int] = []
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, *_: object) -> Tensor:
         self.seen.append(z.data_ptr())
         return z.square()
 
 
+@pytest.mark.parametrize("others", [(), (1,)], ids=["z", "z and a number"])
 @pytest.mark.parametrize("trains", [True, False], ids=["training", "evaluation"])
-def test_a_head_that_does_not_change_its_input_gets_a_copy_only_until_this_is_known(trains: bool) -> None:
+def test_a_head_that_does_not_change_its_input_gets_a_copy_only_until_this_is_known(
+    trains: bool, others: tuple[int, ...]
+) -> None:
     heads = [Looks(), Looks()]
     optimizer = RotoGradOptimizer(SGD([nn.Parameter(torch.zeros(4))], lr=0.1), heads, rotate=False)
     reps = [torch.randn(5, 4, requires_grad=True) for _ in range(3)]
     for step, rep in enumerate(reps):
         if trains or step < 2:
-            optimizer.step([head(rep).sum() for head in heads])
+            optimizer.step([head(rep, *others).sum() for head in heads])
         else:
-            _ = [head.eval()(rep) for head in heads]
+            _ = [head.eval()(rep, *others) for head in heads]
     for head in heads:
         assert [seen == rep.data_ptr() for seen, rep in zip(head.seen, reps, strict=True)] == [False, True, True]
 
@@ -267,6 +270,37 @@ def test_a_tensor_that_enters_several_times_is_rotated_once(training: bool) -> N
     assert query is key is named["value"]
     assert different is not query
     assert_close(query, z @ optimizer.rotations[0].mT if training else z)  # recorded in training
+
+
+def test_inputs_are_described_by_task() -> None:
+    heads = [Echo(), Echo()]
+    optimizer = RotoGradOptimizer(SGD([nn.Parameter(torch.zeros(1))], lr=0.1), heads)
+    fed = optimizer._core.engine.capture.fed
+    assert fed.described(["left", "right"]) == "nothing"
+    z = torch.randn(4, 6, requires_grad=True)
+    reps = [2 * z, z.exp()]
+    kept = [heads[1](z), heads[0](*reps, torch.ones(4, 6))]
+    expected = "left: (4, 6) made by Exp, (4, 6) made by Mul; right: (4, 6) made by a leaf"
+    assert fed.described(["left", "right"]) == expected
+    assert fed.trained() == {0, 1}
+    del kept
+
+
+def test_gradients_of_a_backward_pass_that_failed_are_forgotten() -> None:
+    weights, gradients = torch.randn(2, 4, 6), []
+    for fails in (False, True):
+        optimizer = RotoGradOptimizer(SGD([nn.Parameter(torch.zeros(1))], lr=0.1), num_tasks=2, rotation_size=6)
+        z = torch.ones(4, 6, requires_grad=True)
+        rep = 2 * z
+        first, second = optimizer.rotate(rep)  # the gradient of the second one arrives first
+        if fails:
+            handle = first.register_hook(lambda _: [][0])  # type: ignore[no-untyped-call]
+            with pytest.raises(IndexError):
+                ((first * weights[0]).sum() + (9 * second).sum()).backward(retain_graph=True)  # type: ignore[no-untyped-call]
+            handle.remove()
+        back_propagate([(first * weights[0]).sum(), (second * weights[1]).sum()])
+        gradients.append(z.grad)
+    assert_close(*gradients)
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -59,7 +59,7 @@ class Pair(NamedTuple):
 class Features:
     """A class that is registered as a pytree."""
 
-    z: Tensor
+    z: Any
     scale: float = 2.0
 
 
@@ -93,6 +93,7 @@ CONTAINERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] =
     "model output": (lambda z: Output(last=z), lambda x: x.last),
     "easy dict": (lambda z: EasyDict(z=z), lambda x: x.z),
     "dataclass": (Features, lambda x: x.z * x.scale),
+    "dict in a dataclass": (lambda z: Features({"a": z}), lambda x: x.z["a"] * x.scale),
     "deque": (lambda z: deque([z], maxlen=2), lambda x: x[0]),
     "nested": (lambda z: [{"a": (Output(last=z), 1)}], lambda x: x[0]["a"][0].last),
 }
@@ -111,8 +112,9 @@ class Head(nn.Module):
         return out
 
 
+@pytest.mark.parametrize("keyword", [False, True])
 @pytest.mark.parametrize("name", CONTAINERS)
-def test_containers_keep_their_types(name: str) -> None:
+def test_containers_keep_their_types(name: str, keyword: bool) -> None:
     make, read = CONTAINERS[name]
     backbone, heads = nn.Linear(5, D), [Head(read), Head(read)]
     params = [*backbone.parameters(), *nn.ModuleList(heads).parameters()]
@@ -121,7 +123,7 @@ def test_containers_keep_their_types(name: str) -> None:
         inputs = make(backbone(torch.randn(4, 5)))
         z = read(inputs).detach().clone()
         optimizer.zero_grad()
-        losses = [head(inputs).square().mean() for head in heads]
+        losses = [(head(inputs=inputs) if keyword else head(inputs)).square().mean() for head in heads]
         assert_close(read(heads[0].got), z @ optimizer.rotations[0].mT)
         assert_close(read(inputs), z)  # the user's containers are unchanged
         optimizer.step(losses)

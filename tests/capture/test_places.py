@@ -148,7 +148,7 @@ class HandsOn(nn.Module):
 def test_arguments_that_are_passed_on_are_those_of_another_module() -> None:
     handed_on, own = Arguments.of(HandsOn()), Arguments.of(Positional())
     assert [handed_on.by_position(1), handed_on.by_keyword("z")] == [("1",), ("z",)]
-    assert [own.by_position(1), own.by_keyword("z")] == [("*", 1), ("**", "z")]
+    assert [own.by_position(0), own.by_position(1), own.by_keyword("z")] == [("*", 0), ("*", 1), ("**", "z")]
 
 
 def test_siblings_are_other_entries_of_one_argument() -> None:
@@ -208,12 +208,18 @@ class OneOrTwo(nn.Module):
         return out
 
 
-def test_another_way_to_call_is_rejected_if_several_inputs_are_rotated() -> None:
+@pytest.mark.parametrize("several", ["in training", "in evaluation"])
+def test_another_way_to_call_is_rejected_if_several_inputs_are_rotated(several: str) -> None:
     backbone, heads, optimizer = wrapped(OneOrTwo)
     z = backbone(torch.randn(4, 5))
-    step(optimizer, [head([z, backbone(torch.randn(4, 5))]) for head in heads])
-    with torch.no_grad(), pytest.raises(ValueError, match=r"in evaluation must correspond.* which is rotated"):
-        heads[0].eval()(z, 2)
+    both = [z, backbone(torch.randn(4, 5))]
+    step(optimizer, [head(both if several == "in training" else z) for head in heads])
+    message = (
+        r"^The inputs of a head in evaluation must correspond to those in training, got tensors in other arguments, or "
+        r"more of them\. It is ambiguous which is rotated\.$"
+    )
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        heads[0].eval()(both if several == "in evaluation" else z, 2)
 
 
 @pytest.mark.parametrize("init", ["identity", "haar"])
@@ -324,7 +330,10 @@ def test_rotations_of_a_less_common_size_are_a_warning() -> None:
         optimizer.step({"auxiliary": heads["auxiliary"](backbones["auxiliary"](torch.randn(4, 5))).square().mean()})
         z = backbones["first"](torch.randn(4, 5))
         heads["first"](z)
-        message = r"^The rotations should have the size that most heads read, got 4 .* and 2 heads that read 6 and"
+        message = (
+            r"^The rotations should have the size that most heads read, got 4 .* and 2 heads that read 6 and .* Pass "
+            r"`rotate` with one flag per task, False for the heads of another size\.$"
+        )
         with pytest.warns(UserWarning, match=message) if flags[0] else nullcontext():
             heads["second"](z)
         assert optimizer.rotations.size == (4 if flags[0] else D)
@@ -334,7 +343,10 @@ def test_large_rotations_are_a_warning_and_disabled_ones_are_not_created(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("rotoopt._capture.places.LARGE", D - 1)
-    message = rf"^Rotations should be small next to the network, got {D} features: each of 2 rotations has {D} x {D}"
+    message = (
+        rf"^Rotations should be small next to the network, got {D} features: each of 2 rotations has {D} x {D} "
+        r"numbers\. Give rotation_size=512 to rotate the first ones only, or rotate=False\.$"
+    )
     for options, size in (({}, D), ({"rotation_size": D - 1}, D - 1), ({"rotate": False}, None)):
         backbone, heads, optimizer = wrapped(lambda: nn.Linear(D, 2), **{"rotation_size": None, **options})
         with nullcontext() if options else pytest.warns(UserWarning, match=message) as warned:
@@ -343,6 +355,12 @@ def test_large_rotations_are_a_warning_and_disabled_ones_are_not_created(
                 step(optimizer, [head(z) for head in heads])
         assert warned is None or len(warned) == 1
         assert optimizer.rotations.size == size
+
+
+def test_disabled_rotations_can_be_read_after_a_forward_pass() -> None:
+    backbone, heads, optimizer = wrapped(lambda: nn.Linear(D, 2), rotation_size=None, rotate=False)
+    heads[0](backbone(torch.randn(4, 5)))
+    assert torch.equal(optimizer.rotations.matrices, torch.eye(D).expand(2, D, D))
 
 
 class EarlyExit(nn.Module):

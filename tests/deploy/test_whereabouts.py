@@ -10,15 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD
 
 from rotoopt import RotoGradOptimizer
+from rotoopt._capture.whereabouts import checksums
 from rotoopt.testing._branching import BRANCHING
 from rotoopt.testing._branching.model import Sizes, built, inputs
 from tests.branching.twins import NAMES
 from tests.contract.models import TwoTasks, assert_same, sgd, train, wrap
+from tests.samplers import SEEDS, Sampler
 
 # Rotations far from I, updated in every step.
 OPTIONS: dict[str, Any] = {"init": "haar", "rotation_optimizer": partial(SGD, lr=1.0)}
@@ -340,3 +344,29 @@ def test_state_dicts_are_those_of_the_bare_model_after_remove() -> None:
     optimizer.remove()
     state: Any = model.state_dict()
     assert all("rotoopt" not in entry for entry in state._metadata.values())
+
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8]
+
+
+@given(dtype=st.sampled_from(DTYPES), shape=st.sampled_from([(1,), (7,), (3, 4)]), seed=SEEDS)
+def test_every_bit_of_the_weights_counts(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> None:
+    sampler = Sampler(seed)
+    weight = (10 * sampler.normal(*shape)).to(dtype)
+    other = weight.clone()
+    other.view(BITS[dtype.itemsize]).flatten()[sampler.integer(weight.numel())] ^= 1
+    tensors = [{"head.weight": each, "head.bias": torch.zeros(2)} for each in (weight, other, weight)]
+    first, changed, again = (checksums(each, "head.") for each in tensors)
+    assert first is not None
+    assert changed is not None
+    assert again is not None
+    assert torch.equal(first, again)
+    assert not torch.equal(first, changed)
+
+
+def test_numbers_of_batches_do_not_count() -> None:
+    one, two = (checksums({"head.num_batches_tracked": torch.tensor(count)}, "head.") for count in (1, 2))
+    assert one is not None
+    assert two is not None
+    assert torch.equal(one, two)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.optim import SGD
 from torch.testing import assert_close
 
-from rotoopt import EqualWeighting
+from rotoopt import EqualWeighting, RotoGradOptimizer
 from rotoopt._engine.record import alignment, conflict_rate
 from rotoopt._rotation.cayley import orthogonality_error
 from tests.samplers import NUM_TASKS, SEEDS, SIZES, Bench, Sampler
@@ -169,3 +170,15 @@ def test_measures_of_many_steps_at_once_are_those_of_each(K: int, seed: int, T: 
 def test_gradients_that_cancel_each_other_have_no_target() -> None:
     cosines = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
     assert torch.equal(alignment(cosines, torch.tensor(True)), torch.zeros(2))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_norms_are_exact_although_the_network_has_become_wider(shared: bool) -> None:
+    """Of float64 gradients, with an optimizer that was built for float32 parameters."""
+    z, heads = nn.Parameter(torch.zeros(5, 4).double()), [nn.Identity(), nn.Identity()]
+    optimizer = RotoGradOptimizer(SGD([nn.Parameter(torch.zeros(1)), z], lr=0.1), heads)
+    for _ in range(4):  # the weights of the first two steps are computed from gradients of these steps
+        optimizer.step([(head(z if shared else z + 0) / 3).sum() for head in heads])
+        assert optimizer.last_step is not None
+        expected = torch.full((2,), 20**0.5 / 3, dtype=torch.float64)
+        assert_close(optimizer.last_step.grad_norms, expected, rtol=1e-12, atol=0)
