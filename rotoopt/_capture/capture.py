@@ -261,8 +261,7 @@ class Capture:
                     "A head must get the representation itself, got a detached copy from inside a backward pass. "
                     "Likely cause: re-entrant checkpointing around a head; pass use_reentrant=False to checkpoint()."
                 )
-            fork = self._forks[rep] = Fork(rep, len(self.rotations), self._running)
-            fork.sketch = self._sketch(rep)
+            fork = self._forks[rep] = Fork(rep, len(self.rotations), self._running, self._sketch(rep))
         elif rep.is_leaf and fork.used:  # z is a parameter, the same tensor in every forward pass
             fork.used = ()
             fork.taps.clear()

@@ -28,7 +28,7 @@ class Fed:
 
     def note(self, rep: Tensor, task: int) -> None:
         """Record that ``rep`` enters the head of ``task``."""
-        self.tasks[task] = self.tasks.get(task, False) or rep.requires_grad
+        self.tasks[task] = self.tasks.get(task) or rep.requires_grad
         self.addresses.add(address(rep))
 
     def only_fork(self) -> Fork | None:

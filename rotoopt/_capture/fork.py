@@ -48,6 +48,7 @@ class Fork:
         rep: The tensor z.
         num_tasks: K.
         running: Returns the current backward pass.
+        sketch: Projections of z, if the agreement is measured.
 
     Attributes:
         shape: The shape of z.
@@ -57,11 +58,11 @@ class Fork:
         taps: How often z enters the heads of each task.
         rotated: Whether z is rotated in front of them.
         second_moment: Second moment of z, if it is needed to update the rotations. Shape ``(m, m)``.
-        sketch: Projections of z, if the agreement is measured.
+        sketch: The same.
         used: The tasks whose gradients arrived in the latest backward pass that collected them.
     """
 
-    def __init__(self, rep: Tensor, num_tasks: int, running: Callable[[], BackwardPass]) -> None:
+    def __init__(self, rep: Tensor, num_tasks: int, running: Callable[[], BackwardPass], sketch: Sketch | None) -> None:
         self.shape = rep.shape
         self.version = version(rep)
         self.made_by = "a leaf" if rep.grad_fn is None else rep.grad_fn.name().partition("Backward")[0]
@@ -69,7 +70,7 @@ class Fork:
         self.taps: Counter[int] = Counter()
         self.rotated = False
         self.second_moment: Tensor | None = None
-        self.sketch: Sketch | None = None
+        self.sketch = sketch
         self.used: tuple[int, ...] = ()
         self._num_tasks = num_tasks
         self._running = running

@@ -19,6 +19,7 @@ from rotoopt._torch.modules import is_trained
 from rotoopt._torch.private import tree_leaves
 from tests.asserts import eps
 from tests.contract.models import back_propagate, wrap
+from tests.operations import Count
 from tests.oracle import layout, rotate
 from tests.samplers import DTYPES, LAYOUTS, SEEDS, Layout, Network, Sampler, batches, network
 
@@ -279,7 +280,7 @@ def test_inputs_are_described_by_task() -> None:
     assert fed.described(["left", "right"]) == "nothing"
     z = torch.randn(4, 6, requires_grad=True)
     reps = [2 * z, z.exp()]
-    kept = [heads[1](z), heads[0](*reps, torch.ones(4, 6))]
+    kept = [heads[1](z, torch.ones(4, 6)), heads[0](*reps)]
     expected = "left: (4, 6) made by Exp, (4, 6) made by Mul; right: (4, 6) made by a leaf"
     assert fed.described(["left", "right"]) == expected
     assert fed.trained() == {0, 1}
@@ -301,6 +302,16 @@ def test_gradients_of_a_backward_pass_that_failed_are_forgotten() -> None:
         back_propagate([(first * weights[0]).sum(), (second * weights[1]).sum()])
         gradients.append(z.grad)
     assert_close(*gradients)
+
+
+def test_rotated_gradients_are_collected_without_a_copy() -> None:
+    bare = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    optimizer = RotoGradOptimizer(bare, num_tasks=2, rotation_size=6, init="haar")
+    z = torch.ones(4, 6, requires_grad=True)
+    losses = [rotated.square().sum() for rotated in optimizer.rotate(2 * z)]
+    with Count() as count:
+        back_propagate(losses)
+    assert count.found["copy_"] == 0
 
 
 @pytest.mark.parametrize("own", [False, True])

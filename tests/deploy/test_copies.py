@@ -236,7 +236,10 @@ def test_an_average_made_before_the_optimizer_is_reported(of: str, kind: Callabl
     copied = {"the model": model, "one like it": TwoTasks(), "another model": nn.Linear(2, 2), "nothing": None}[of]
     averaged = None if copied is None else kind(copied)
     name = getattr(kind, "__name__", "")
-    message = f"An average of the model must be created after the optimizer, got a {name} from before"
+    message = (
+        f"^An average of the model must be created after the optimizer, got a {name} from before it.* once those "
+        r"of the model are updated\. Create it again, and call optimizer\.refresh\(averaged\) before using it\.$"
+    )
     with pytest.warns(UserWarning, match=message) if of == "the model" else nullcontext():
         RotoGradOptimizer(sgd(model.parameters()), model.heads)
     del averaged
