@@ -13,7 +13,7 @@ from torch.optim import SGD
 from torch.testing import assert_close
 
 from rotoopt import ProgressWeighting, RotoGradOptimizer
-from rotoopt._capture.agreement import NUM_PROJECTIONS, SampleSums, Sketch
+from rotoopt._capture.agreement import NUM_PROJECTIONS, ROUNDING, SampleSums, Sketch
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._torch.processes import Processes
 from tests import oracle
@@ -42,15 +42,17 @@ def agreement(grads: Tensor, z: Tensor, seed: int = 0, dims: RotatedDims = VECTO
 @pytest.mark.parametrize("layout", LAYOUTS)
 @settings(max_examples=10)
 @given(K=NUM_TASKS, seed=SEEDS)
+@example(K=3, seed=672)  # 1 + 2e-6 by chance, for the first layout in float64
 def test_equals_the_oracle(
     layout: tuple[tuple[int, ...], int | tuple[int, ...], int], K: int, seed: int, dtype: torch.dtype
 ) -> None:
-    """The positions of a sample are summed before the norm is computed."""
+    """The positions of a sample are summed before the norm is computed. What may be one up to rounding is unknown."""
     (shape, dim, num_samples), sampler = layout, Sampler(seed, dtype)
     z, grads = sampler.normal(*shape), sampler.normal(K, *shape)
     dims = RotatedDims(dim)
     samples = dims.view(torch.arange(z.numel()).view(shape)).movedim(1, 2).reshape(num_samples, -1, dims.size(z.shape))
     expected = oracle.agreement(grads.flatten(1).double()[:, samples], z.flatten().double()[samples], seed)
+    expected = expected.masked_fill((expected - 1).abs() < ROUNDING, torch.nan)
     assert_close(agreement(grads, z, seed, dims).double(), expected, rtol=1e4 * eps(dtype), atol=0, equal_nan=True)
 
 
