@@ -113,7 +113,7 @@ class Sketch:
         self._of_rep, self._of_grads = _drawn(features.shape[1], features, seed)
         self._num_samples = 1 if 0 in dims.resolve(rep.shape) else len(rep)
         with without_autocast(rep.device):
-            self._projected = self._samples(_projected(features, self._of_rep))
+            self._projected = self._samples(_project(features, self._of_rep))
 
     def _samples(self, projected: Tensor) -> Tensor:
         """Return ``(..., L, P, 8)`` as ``(..., B, L P / B, 8)``."""
@@ -124,12 +124,12 @@ class Sketch:
         """Return the sums for gradients at the representation, shape ``(K, *z.shape)``."""
         of_rep, has_one_position = self._projected, self._projected.shape[1] == 1
         with without_autocast(grads.device):
-            projected = self._samples(_projected(self._dims.view_stacked(grads), self._of_grads))
+            projected = self._samples(_project(self._dims.view_stacked(grads), self._of_grads))
             each = (projected.mT * of_rep if has_one_position else projected.mT @ of_rep).flatten(2)  # (K, B, 64)
         return SampleSums(each.sum(1), torch.linalg.vector_norm(each, dim=(1, 2)))
 
 
-def _projected(features: Tensor, projections: Tensor) -> Tensor:
+def _project(features: Tensor, projections: Tensor) -> Tensor:
     """Return the projections, shape ``(d, 8)``, of ``features``, shape ``(..., d, P)``: shape ``(..., P, 8)``."""
     if features.shape[-1] == 1:
         return features.mT @ projections  # vectors: one product

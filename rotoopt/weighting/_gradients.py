@@ -58,7 +58,7 @@ class TaskGradients:
     @classmethod
     def of(cls, grads: Tensor, tasks: tuple[int, ...], present: Tensor) -> TaskGradients:
         """Measure ``grads``, shape ``(K, n)``, which is scaled in place."""
-        # At least the largest absolute value. On a CPU, `vector_norm` with inf takes ten times as long.
+        # At least the largest absolute value. On a CPU, `vector_norm` with inf takes over ten times as long.
         peak = torch.hypot(grads.amax(1), grads.amin(1)) if grads.shape[1] else grads.sum(1)  # a batch may be empty
         scale = torch.pow(2.0, torch.frexp(peak).exponent.clamp_(MIN_EXPONENT, MAX_EXPONENT)).to(grads.dtype)
         scaled = grads.div_(scale[:, None])
