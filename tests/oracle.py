@@ -70,7 +70,8 @@ class Progress:
         self.norms, self.losses, self.peaks, self.num_norms, self.num_losses = torch.zeros(5, n_tasks).double()
         self.first_losses = torch.full((n_tasks,), math.nan).double()
         self.agreements: list[list[float]] = [[] for _ in range(n_tasks)]  # all so far
-        self.unknown_rate = 1.0
+        self.mean_rate = 1.0
+        self.latest_signal = torch.ones(n_tasks).double()
         self.weights = torch.ones(n_tasks).double()
         self.signed = [False] * n_tasks
 
@@ -93,10 +94,14 @@ class Progress:
             if not self.signed[k]:
                 rates[k] = (self.losses[k] / self.first_losses[k]).clamp(1e-4, 1.0)
         if agreement is not None:
-            self.unknown_rate = rates.log().nanmean().nan_to_num(0.0).exp().item()
-        rates = rates.nan_to_num(self.unknown_rate)
+            self.latest_signal = self.signal()
+            usable = ~rates.isnan()
+            total = self.latest_signal[usable].sum()
+            self.mean_rate = (rates ** (self.latest_signal / total))[usable].prod().item()  # an empty product is one
+        s = self.latest_signal
+        rates = (rates**s * self.mean_rate ** (1 - s)).nan_to_num(self.mean_rate)
         known = common > 0
-        shares = torch.where(known, (rates * self.signal()) ** self.alpha, 0.0)
+        shares = torch.where(known, (rates * s) ** self.alpha, 0.0)
         self.weights = torch.where(known, shares / shares.sum() * common.sum() / common, 1.0)
 
     def _gain(self, count: Tensor) -> float:

@@ -20,22 +20,25 @@ class ProgressWeighting(Weighting):
     r"""Equal gradient norms on average, with larger shares for slow tasks and for tasks with a clear signal.
 
     .. math:: w_k = \frac{\pi_k}{\nu_k} \sum_j \nu_j, \qquad
-        \pi_k = \frac{(r_k s_k)^\alpha}{\sum_j (r_j s_j)^\alpha}
+        \pi_k = \frac{(\tilde r_k s_k)^\alpha}{\sum_j (\tilde r_j s_j)^\alpha}, \qquad
+        \tilde r_k = r_k^{s_k} \, \bar r^{1 - s_k}
 
     .. math:: \nu_k = \overline{\lVert G_k \rVert}, \qquad r_k = \frac{\overline{L_k}}{\overline{L_k}(t_0)}, \qquad
-        s_k = 1 - \frac{1}{\overline{F_k}}
+        s_k = 1 - \frac{1}{\overline{F_k}}, \qquad \log \bar r = \frac{\sum_j s_j \log r_j}{\sum_j s_j}
 
     Bars denote running means. The sum of the weighted norms is the same as in the plain sum, so that its learning rate
     still fits. Task k has the share :math:`\pi_k` of it:
 
     - r is the remaining loss, relative to its first running mean, at :math:`t_0`, 20 steps (1 / (1 - decay)) after the
       burn-in. Before that, it is one. For a loss that is quadratic around zero, :math:`\nu_k` is proportional to
-      :math:`\sqrt{r_k}`: with :math:`\alpha = 1/2`, its weight does not grow as it converges.
+      :math:`\sqrt{r_k}`: with :math:`\alpha = 1/2` and s = 1, its weight does not grow as it converges.
     - s is the share of the gradient that is signal. F is the agreement of the samples of a batch
       (:attr:`Measurements.agreement`, measured when rotations are updated, or soon after, and used from the next step
       on): one if they have nothing in common, as for random labels. With one sample per batch it cannot be estimated.
       The first estimates are noisy: after n of them, log s has the weight n / (n + 1), and its mean over the tasks the
       rest.
+    - :math:`\tilde r` is r as far as the gradient is signal, and the mean progress of the tasks with a signal,
+      :math:`\bar r`, otherwise: a loss that remains high because its labels are noise is not that of a slow task.
 
     The weights are computed in earlier steps, so that they are known before the backward pass and each gradient is
     weighted as soon as it is available. The first two steps use their own gradients if all heads read one tensor, and
@@ -43,9 +46,10 @@ class ProgressWeighting(Weighting):
     has a gradient that is only rounding errors.
 
     Unknown values have no influence: all r are one if the losses are unknown (your own ``sum(losses).backward()``).
-    The r of a task whose loss has been negative is unknown as well. An unknown r or s is the geometric mean of the
-    others, renewed when the agreement is measured. The weight of a task that has had no gradient yet is one. Absent
-    tasks keep their running means, so that a batch per task is weighted like a batch with all of them.
+    The r of a task whose loss has been negative is unknown as well; :math:`\tilde r` is then :math:`\bar r`. An unknown
+    s is the geometric mean of the others. Both means are renewed when the agreement is measured. The weight of a task
+    that has had no gradient yet is one. Absent tasks keep their running means, so that a batch per task is weighted
+    like a batch with all of them.
 
     Weights are bounded: a gradient more than three times as large as its mean is weighted by a third of its own
     norm, a vanishing one by a thousandth of its largest mean so far; r is between 1e-4 and 1, and s at least 0.1.
@@ -90,7 +94,8 @@ class ProgressWeighting(Weighting):
         rates = (means[1] / self.state["first_losses"]).clamp(*RATES).log()  # NaN where unknown
         if measured.agreement is not None:
             self._renew(measured.agreement, rates)
-        rates = torch.where(rates.isnan(), self._remembered("unknown_rate", norms[:1]), rates)
+        mean = self._remembered("mean_rate", norms[:1])
+        rates = torch.where(rates.isnan(), mean, torch.lerp(rates, mean, self._remembered("noise", norms)))
         logits = torch.add(self._remembered("signal", norms), rates, alpha=self.alpha)
         shares = logits.masked_fill(norms == 0, -torch.inf).softmax(0)
         # NaN (0 / 0) for a task that has had no gradient yet; infinite if norms nearly overflow.
@@ -121,16 +126,18 @@ class ProgressWeighting(Weighting):
         return torch.maximum(torch.maximum(means, latest / BURST), VANISHED * self.state["peaks"])
 
     def _renew(self, agreement: Tensor, rates: Tensor) -> None:
-        r"""Renew :math:`\alpha \log s`, closer to its mean over tasks the less is known, and the mean of ``rates``."""
+        r"""Renew s, closer to its mean over tasks the less is known, and the mean of ``rates``, the logarithms of r."""
         known = agreement < torch.inf  # NaN is not
         before = self._remembered("agreement", rates).to(rates)
         count = self._remembered("num_agreements", before).to(before) + known
         gain = count.clamp(1.0, TURNS).reciprocal()
         mean = torch.lerp(before, torch.where(known, agreement.to(before), before), gain)
-        logs = (1 - mean.reciprocal()).clamp(min=NOISE).log() * self.alpha
+        logs = (1 - mean.reciprocal()).clamp(min=NOISE).log()
+        logs = torch.lerp(_mean(logs, count.clamp(max=1.0)), logs, count / (count + PRIOR))
+        signal = logs.exp()
         self.state["agreement"], self.state["num_agreements"] = mean, count
-        self.state["signal"] = torch.lerp(_mean(logs, count > 0), logs, count / (count + PRIOR))
-        self.state["unknown_rate"] = _mean(rates, ~rates.isnan())
+        self.state["signal"], self.state["noise"] = logs * self.alpha, 1 - signal
+        self.state["mean_rate"] = _mean(rates.nan_to_num(), signal.masked_fill(rates.isnan(), 0.0))
 
     def _remembered(self, name: str, like: Tensor) -> Tensor:
         return self.state[name] if name in self.state else torch.zeros_like(like)
@@ -139,6 +146,6 @@ class ProgressWeighting(Weighting):
         return f"ProgressWeighting(alpha={self.alpha})"
 
 
-def _mean(values: Tensor, known: Tensor) -> Tensor:
-    """Return the mean of the ``known`` values, zero if there is none. Shape ``()``."""
-    return torch.where(known, values, 0.0).sum() / known.sum().clamp(min=1)
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean with ``weights``, which are zero or at least :data:`NOISE`; zero if all are. Shape ``()``."""
+    return (values * weights).sum() / weights.sum().clamp(min=NOISE)
