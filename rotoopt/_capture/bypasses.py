@@ -23,7 +23,7 @@ from rotoopt._capture.graph import (
     reaching,
     taps_of,
 )
-from rotoopt._torch.modules import are_trained_together, is_trained, name_of
+from rotoopt._torch.modules import is_trained, names_of, trained_with
 
 LOSSES_AS_HEADS = (
     "list the modules that compute the losses, with rotate=False, as in heads={'task': nn.BCELoss()}: everything in "
@@ -66,12 +66,14 @@ def check_shared(
     if not read.keys() | beside.keys() <= own.keys():
         roots = [*losses.values(), *terms]
         shared = {id(param) for param in leaves(behind(taps_of(node for node, _ in roots)))}
-        for key in (read.keys() | beside.keys()) - own.keys():
-            each = read.get(key)
-            if key in shared or (each is not None and own and each.is_shared):  # functional heads may share theirs
-                each = each or beside[key]
-                if is_trained(each.param):
-                    raise RuntimeError(_around_the_heads(each, [names[task] for task in sorted(each.tasks)]))
+        around = [
+            each
+            for key, each in {**beside, **read}.items()
+            # Functional heads may share theirs.
+            if key not in own and (key in shared or (key in read and own and each.is_shared)) and is_trained(each.param)
+        ]
+        if around:
+            raise RuntimeError(_around_the_heads(around, names))
 
 
 def check_not_bypassed(
@@ -86,13 +88,13 @@ def check_not_bypassed(
         names: Names of the K tasks.
     """
     shared = {id(param) for param in leaves(behind(taps))} - own.keys()
-    param = _applied_to_shared(losses, own.keys(), shared)
-    if param is not None:
-        raise RuntimeError(not_through_its_head(names[own[id(param)]], "none"))
+    tasks = [own[id(param)] for param in _applied_to_shared(losses, own.keys(), shared)]
+    if tasks:
+        raise RuntimeError(not_through_its_head(names[min(tasks)], "none"))
 
 
-def unlisted_layer(losses: Sequence[Node], taps: Iterable[Node], own: Mapping[int, int]) -> Tensor | None:
-    """Return a parameter of a layer that reads something shared and is not in `heads`, None if there is none.
+def unlisted_layers(losses: Sequence[Node], taps: Iterable[Node], own: Mapping[int, int]) -> list[Tensor]:
+    """Return the parameters of layers that read something shared and are not in `heads`.
 
     Such a layer may be the head of a task that is missing there. Layers with an optimizer of their own, as a
     discriminator, are not.
@@ -105,14 +107,16 @@ def unlisted_layer(losses: Sequence[Node], taps: Iterable[Node], own: Mapping[in
     shared = {id(param) for param in leaves(behind(taps))} - own.keys()
     nodes = reached(losses)
     if any(operation(node) == "CompiledFunction" for node in nodes):  # a penalty looks like a layer there
-        return None
+        return []
     others = {id(param) for param in leaves(nodes)} - own.keys() - shared
-    param = _applied_to_shared(losses, others, shared) if others else None
-    return param if param is not None and are_trained_together(id(param), shared) else None
+    found = _applied_to_shared(losses, others, shared) if others else []
+    together = trained_with(shared) if found else set()
+    return [param for param in found if id(param) in together]
 
 
-def _applied_to_shared(losses: Iterable[Node], params: Set[int], shared: Set[int]) -> Tensor | None:
-    """Return one of ``params``, given as ids, that a layer applies to something shared; None if there is none."""
+def _applied_to_shared(losses: Iterable[Node], params: Set[int], shared: Set[int]) -> list[Tensor]:
+    """Return those of ``params``, given as ids, that layers apply to something shared."""
+    layers: list[Node] = []
     for loss in losses:
         nodes = reached([loss])
         with_own = reaching(nodes, [node for node in nodes if is_leaf(node) and id(node.variable) in params])
@@ -122,8 +126,8 @@ def _applied_to_shared(losses: Iterable[Node], params: Set[int], shared: Set[int
             # A penalty on all parameters adds or concatenates them; a layer has an input and a weight.
             meet = any(p in with_own and q in with_shared for p in parts for q in parts if p is not q)
             if meet and not is_sum(node) and not is_of_each(node):
-                return next(param for param in leaves(reached([node])) if id(param) in params)
-    return None
+                layers.append(node)
+    return [param for param in leaves(reached(layers)) if id(param) in params]
 
 
 def check_not_hidden(dependence: Dependence, terms: Sequence[Edge], names: Sequence[str]) -> None:
@@ -165,12 +169,13 @@ class _Read:
         return len(self.tasks) > 1 and (None in read or len(set(read)) < len(read))
 
 
-def _around_the_heads(read: _Read, names: Sequence[str]) -> str:
-    several = len(names) > 1
-    who = f"the {'losses' if several else 'loss'} of {' and '.join(sorted(names))}"
+def _around_the_heads(reads: Sequence[_Read], names: Sequence[str]) -> str:
+    tasks = sorted({names[task] for read in reads for task in read.tasks})
+    who = f"the {'losses' if len(tasks) > 1 else 'loss'} of {' and '.join(tasks)}"
     return (
-        f"A parameter that tasks share must be reached through their heads, got {name_of(read.param)}, which "
-        f"{who} {'reach' if several else 'reaches'} without passing through a head: its gradient is not weighted "
+        "A parameter that tasks share must be reached through their heads, got "
+        f"{names_of([read.param for read in reads])}, which "
+        f"{who} {'reach' if len(tasks) > 1 else 'reaches'} without passing through a head: gradients are not weighted "
         "there. Likely causes: (a) a skip connection goes around a head: move it into the head, or pass it to the "
         "head as an input, (b) the task has other modules that read shared tensors, such as an auxiliary classifier or "
         "one head per level, or that share a weight with the backbone, as an output layer with an embedding: list all, "

@@ -8,13 +8,13 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from rotoopt._capture.bypasses import unlisted_layer
+from rotoopt._capture.bypasses import unlisted_layers
 from rotoopt._capture.dependence import Dependence
 from rotoopt._capture.faults import check_losses, check_sum
 from rotoopt._capture.fed import Fed
 from rotoopt._capture.graph import Edge, Node, behind, leaves, made_by, operation, reached, taps_of
 from rotoopt._capture.places import Places
-from rotoopt._torch.modules import name_of
+from rotoopt._torch.modules import names_of
 from rotoopt._torch.private import running_roots
 from rotoopt._torch.warn import warn_user
 
@@ -28,7 +28,7 @@ UNKNOWN = (
 )
 UNLISTED = (
     "Every task should have a head in `heads`, got a term of a loss that passes through none of these, but applies a "
-    "layer of its own to something shared, {layer}: its gradient is not weighted. If it is the loss of a task, list "
+    "layer of its own to something shared, {params}: its gradient is not weighted. If it is the loss of a task, list "
     "its head, or, if heads are functions, let it read optimizer.rotate(z). If it is a regularizer, ignore this."
 )
 
@@ -96,10 +96,10 @@ class Wiring:
 
     def _warn_of_unlisted(self, losses: Sequence[Node], taps: Iterable[Node], own: Mapping[int, int]) -> None:
         """Warn once of a layer that may be the head of a task that is not listed."""
-        layer = None if self._found_unlisted or not losses else unlisted_layer(losses, taps, own)
-        if layer is not None:
+        params = unlisted_layers(losses, taps, own) if losses and not self._found_unlisted else []
+        if params:
             self._found_unlisted = True
-            warn_user(UNLISTED.format(layer=name_of(layer)))
+            warn_user(UNLISTED.format(params=names_of(params)))
 
     def take_shared(self) -> list[Tensor]:
         """Return the parameters behind the heads if the latest graph was searched, otherwise none; and forget them."""

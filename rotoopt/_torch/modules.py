@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Set
+import sys
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from rotoopt._torch.private import compiled_module, without_compiled_prefixes
+
+MOST_NAMED = 3
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -39,21 +42,29 @@ def is_trained(leaf: Tensor) -> bool:
     return any(leaf is param for group in groups for param in group["params"])
 
 
-def are_trained_together(key: int, keys: Set[int]) -> bool:
-    """Whether some optimizer has the parameter with the id ``key``, and one of those with the ids ``keys``; slow."""
+def trained_with(keys: Set[int]) -> set[int]:
+    """Return the ids of all parameters of optimizers that have one of those with the ids ``keys``; slow."""
     of_each = ({id(param) for group in each.param_groups for param in group["params"]} for each in living_optimizers())
-    return any(key in params and not params.isdisjoint(keys) for params in of_each)
+    return {key for params in of_each if not params.isdisjoint(keys) for key in params}
 
 
-def name_of(param: Tensor) -> str:
-    """Return the longest name that a module has for ``param``, and its shape; slow, for errors."""
-    names = [
-        without_compiled_prefixes(name)
-        for module in living_modules()
-        for name, each in _named_parameters(module)
-        if each is param
-    ]
-    return f"{max(names, key=len, default='a parameter')} of shape {tuple(param.shape)}"
+def names_of(params: Sequence[Tensor]) -> str:
+    """Return the names and shapes of the first of ``params``, in the order of their optimizer; slow, for errors.
+
+    A parameter has the longest of its names in modules.
+    """
+    names, places = {id(param): "" for param in params}, {id(param): sys.maxsize for param in params}
+    for module in living_modules():
+        for name, param in _named_parameters(module):
+            if id(param) in names:
+                names[id(param)] = max(names[id(param)], without_compiled_prefixes(name), key=lambda n: (len(n), n))
+    for optimizer in living_optimizers():
+        for place, param in enumerate(param for group in optimizer.param_groups for param in group["params"]):
+            if id(param) in places:
+                places[id(param)] = min(places[id(param)], place)
+    ordered = sorted(params, key=lambda param: (places[id(param)], names[id(param)]))
+    named = [f"{names[id(param)] or 'a parameter'} of shape {tuple(param.shape)}" for param in ordered[:MOST_NAMED]]
+    return ", ".join(named) + (f" and {len(params) - MOST_NAMED} more" if len(params) > MOST_NAMED else "")
 
 
 def _named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

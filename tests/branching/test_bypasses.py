@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -70,6 +71,27 @@ def test_shared_parameters_behind_the_heads_are_named(name: str, own: bool) -> N
         return
     with pytest.raises(RuntimeError, match=rf"{PAST} .*, which the losses of left and right reach without passing"):
         back_propagate([torch.stack(losses).sum()]) if own else optimizer.step(losses)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 5])
+def test_the_first_parameters_are_named_in_the_order_of_the_optimizer(num_layers: int) -> None:
+    model = TwoTasks()
+    model.backbone = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(num_layers - 1)), model.backbone)
+    for params in (list(model.parameters()), list(model.parameters())[::-1]):
+        optimizer = RotoGradOptimizer(SGD(params, lr=0.1), model.heads)
+        z = model.backbone(model.inputs(0))
+        losses = [model.heads["left"](z).square().mean() + z.square().mean(), model.heads["right"](z).square().mean()]
+        with pytest.raises(RuntimeError, match=PAST) as error:
+            optimizer.step(losses)
+        expected = [f"{each}.weight" for each in range(num_layers - 1)] + [f"{num_layers - 1}.0.weight"]
+        shapes = ["(3, 3)"] * (num_layers - 1) + ["(6, 3)"]
+        named = [f"backbone.{name} of shape {shape}" for name, shape in zip(expected, shapes, strict=True)]
+        first = (named if params[0] is next(model.parameters()) else named[::-1])[:3]
+        more = f" and {num_layers - 3} more" if num_layers > 3 else ""
+        assert f"got {', '.join(first)}{more}, which the loss of left reaches" in str(error.value)
+        optimizer.remove()
+        del optimizer, error
+        gc.collect()
 
 
 @pytest.mark.parametrize(
