@@ -153,7 +153,7 @@ class Engine:
         self._follow_rotations()
         memory, weighting, count = self.memory, self.weighting, self.processes.count
         lagged = self._lags(one_tensor)
-        self.borrowed_heads.note(self._wiring.take_shared())
+        self.borrowed_heads.begin(self._wiring.take_shared())
         return BackwardPass(
             number,
             losses,

@@ -175,7 +175,8 @@ class ForeignSteps:
 class BorrowedHeads:
     """Warns of backward passes that train something else through the heads, such as the generator of a GAN.
 
-    These are discarded by ``zero_grad()``, after another optimizer has updated some parameters behind the heads.
+    These are discarded, by ``zero_grad()`` of the optimizer or of the model, after another optimizer has updated some
+    parameters behind the heads.
     """
 
     def __init__(self) -> None:
@@ -185,8 +186,12 @@ class BorrowedHeads:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_noted": []}  # a copy of a head has no copy of the backbone
 
-    def note(self, shared: Sequence[Tensor]) -> None:
-        """Record the parameters behind the heads in a backward pass, if its graph was searched."""
+    def begin(self, shared: Sequence[Tensor]) -> None:
+        """Record a backward pass, with the parameters behind the heads if its graph was searched."""
+        kept = [param for param, old in self._noted if version(param) == old]
+        if kept and len(kept) < len(self._noted) and all(param.grad is None for param in kept):
+            self._noted = []
+            self._count_discarded()
         if shared:
             self._noted = [(param, version(param)) for param in shared]
 
@@ -201,8 +206,10 @@ class BorrowedHeads:
             return
         updated = {id(param) for group in optimizer.param_groups for param in group["params"]}
         moved = {id(param) for param, old in noted if version(param) != old}
-        if not moved or moved & updated or not any(id(param) in updated for param, _ in noted):
-            return
+        if moved and not moved & updated and any(id(param) in updated for param, _ in noted):
+            self._count_discarded()
+
+    def _count_discarded(self) -> None:
         self._count += 1
         if self._count == BORROWED_PASSES:
             warn_user(

@@ -26,7 +26,7 @@ from rotoopt._engine.watch import (
     SilentHeads,
     UntrainedHeads,
 )
-from tests.contract.models import back_propagate, wrap
+from tests.contract.models import TwoTasks, back_propagate, wrap
 
 NAMES = ("a", "b", "c")
 BLOCK = st.tuples(st.integers(1, SILENT_STEPS + 2), st.booleans(), st.sets(st.integers(0, 2)))
@@ -165,9 +165,10 @@ def test_a_lazy_layer_that_never_runs_is_reported() -> None:
     assert "got no change of 1.weight of a in" in message
 
 
+@pytest.mark.parametrize("clears", ["optimizer", "model"])
 @pytest.mark.parametrize("paused", [False, True])
 @pytest.mark.parametrize("trains", ["generator", "backbone"])
-def test_a_generator_that_is_trained_through_the_heads_is_reported_once(trains: str, paused: bool) -> None:
+def test_a_generator_that_is_trained_through_the_heads_is_reported_once(trains: str, paused: bool, clears: str) -> None:
     """But no backbone with an optimizer of its own, also if the steps of the heads are skipped."""
     model, _ = wrap()
     generator = nn.Linear(3, 3, bias=False)
@@ -181,7 +182,7 @@ def test_a_generator_that_is_trained_through_the_heads_is_reported_once(trains: 
                 first, second = model(generator(model.inputs(step)))
             (first.sum() + second.sum()).backward()
             bare.step()
-            optimizer.zero_grad()
+            (optimizer if clears == "optimizer" else model).zero_grad()
             losses, rep = model.losses(step)
             if trains == "generator":
                 optimizer.step(losses, rep)
@@ -189,3 +190,23 @@ def test_a_generator_that_is_trained_through_the_heads_is_reported_once(trains: 
     found = warned(run)
     assert len(found) == (trains == "generator" and not paused)
     assert all("run that forward pass under optimizer.paused()" in each for each in found)
+
+
+def test_accumulation_while_another_optimizer_updates_a_part_of_the_backbone_is_not_reported() -> None:
+    """Gradients of the other part are kept, so that no backward pass is discarded."""
+    model = TwoTasks()
+    model.backbone = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 6))
+    bare = SGD(model.backbone[0].parameters(), lr=0.01)
+    own = [*model.backbone[2].parameters(), *model.heads.parameters()]
+    optimizer = RotoGradOptimizer(SGD(own, lr=0.01), model.heads)
+
+    def run() -> None:
+        for step in range(4 * LOOK_EVERY):
+            back_propagate(model.losses(step)[0])
+            bare.step()
+            bare.zero_grad()
+            if step % 2:
+                optimizer.step()
+                model.zero_grad()
+
+    assert not warned(run)
