@@ -104,32 +104,31 @@ class ProgressWeighting(Weighting):
     def _remember(self, measured: Measurements) -> tuple[Tensor, Tensor]:
         """Return norms and losses, the latest of every task, and their running means, both of shape ``(2, K)``."""
         norms, losses, seen = measured.norms, measured.losses, measured.present & (measured.norms > 0)
-        # The dtype of the network may have become wider.
-        before = self._remembered("means", norms.expand(2, -1)).to(norms)
+        before = self._remembered("means", norms.expand(2, -1))
         if losses is None:
             latest, learned = torch.stack([norms, before[1]]), torch.stack([seen, torch.zeros_like(seen)])
         else:  # a negative loss makes the mean NaN permanently
             latest, learned = torch.stack([norms, losses.masked_fill(losses < 0, torch.nan).to(norms)]), seen
         latest = torch.where(seen, latest, before)
-        count = self._remembered("count", latest).to(latest) + learned
+        count = self._remembered("count", latest) + learned
         if not measured.burnt_in:
             count[1] = 0.0  # the mean of the losses starts after the burn-in
         length = 1 / (1 - self.decay)
         means = torch.lerp(before, latest, count.clamp(1.0, length).reciprocal())
-        first = torch.where(count[1] <= round(length), means[1], self._remembered("first_losses", norms).to(means))
+        first = torch.where(count[1] <= round(length), means[1], self._remembered("first_losses", norms))
         self.state["means"], self.state["count"], self.state["first_losses"] = means, count, first
         return latest, means
 
     def _bounded(self, latest: Tensor, means: Tensor) -> Tensor:
         r"""Return :math:`\nu`, bounded; zero where unknown. Shape ``(K,)``."""
-        self.state["peaks"] = torch.maximum(self._remembered("peaks", means).to(means), means)
+        self.state["peaks"] = torch.maximum(self._remembered("peaks", means), means)
         return torch.maximum(torch.maximum(means, latest / BURST), VANISHED * self.state["peaks"])
 
     def _renew(self, agreement: Tensor, rates: Tensor) -> None:
         r"""Renew s, closer to its mean over tasks the less is known, and the mean of ``rates``, the logarithms of r."""
         known = agreement < torch.inf  # NaN is not
-        before = self._remembered("agreement", rates).to(rates)
-        count = self._remembered("num_agreements", before).to(before) + known
+        before = self._remembered("agreement", rates)
+        count = self._remembered("num_agreements", before) + known
         gain = count.clamp(1.0, TURNS).reciprocal()
         mean = torch.lerp(before, torch.where(known, agreement.to(before), before), gain)
         logs = (1 - mean.reciprocal()).clamp(min=NOISE).log()
@@ -140,7 +139,8 @@ class ProgressWeighting(Weighting):
         self.state["mean_rate"] = _mean(rates.nan_to_num(), signal.masked_fill(rates.isnan(), 0.0))
 
     def _remembered(self, name: str, like: Tensor) -> Tensor:
-        return self.state[name] if name in self.state else torch.zeros_like(like)
+        """Return what is remembered, in the dtype of ``like``: gradients may have another one in every step."""
+        return self.state[name].to(like) if name in self.state else torch.zeros_like(like)
 
     def __repr__(self) -> str:
         return f"ProgressWeighting(alpha={self.alpha})"
