@@ -84,8 +84,10 @@ def check_rotations_reach_their_heads(optimizer: RotoGradOptimizer, losses: Loss
             if torch.equal(after, before[task]):
                 raise AssertionError(
                     f"A rotation in front of {trial.names[task]} must change its loss, got the same loss. Likely "
-                    "causes: (a) the head only uses the norm of z, which no rotation changes, or (b) its value and "
-                    "its gradient come from different computations, as with a straight-through estimator."
+                    "causes: (a) the head only uses norms, or inner products of inputs that are rotated alike, as a "
+                    "decoder u @ v.T: no rotation changes these, so pass `rotate` with one flag per task, False for "
+                    "it, or (b) its value and its gradient come from different computations, as with a "
+                    "straight-through estimator."
                 )
 
 

@@ -178,6 +178,26 @@ def straight_through(model: TwoTasks, optimizer: RotoGradOptimizer) -> Sequence[
     return [left, right - right.detach() + 1]
 
 
+class Similarities(nn.Module):
+    """A head without weights: inner products of its two inputs, for all samples."""
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return first @ second.mT
+
+
+def of_inner_products() -> Wired:
+    """A head whose output does not depend on its rotation."""
+    model, right = TwoTasks(), Similarities()
+    optimizer = RotoGradOptimizer(Adam(model.parameters()), heads={"left": model.heads["left"], "right": right})
+
+    def losses() -> list[Tensor]:
+        z = representation(model)
+        z = z + ((4 * z).round() / 4 - z).detach()  # so that sums are exact
+        return squares([model.heads["left"](z), right(z, 2 * z)])
+
+    return Wired(model, optimizer, losses)
+
+
 # ------------------------------------------------------------------ the rest
 
 

@@ -114,6 +114,11 @@ FAULTS = {
         ROTATIONS,
         "front of right must change its loss, got the same loss",
     ),
+    "head of inner products": Fault(
+        miswired.of_inner_products,
+        ROTATIONS,
+        "front of right must change its loss.* inner products of inputs that are rotated alike.* `rotate`",
+    ),
     "backbone missing from the optimizer": Fault(
         miswired.without_backbone, PARAMETERS, r"got 1 without: \(6, 3\) of the backbone\. Build it"
     ),
