@@ -20,11 +20,17 @@ class Fed:
         tasks: Whether any input of its heads required grad, by task.
         forks: The forks of all tensors whose graphs still exist.
         addresses: Memory addresses of all inputs.
+        earlier: Forks from before the latest backward pass, which may not have reached all of them.
     """
 
     tasks: dict[int, bool] = field(default_factory=dict)
     forks: WeakSet[Fork] = field(default_factory=WeakSet)
     addresses: set[int] = field(default_factory=set)
+    earlier: WeakSet[Fork] = field(default_factory=WeakSet)
+
+    def following(self) -> Fed:
+        """Return the next one, for the inputs after a backward pass that has begun."""
+        return Fed(earlier=WeakSet(fork for fork in (*self.forks, *self.earlier) if not fork.reached))
 
     def note(self, rep: Tensor, task: int) -> None:
         """Record that ``rep`` enters the head of ``task``."""
@@ -35,6 +41,10 @@ class Fed:
         """Return the fork of the only input whose gradient has not arrived yet; None if there are none or several."""
         unused = [fork for fork in self.forks if not fork.used]
         return unused[0] if len(unused) == 1 else None
+
+    def may_be_all(self) -> bool:
+        """Whether no fork from before the latest backward pass still waits for gradients."""
+        return all(fork.reached for fork in self.earlier)
 
     def trained(self) -> frozenset[int]:
         """Return the tasks whose heads had an input that requires grad."""

@@ -60,6 +60,7 @@ class Fork:
         second_moment: Second moment of z, if it is needed to update the rotations. Shape ``(m, m)``.
         sketch: The same.
         used: The tasks whose gradients arrived in the latest backward pass that collected them.
+        reached: Whether any gradient has arrived.
     """
 
     def __init__(self, rep: Tensor, num_tasks: int, running: Callable[[], BackwardPass], sketch: Sketch | None) -> None:
@@ -72,6 +73,7 @@ class Fork:
         self.second_moment: Tensor | None = None
         self.sketch = sketch
         self.used: tuple[int, ...] = ()
+        self.reached = False
         self._num_tasks = num_tasks
         self._running = running
         self._waiting: Tensor | None = None  # G, shape (K, *shape)
@@ -103,6 +105,7 @@ class Fork:
             is_there: Whether it was written to its :meth:`room`.
         """
         this = self._running()
+        self.reached = True
         if not self._waits(this):
             return this.pass_on(task, grad, self.sketch, in_place=is_own)
         waiting = self._rows(this, grad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from rotoopt._capture.fed import Fed
 from rotoopt._capture.graph import Edge, Node, behind, leaves, made_by, operation, reached, taps_of
 from rotoopt._capture.places import Places
 from rotoopt._torch.modules import names_of
-from rotoopt._torch.private import running_roots
+from rotoopt._torch.private import running_inputs, running_roots
 from rotoopt._torch.warn import warn_user
 
 LOOK_EVERY = 17  # a prime number, to check every step of a cycle, such as labeled and unlabeled batches
@@ -25,6 +26,11 @@ UNKNOWN = (
     "head and something else at once. If a head read the output of another one there, or a loss went around its head, "
     "gradients would be weighted incorrectly without an error. To be certain, call rotoopt.testing.check_invariants, "
     "or run a step without torch.compile."
+)
+OF_DATA = (
+    "A backward pass through heads in training mode should train parameters, got torch.autograd.grad() with respect to "
+    "data: this gradient was weighted, and counts as that of a loss. For adversarial examples, saliency maps and the "
+    "like, run the forward pass under optimizer.paused(), or in eval mode."
 )
 UNLISTED = (
     "Every task should have a head in `heads`, got a term of a loss that passes through none of these, but applies a "
@@ -53,7 +59,7 @@ class Wiring:
         self._operations: dict[frozenset[int], list[str]] = {}  # all operations when the losses were checked
         self._num_known: Counter[frozenset[int]] = Counter()
         self._shared: list[Tensor] = []
-        self._warned = self._found_unlisted = False
+        self._warned = self._found_unlisted = self._found_data = False
         self._tied: set[int] = set()  # ids of parameters of a task that others read as well
 
     def check(self, losses: Mapping[int, Tensor], fed: Fed, backbone_loss: Tensor | None) -> bool:
@@ -81,6 +87,7 @@ class Wiring:
 
     def check_running(self, fed: Fed) -> bool:
         """The same check for a backward pass that the user calls, as far as a sum of losses allows."""
+        self._warn_of_data(fed)
         tasks = fed.trained()
         known = self._known(tasks, fed)
         if known is not None:
@@ -90,9 +97,18 @@ class Wiring:
         dependence, own = self._dependence(roots), self._own_parameters()
         taps = check_sum(dependence, roots, self._names, own)
         if not taps:  # torch does not show what the pass started from
-            return fed.only_fork() is not None
+            return fed.only_fork() is not None and fed.may_be_all()
         self._warn_of_unlisted([node for root in roots for node, _ in dependence.terms(root).of_none], taps, own)
         return self._remember(tasks, taps)
+
+    def _warn_of_data(self, fed: Fed) -> None:
+        """Warn once of a gradient of data; that of a representation may be passed on to the backbone by the user."""
+        if self._found_data or any(fork.is_leaf for fork in fed.forks):
+            return
+        inputs = running_inputs()
+        if inputs and all(map(_is_data, inputs)):
+            self._found_data = True
+            warn_user(OF_DATA)
 
     def _warn_of_unlisted(self, losses: Sequence[Node], taps: Iterable[Node], own: Mapping[int, int]) -> None:
         """Warn once of a layer that may be the head of a task that is not listed."""
@@ -122,7 +138,7 @@ class Wiring:
         self._num_known[tasks] += 1
         if self._num_known[tasks] % LOOK_EVERY == 0:
             return None
-        if tasks not in self._one_tensor or not fed.trained() >= tasks:
+        if tasks not in self._one_tensor or not fed.trained() >= tasks or not fed.may_be_all():
             return None
         only = fed.only_fork()
         one_tensor = only is not None and only.tasks >= tasks
@@ -158,6 +174,10 @@ class Wiring:
             for part, task in parts
             for param in ([part] if isinstance(part, nn.Parameter) else part.parameters())
         }
+
+
+def _is_data(each: Any) -> bool:
+    return isinstance(each, Tensor) and each.is_leaf and not isinstance(each, nn.Parameter)
 
 
 def _passes(check: Callable[[], None]) -> bool:

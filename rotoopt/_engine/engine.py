@@ -12,7 +12,6 @@ from torch import Tensor
 from rotoopt._capture.backward_pass import BackwardPass
 from rotoopt._capture.capture import Capture
 from rotoopt._capture.faults import check_weighting
-from rotoopt._capture.fed import Fed
 from rotoopt._capture.fork import SPENT
 from rotoopt._capture.representation import RotatedDims
 from rotoopt._capture.wiring import Wiring
@@ -127,7 +126,7 @@ class Engine:
             self.close()
         finally:
             self._running = None
-            self.capture.fed = Fed()
+            self.capture.fed = self.capture.fed.following()
 
     def _values(self, present: Mapping[int, Tensor]) -> Tensor:
         """Return the losses of the joined batch, NaN for an absent task. Shape ``(K,)``."""
@@ -214,7 +213,7 @@ class Engine:
                 one_tensor = self._wiring.check_running(self.capture.fed)
                 self._running = self._open(None, None, one_tensor=one_tensor, number=number)
             finally:
-                self.capture.fed = Fed()
+                self.capture.fed = self.capture.fed.following()
         return self._running
 
     # ------------------------------------------------------------------ after

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -140,12 +141,29 @@ def running_roots() -> list[Tensor]:
 
     They are in a frame of ``torch.autograd``, in the thread that waits for the pass. There is no public name or hook.
     """
-    for frame in list(sys._current_frames().values()):
-        while frame is not None:
-            if frame.f_code.co_name == "_engine_run_backward" and frame.f_code.co_filename == ENGINE_FILE:
-                return list(frame.f_locals["t_outputs"])
-            frame = frame.f_back  # type: ignore[assignment]
-    return []
+    frame = _running_frame()
+    return [] if frame is None else list(frame.f_locals["t_outputs"])
+
+
+def running_inputs() -> list[Any]:
+    """Return what ``torch.autograd.grad`` returns gradients of; none in a pass that adds to ``.grad``, or if unknown.
+
+    See :func:`running_roots`.
+    """
+    frame = _running_frame()
+    if frame is None or frame.f_locals["kwargs"].get("accumulate_grad", True):
+        return []
+    return list(frame.f_locals["args"][3])
+
+
+def _running_frame() -> FrameType | None:
+    for frame in sys._current_frames().values():
+        caller: FrameType | None = frame
+        while caller is not None:
+            if caller.f_code.co_name == "_engine_run_backward" and caller.f_code.co_filename == ENGINE_FILE:
+                return caller
+            caller = caller.f_back
+    return None
 
 
 def output_shapes(node: Any) -> list[tuple[int, ...]]:

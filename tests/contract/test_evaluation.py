@@ -224,3 +224,18 @@ def test_other_hooks_of_a_head_run_later() -> None:
         train(model, optimizer, 0, 1)
         results.append(snapshot(model, optimizer))
     assert_same(*results)
+
+
+@pytest.mark.parametrize("of", ["data", "parameter", "representation"])
+def test_a_gradient_of_data_in_training_mode_causes_a_warning(of: str) -> None:
+    """It would count as that of a loss. Parameters may be trained by it, and representations passed on."""
+    model, _ = trained()
+    x = model.inputs(5).requires_grad_(of == "data")
+    rep = model.backbone(x)
+    if of == "representation":
+        rep = rep.detach().requires_grad_()
+    objective = torch.stack([head(rep).square().mean() for head in model.heads.values()]).sum()
+    inputs = {"data": x, "parameter": next(model.parameters()), "representation": rep}
+    message = r"should train parameters, got torch\.autograd\.grad\(\) with respect to data.*optimizer\.paused\(\)"
+    with pytest.warns(UserWarning, match=message) if of == "data" else nullcontext():
+        torch.autograd.grad(objective, inputs[of])

@@ -62,13 +62,34 @@ def test_weights_are_computed_from_the_norms_of_the_previous_step(K: int, seed: 
             expected[seen] = scale(known[seen], shares(known[seen], references.values[seen]))
 
 
-def test_losses_of_two_forward_passes_in_one_backward_pass_are_rejected() -> None:
-    """If the first one came before the latest backward pass, so that its gradients are not expected any more."""
-    model, optimizer = wrap(weighting=RotoGradWeighting())
-    back_propagate(model.losses(0)[0])
-    optimizer.step()
+@pytest.mark.parametrize("weighting", [None, RotoGradWeighting()])
+def test_losses_from_before_and_after_another_backward_pass(weighting: RotoGradWeighting | None) -> None:
+    """Such as the losses of clean and of adversarial examples, with the backward pass that made these in between."""
+    model, optimizer = wrap(weighting=weighting)
+    for step in range(3):
+        before = model.losses(step)[0]
+        for inner in range(2):
+            back_propagate(model.losses(10 + inner)[0])
+        optimizer.zero_grad()
+        losses = [first + second for first, second in zip(before, model.losses(20)[0], strict=True)]
+        (param,) = model.backbone.parameters()
+        with optimizer.paused():
+            pairs = zip(model.losses(step)[0], model.losses(20)[0], strict=True)
+            true = [torch.autograd.grad(first + second, param, retain_graph=True)[0] for first, second in pairs]
+        if step == 1:
+            optimizer.backward(losses)
+        else:
+            back_propagate(losses)
+        assert optimizer.last_step is not None
+        assert_close(param.grad, torch.tensordot(optimizer.last_step.weights, torch.stack(true), 1))
+        optimizer.step()
+        del before, losses  # and their graphs
+
+
+def test_losses_of_two_forward_passes_are_rejected_if_those_of_one_were_back_propagated_before() -> None:
+    model, _ = wrap(weighting=RotoGradWeighting())
     old = model.losses(1)[0]
-    back_propagate(model.losses(2)[0])
+    torch.stack(old).sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
     message = (
         r"^All heads must read the same tensor .* got two tensors in one pass: .* call optimizer\.backward\(losses\)\.$"
     )
