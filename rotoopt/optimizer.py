@@ -272,6 +272,7 @@ class RotoGradOptimizer(OptimizerWrapper):
             self.backward(losses, rep, backbone_loss=backbone_loss)
         elif rep is not None or backbone_loss is not None:
             raise TypeError("`rep` and `backbone_loss` must come with `losses`, got none.")
+        core.begin_step()
         result = core.optimizer.step() if closure is None else core.optimizer.step(closure)
         core.finish_step()
         return result

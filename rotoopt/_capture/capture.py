@@ -18,6 +18,7 @@ from rotoopt._capture.fork import Fork, Rotate
 from rotoopt._capture.graph import is_from_head
 from rotoopt._capture.in_place import InPlaceHeads
 from rotoopt._capture.inputs import Inputs, is_floating, paths_and_leaves, rebuilt
+from rotoopt._capture.latest import LatestWeights
 from rotoopt._capture.owner import Owner
 from rotoopt._capture.paths import Arguments, Path, Z
 from rotoopt._capture.places import Place, Places
@@ -44,6 +45,7 @@ class Capture:
         fed: The inputs of the heads since the latest backward pass; replaced before the next forward pass.
         places: Which of the tensors that enter the heads are rotated.
         whereabouts: Whether the rotations are those of the weights behind them.
+        latest_weights: Whether evaluated weights are those of the latest step.
         shapes: Latest shapes of the inputs in training, by task and place.
         inside: Tasks and places of inputs that a head computes itself, as in a decoder that calls it at every position.
         owner: The owner of the gradients; None for a module that calls the heads itself.
@@ -64,6 +66,7 @@ class Capture:
         self.fed = Fed()
         self.places = Places(rotations, dims)
         self.whereabouts = Whereabouts(rotations, self.places)
+        self.latest_weights = LatestWeights(rotations)
         self.shapes: dict[tuple[int, Place], torch.Size] = {}
         self.inside: set[tuple[int, Place]] = set()
         self.owner: Owner | None = None

@@ -57,6 +57,9 @@ class HeadHook:
             )
         if self.lost is not None or self.origin is not None:
             self._warn(head)
+        evaluates = not (head.training and torch.is_grad_enabled())
+        if evaluates and self.capture.latest_weights.is_noted and not torch.compiler.is_compiling():
+            self.capture.latest_weights.check(self.task)
         return self.capture.feed_all(args, kwargs, self.task, self.part, self.arguments, training=head.training)
 
     @not_compiled
@@ -116,6 +119,7 @@ class HeadHook:
         """Load the rotation that belongs to the weights in ``state_dict``."""
         if _changes_nothing(module, state_dict, prefix):
             return
+        self.capture.latest_weights.forget()
         saved, numbers = metadata.get(ENTRY), checksums(state_dict, prefix)
         if saved is None or numbers is None or numbers[0] not in saved["checksums"]:
             would_know = numbers is not None and "version" in metadata
@@ -133,6 +137,7 @@ class HeadHook:
     def load_part(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Record that weights of a part of the head are loaded without its rotation, which only the whole head has."""
         if not prefix and not _changes_nothing(module, state_dict):
+            self.capture.latest_weights.forget()
             self.lost = self.capture.whereabouts.what_is_lost(self.task, None, would_know=True)
 
     def renew_origin(self) -> None:

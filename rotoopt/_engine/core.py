@@ -47,6 +47,10 @@ class RotoGradCore(Core):
         self.__dict__.update(state)
         self.owner.become(self)
 
+    def begin_step(self) -> None:
+        """Prepare a step of the wrapped optimizer."""
+        self.engine.capture.latest_weights.begin_step(self.engine.memory.total_angles)
+
     def finish_step(self) -> None:
         """Update memory and rotations after a step of the wrapped optimizer, if there were task gradients."""
         engine = self.engine
@@ -61,6 +65,7 @@ class RotoGradCore(Core):
         # torch.distributed.checkpoint creates the optimizer's state in a step with a learning rate of zero.
         elif any(group.get("lr", 1.0) for group in self.optimizer.param_groups):
             self.idle_steps.observe(trained_before=bool(engine.capture.shapes))
+        engine.capture.latest_weights.end_step(self.optimizer, self.heads, engine.names, engine.memory.total_angles)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state dict of the wrapped optimizer, and the state of the method as ``"rotograd"``."""

@@ -308,6 +308,7 @@ class Engine:
         self.memory.load_state_dict(state_dict)
         self.capture.places.load_state_dict(state_dict["places"])
         self.capture.whereabouts.mark_as_loaded()
+        self.capture.latest_weights.forget()
 
     def clear(self) -> None:
         """Forget the backward passes since the latest step."""

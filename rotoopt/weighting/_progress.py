@@ -112,7 +112,7 @@ class ProgressWeighting(Weighting):
         latest = torch.where(seen, latest, before)
         count = self._remembered("count", latest) + learned
         if not measured.burnt_in:
-            count[1] = 0.0  # the mean of the losses starts after the burn-in
+            count[1].zero_()  # the mean of the losses starts after the burn-in
         length = 1 / (1 - self.decay)
         means = torch.lerp(before, latest, count.clamp(1.0, length).reciprocal())
         first = torch.where(count[1] <= round(length), means[1], self._remembered("first_losses", norms))

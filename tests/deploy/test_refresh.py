@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -164,7 +165,9 @@ def test_averages_that_are_swapped_in_predict_what_a_refreshed_copy_does() -> No
         optimizer.refresh(averaged)
         before = predict(model, x)
         shadow.swap()
-        assert_same(predict(model, x), predict(averaged, x))
+        with pytest.warns(UserWarning, match="averages of weights, were written") if batch == 1 else nullcontext():
+            predictions = predict(model, x)
+        assert_same(predictions, predict(averaged, x))
         shadow.swap()
         assert_same(predict(model, x), before)
     assert_same(snapshot(model, optimizer), snapshot(undisturbed, expected))
