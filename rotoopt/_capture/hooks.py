@@ -17,6 +17,7 @@ from rotoopt._capture.first_layer import FirstLayer
 from rotoopt._capture.inputs import Inputs
 from rotoopt._capture.paths import Arguments
 from rotoopt._capture.whereabouts import ENTRY, STALE, Origin, checksums, is_here
+from rotoopt._capture.writes import Writes
 from rotoopt._torch.modules import unwrapped
 from rotoopt._torch.private import forward_pre_hooks, not_compiled
 from rotoopt._torch.warn import warn_user
@@ -35,6 +36,7 @@ class HeadHook:
         handles: Handles that remove the hooks.
         lost: The warning if weights were loaded without the rotation that they need.
         origin: The original, if this is a copy that is not trained itself; otherwise None.
+        writes: What the head writes to its inputs.
     """
 
     def __init__(self, capture: Capture, task: int, part: int, arguments: Arguments) -> None:
@@ -46,6 +48,7 @@ class HeadHook:
         self.lost: str | None = None
         self.origin: Origin | None = None
         self._awaits_gradients = False
+        self.writes = Writes()
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Inputs:
         """Rotate the inputs of the head."""
@@ -60,7 +63,8 @@ class HeadHook:
         evaluates = not (head.training and torch.is_grad_enabled())
         if evaluates and self.capture.latest_weights.is_noted and not torch.compiler.is_compiling():
             self.capture.latest_weights.check(self.task)
-        return self.capture.feed_all(args, kwargs, self.task, self.part, self.arguments, training=head.training)
+        fed = self.capture.feed_all(args, kwargs, self.task, self.part, self.arguments, training=head.training)
+        return self.writes.note((args, kwargs), fed)
 
     @not_compiled
     def _warn(self, head: nn.Module) -> None:
@@ -189,6 +193,7 @@ def attach(capture: Capture, head: nn.Module, task: int, part: int, name: str) -
     try:
         # Before all other hooks: wrappers such as FSDP's pass another tensor than z to every head.
         hook.handles.append(head.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+        hook.handles.append(head.register_forward_hook(hook.writes, prepend=True))
         # Partial, because torch sets an attribute of the hook.
         hook.handles += [
             inner.register_state_dict_post_hook(partial(hook.save)),  # type: ignore[no-untyped-call]

@@ -15,6 +15,7 @@ from rotoopt._capture.inputs import Inputs, paths_and_leaves, rebuilt
 from rotoopt._capture.paths import Arguments, Path, as_in_training
 from rotoopt._capture.places import Place
 from rotoopt._capture.representation import RotatedDims, rotated
+from rotoopt._capture.writes import Writes
 from rotoopt._deploy.first_layers import FirstLayer, UnfoldableError, find_first_layers, wide
 from rotoopt._torch.modules import unwrapped
 from rotoopt._torch.warn import warn_user
@@ -40,6 +41,7 @@ class RotationHook:
         self.arguments = arguments
         self.noted = noted
         self.covers_all = covers_all
+        self.writes = Writes()
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Rotate the inputs of the head."""
@@ -54,7 +56,7 @@ class RotationHook:
             rotated(leaf, matrix, self.dims) if self.noted.get(path) else leaf
             for path, (_, leaf) in zip(paths, pairs, strict=True)
         ]
-        return rebuilt((args, kwargs), leaves)
+        return self.writes.note((args, kwargs), rebuilt((args, kwargs), leaves))
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def fold(capture: Capture, heads: Sequence[Sequence[nn.Module]], names: Sequence
             arguments = Arguments.of(each.module)
             hook = RotationHook(capture.dims, arguments, each.noted, covers_all=capture.rotations.covers_all)
             each.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+            each.module.register_forward_hook(hook.writes, prepend=True)
     for weight, rotated_weight in folded:
         weight.copy_(rotated_weight)
     if reasons:

@@ -1,0 +1,150 @@
+"""Heads that write to the dicts and lists that they get: the caller sees what they wrote, as without a rotation."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.testing import assert_close
+
+from rotoopt import RotoGradOptimizer
+from rotoopt.testing import check_invariants
+
+D = 6
+
+DICT_WRITES = {
+    "new key": lambda d, out: d.update(out=out),
+    "over z": lambda d, out: d.update(z=out),
+    "over another": lambda d, out: d.update(other=out),
+    "remove z": lambda d, out: d.pop("z"),
+    "remove another": lambda d, out: d.pop("other", None),
+    "nested": lambda d, out: d["nested"][0].update(out=out),
+    "append": lambda d, out: d["nested"].append(out),
+    "nothing": lambda d, out: None,
+}
+LIST_WRITES = {
+    "over z": lambda x, out: x.__setitem__(0, out),
+    "append": lambda x, out: x.append(out),
+    "pop": lambda x, out: x.pop(),
+    "pop first": lambda x, out: x.pop(0),
+    "reverse": lambda x, out: x.reverse(),
+    "nothing": lambda x, out: None,
+}
+RETURNS = {
+    "inputs": lambda inputs, out: inputs,
+    "pair": lambda inputs, out: (out, inputs),
+    "out": lambda inputs, out: out,
+    "none": lambda inputs, out: None,
+}
+
+
+class Writer(nn.Module):
+    """Writes to its input, and returns it or not."""
+
+    def __init__(self, write: Any, returned: Any) -> None:
+        super().__init__()
+        self.layer, self.write, self.returned = nn.Linear(D, 2), write, returned
+
+    def forward(self, inputs: Any) -> Any:
+        out = self.layer(inputs["z"] if isinstance(inputs, dict) else inputs[0])
+        self.write(inputs, out)
+        return self.returned(inputs, out)
+
+
+def described(value: Any, names: dict[int, str]) -> Any:
+    """Return ``value`` with tensors replaced by names of the original ones, or by their values."""
+    if isinstance(value, dict):
+        return {key: described(each, names) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [type(value).__name__, *[described(each, names) for each in value]]
+    return names.get(id(value), value.tolist()) if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize("training", [True, False])
+@given(data=st.data())
+def test_callers_see_what_heads_write(training: bool, data: st.DataObject) -> None:
+    is_dict = data.draw(st.booleans())
+    write = data.draw(st.sampled_from(list((DICT_WRITES if is_dict else LIST_WRITES).values())))
+    plain = Writer(write, data.draw(st.sampled_from(list(RETURNS.values()))))
+    backbone, wrapped = nn.Linear(5, D), copy.deepcopy(plain)
+    params = [*backbone.parameters(), *wrapped.parameters()]
+    RotoGradOptimizer(SGD(params, lr=0.1), [wrapped, nn.Linear(D, 1)], rotation_size=D)
+    z, other, x = backbone(torch.randn(4, 5)), backbone(torch.randn(4, 5)), torch.randn(3)
+    names = {id(z): "z", id(other): "other", id(x): "x"}
+    found = []
+    for head in (plain.train(training), wrapped.train(training)):
+        inputs: Any = {"z": z, "other": other, "x": x, "nested": [{"z": z}, x]} if is_dict else [z, other, x]
+        output = head(inputs)
+        same = output is inputs or (isinstance(output, tuple) and output[1] is inputs)
+        writes = write not in (DICT_WRITES["nothing"], LIST_WRITES["nothing"])
+        found.append((described(inputs, names), same and writes, described(output, names) if writes else None))
+    assert found[0] == found[1]
+
+
+class Detector(nn.Module):
+    """Adds its predictions to the dict that goes through all modules of a model."""
+
+    def __init__(self, name: str, size: int, *, returns: bool) -> None:
+        super().__init__()
+        self.layer, self.name, self.returns = nn.Linear(D, size), name, returns
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        batch[self.name] = self.layer(batch["features"])
+        return batch if self.returns else None
+
+
+class Pipeline(nn.Module):
+    """A model whose modules read from one dict, and write to it."""
+
+    def __init__(self, *, returns: bool) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(5, D)
+        self.boxes, self.scores = Detector("boxes", D, returns=returns), Detector("scores", 3, returns=returns)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        batch = {"x": x}
+        batch["features"] = self.backbone(x)
+        for head in (self.boxes, self.scores):
+            batch = head(batch) or batch
+        return batch
+
+
+@pytest.mark.parametrize("returns", [True, False])
+def test_one_dict_for_all_modules(returns: bool) -> None:
+    model = Pipeline(returns=returns).double()
+    before, x = copy.deepcopy(model), torch.randn(7, 5, dtype=torch.float64)
+    optimizer = RotoGradOptimizer(
+        SGD(model.parameters(), lr=0.05), {"boxes": model.boxes, "scores": model.scores}, turn_every=1, rotation_lr=0.3
+    )
+    assert_close(model(x), before(x), rtol=0, atol=0)
+
+    def losses() -> dict[str, Tensor]:
+        batch = model(x)
+        return {"boxes": (batch["boxes"] - x[:, :1]).square().mean(), "scores": 3 * (batch["scores"] - 1).abs().mean()}
+
+    for _ in range(5):
+        optimizer.zero_grad()
+        with optimizer.paused():
+            grads = [torch.autograd.grad(loss, model.backbone.weight, retain_graph=True) for loss in losses().values()]
+        optimizer.backward(losses())
+        assert optimizer.last_step is not None
+        expected = sum(w * grad for w, (grad,) in zip(optimizer.last_step.weights.tolist(), grads, strict=True))
+        assert model.backbone.weight.grad is not None
+        assert_close(model.backbone.weight.grad, expected)
+        optimizer.step()
+    check_invariants(optimizer, losses)
+    model.eval()
+    batch, z = model(x), model.backbone(x)
+    assert_close(batch["features"], z, rtol=0, atol=0)  # not rotated
+    for k, head in enumerate((model.boxes, model.scores)):
+        rotation = optimizer.rotations.matrices[k].double()
+        assert_close(batch[head.name], head.layer(z @ rotation.mT))
+    with pytest.warns(UserWarning, match="should begin with a linear layer"):
+        optimizer.fold()
+    assert_close(model(x), batch)
