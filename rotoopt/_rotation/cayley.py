@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 MAX_TURN = 1000.0  # Frobenius norm of S, in radians
-SQUARINGS = {torch.float32: 4, torch.float64: 5}  # of a matrix of norm 0.56, until its square is below rounding
+NEWTON_STEPS = {torch.float32: 4, torch.float64: 5}  # an error of norm 0.56^2 is squared in each, down to rounding
 CLEAR = 8.0  # times eps: the share of |N|^2 that |S|^2 must exceed to be more than rounding
 
 
@@ -19,8 +19,8 @@ class Skew(Protocol):
     def half_squared_norm(self) -> Tensor:
         r"""Return :math:`\tfrac12 \lVert S_k \rVert_F^2`. Shape ``(K,)``."""
 
-    def in_metric(self, factor: Tensor) -> Ascent:
-        """Return the ascent direction in the metric G, whose lower Cholesky factor is ``factor``, shape ``(m, m)``."""
+    def in_metric(self, metric: Tensor) -> Ascent:
+        """Return the ascent direction in ``metric``, G, positive definite. Shape ``(m, m)``."""
 
     def turn_(self, matrices: Tensor, step: Tensor) -> None:
         r"""Set :math:`R_k \leftarrow R_k\,\mathrm{cay}(\eta_k S_k)` in place.
@@ -78,7 +78,7 @@ class SampleSkew:
             self._half_squared_norm = _products(samples, samples)[0][:, 1, 1].abs()
         return self._half_squared_norm
 
-    def in_metric(self, factor: Tensor) -> Ascent:
+    def in_metric(self, metric: Tensor) -> Ascent:
         """In O(n m^2), and again of rank 2n."""
         samples = torch.cat([self._V[None], self._W])
         target, tasks = samples[0], samples[1:]
@@ -86,7 +86,7 @@ class SampleSkew:
         inner = torch.mv(samples.flatten(1), target.flatten())
         along = (inner[1:] / inner[0]).nan_to_num_(0.0)
         tasks.addcmul_(along[:, None, None], target, value=-1.0)
-        solved = _solved(samples, factor)
+        solved = _solved(samples, metric)
         products, sizes = _products(samples, solved)
         rise, change = (products[:, 0] + products[:, :, 0]).unbind(1)
         norm = products[:, 1, 1].abs()  # rounding may change the sign of what is zero
@@ -125,9 +125,9 @@ class DenseSkew:
         """From the entries."""
         return 0.5 * _dot(self._S, self._S)
 
-    def in_metric(self, factor: Tensor) -> Ascent:
+    def in_metric(self, metric: Tensor) -> Ascent:
         """In O(m^3)."""
-        inverse = torch.cholesky_inverse(factor)  # four times faster than solving for K m columns
+        inverse = _inverse(metric)
         half = inverse @ self._S
         skew = DenseSkew(half @ (0.5 * inverse))  # D / 2 is skew, up to rounding errors
         clarity = torch.sub(_dot(self._S, self._S), _dot(self._N, self._N), alpha=_rounding(self._S))
@@ -159,11 +159,22 @@ def _products(samples: Tensor, solved: Tensor) -> tuple[Tensor, Tensor]:
     return products, torch.linalg.vector_norm(own[:, 1], dim=1)
 
 
-def _solved(samples: Tensor, factor: Tensor) -> Tensor:
-    r"""Return ``samples``, shape ``(K, n, m)``, times :math:`G^{-1}`, given the lower Cholesky factor of G."""
-    if samples.shape[0] * samples.shape[1] > len(factor):  # more than m: the inverse takes fewer operations
-        return samples @ torch.cholesky_inverse(factor)
-    return torch.cholesky_solve(samples.flatten(0, 1).mT, factor).mT.view(samples.shape)
+def _solved(samples: Tensor, metric: Tensor) -> Tensor:
+    r"""Return ``samples``, shape ``(K, n, m)``, times :math:`G^{-1}`."""
+    if samples.shape[0] * samples.shape[1] > len(metric):  # more than m: a product is faster than substitutions
+        return samples @ _inverse(metric)
+    solved: Tensor = torch.linalg.solve_ex(metric, samples.flatten(0, 1), left=False).result
+    return solved.view(samples.shape)
+
+
+def _inverse(metric: Tensor) -> Tensor:
+    r"""Return :math:`G^{-1}`.
+
+    By LU, and ``_ex``, which does not wait for the device. Cholesky takes half of the operations, but ``cholesky_ex``
+    on a CPU first copies a triangle column by column, which takes longer than the decomposition if m is large.
+    """
+    inverse: Tensor = torch.linalg.inv_ex(metric).inverse
+    return inverse
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
@@ -202,17 +213,20 @@ def cayley_delta(skew: Tensor) -> Tensor:
 
 
 def _inverse_near_identity(E: Tensor) -> Tensor:
-    r"""Return :math:`(I - E)^{-1} = \prod_j (I + E^{2^j})`, by products alone (batched LU: see above).
+    r"""Return :math:`(I - E)^{-1}`, by products alone (batched LU: see above).
+
+    By Newton's iteration, :math:`X \leftarrow 2X - X (I - E) X`, from :math:`I + E`. It takes as many products as
+    :math:`\prod_j (I + E^{2^j})`, whose factors soon become so small that a CPU multiplies them many times more slowly.
 
     Args:
         E: Shape ``(K, n, n)``, of norm at most 0.56. It is overwritten.
     """
-    power, inverse = E @ E, E
-    inverse.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    for _ in range(SQUARINGS[E.dtype] - 1):
-        inverse = torch.baddbmm(inverse, power, inverse)
-        power = power @ power
-    return torch.baddbmm(inverse, power, inverse)
+    remainder, inverse = -E, E
+    for matrix in (remainder, inverse):
+        matrix.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    for _ in range(NEWTON_STEPS[E.dtype]):
+        inverse = torch.baddbmm(inverse, inverse, remainder @ inverse, beta=2.0, alpha=-1.0)
+    return inverse
 
 
 @torch.no_grad()

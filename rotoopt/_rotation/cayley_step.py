@@ -106,8 +106,8 @@ class CayleyStep:
             return None
         matrices = self.rotations.matrices
         m = matrices.shape[-1]
-        factor = self._metric.factor(gradients, matrices)
-        ascent = self._skew(gradients, m).in_metric(factor)  # which frees S
+        metric = self._metric.update(gradients, matrices)
+        ascent = self._skew(gradients, m).in_metric(metric)  # which frees S
         norm = ascent.skew.half_squared_norm()
         least = torch.minimum(ascent.change, ascent.clarity)
         rests = (least > 0) <= self.rotations.rests  # for booleans: not (a turn is possible, and not rests)

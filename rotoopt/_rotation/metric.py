@@ -32,29 +32,29 @@ class Metric:
         self._mean: Tensor | None = None  # shape (m, m), trace m
         self._memory: Tensor | None = None  # the decay, zero before the first measurement
 
-    def factor(self, gradients: Sequence[RotationGradient], like: Tensor) -> Tensor:
-        """Update the running mean with the moments of ``gradients``, and return the Cholesky factor of G.
+    def update(self, gradients: Sequence[RotationGradient], like: Tensor) -> Tensor:
+        """Update the running mean with the moments of ``gradients``, and return G.
 
         Args:
             gradients: The gradients of an update.
             like: The rotations. Shape ``(K, m, m)``.
         """
-        m, identity = like.shape[-1], torch.eye(like.shape[-1], device=like.device, dtype=like.dtype)
-        distributed = self._processes.count > 1
+        m, distributed = like.shape[-1], self._processes.count > 1
+        if self._mean is None or self._memory is None:
+            self._mean = torch.eye(m, device=like.device, dtype=like.dtype)
+            self._memory = torch.zeros_like(self._mean[0, 0])
         moments = [each.second_moment for each in gradients if each.second_moment is not None]
-        total = sum(moments[1:], moments[0]).to(like, copy=distributed) if moments else torch.zeros_like(identity)
+        total = sum(moments[1:], moments[0]).to(like, copy=distributed) if moments else torch.zeros_like(self._mean)
         if distributed:
             self._processes.sum_(total)
         trace = total.trace()
         measured = trace == trace.clamp(torch.finfo(trace.dtype).tiny, torch.finfo(trace.dtype).max)  # positive, finite
         latest = total / (trace / m)
-        if self._mean is None or self._memory is None:
-            self._mean, self._memory = identity, torch.zeros_like(trace)
         self._mean = torch.where(measured, torch.lerp(latest, self._mean, self._memory), self._mean)
         self._memory = self._memory.masked_fill(measured, MEMORY)
-        damped = torch.add(self._mean, identity, alpha=DAMPING)
-        factor, info = torch.linalg.cholesky_ex(damped)  # `_ex`: no device synchronization
-        return torch.where(info == 0, factor, identity)  # identity if rounding errors made the moment indefinite
+        damped = self._mean.clone()
+        damped.diagonal().add_(DAMPING)
+        return damped
 
     def to(self, device: torch.device) -> None:
         """Move the state to ``device``."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,10 @@ from torchjd.autojac import jac_to_grad, mtl_backward
 
 from rotoopt import RotoGradOptimizer
 
-PLAIN, FLOOR, SCALE_ONLY, ROTOOPT, TORCHJD = "plain", "frozen dense", "rotoopt, rotate=False", "rotoopt", "torchjd"
-ALL = (PLAIN, FLOOR, SCALE_ONLY, ROTOOPT, TORCHJD)
+PLAIN, FLOOR, TORCHJD = "plain", "frozen dense", "torchjd"
+ROTOOPT, SCALE_ONLY, NO_UPDATES = "rotoopt", "rotoopt, rotate=False", "rotoopt, no updates"
+OURS = (PLAIN, FLOOR, SCALE_ONLY, NO_UPDATES, ROTOOPT)
+ALL = (*OURS, TORCHJD)
 OUTPUTS = 10  # of every head
 
 
@@ -100,9 +104,9 @@ def frozen_dense(training: Training) -> Update:
     return plain(training)
 
 
-def rotoopt(training: Training, *, rotate: bool = True) -> Update:
-    """The wrapped optimizer with its defaults, or without rotations."""
-    optimizer = RotoGradOptimizer(training.optimizer, training.heads, dim=training.case.dim, rotate=rotate)
+def rotoopt(training: Training, **options: Any) -> Update:
+    """The wrapped optimizer with its defaults, but for ``options``."""
+    optimizer = RotoGradOptimizer(training.optimizer, training.heads, dim=training.case.dim, **options)
     training.optimizer = optimizer
     return optimizer.step
 
@@ -129,6 +133,7 @@ VARIANTS: dict[str, Callable[[Training], Update]] = {
     PLAIN: plain,
     FLOOR: frozen_dense,
     SCALE_ONLY: partial(rotoopt, rotate=False),
+    NO_UPDATES: partial(rotoopt, turn_every=sys.maxsize),  # one, in the first step
     ROTOOPT: rotoopt,
     TORCHJD: torchjd,
 }
@@ -184,9 +189,7 @@ def vectors(
 
 RESNET18 = vectors("ResNet-18 on 64 x 64 images", (64, 3, 64, 64), 5, resnet18, 512)
 STRESS = vectors("MLP 128-1024-1024", (128, 128), 5, partial(mlp, 128, 1024, 1024), 1024)
-GROWTH = {
-    d: vectors(f"MLP 128-{d}", (64, 128), 4, partial(mlp, 128, d), d, PLAIN, FLOOR, ROTOOPT) for d in (512, 1024, 2048)
-}
+GROWTH = {d: vectors(f"MLP 128-{d}", (64, 128), 4, partial(mlp, 128, d), d, *OURS) for d in (512, 1024, 2048)}
 MANY = vectors("MLP 128-1024-512", (256, 128), 40, partial(mlp, 128, 1024, 512), 512)
 MAPS = Case(
     "two 3 x 3 convolutions, representation (B, C, H, W) = (16, 64, 32, 32), K = 3, dim=1, 3 x 3 convolutions as heads",

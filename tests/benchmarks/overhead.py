@@ -15,7 +15,7 @@ import json
 import math
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks import cases
-from tests.benchmarks.cases import FLOOR, PLAIN, ROTOOPT, TORCHJD, Case, Training
+from tests.benchmarks.cases import FLOOR, NO_UPDATES, PLAIN, ROTOOPT, SCALE_ONLY, TORCHJD, Case, Training
 from tests.benchmarks.official_rotograd import OfficialRotograd, make_environment
 from tests.benchmarks.timing import machine, seconds_per_step, synchronization, take_turns
 
@@ -92,6 +92,20 @@ class Result:
         if self.bars:
             lines += ["", "| bar | measured | at most | met |", "|---|---|---|---|", *[bar.row() for bar in self.bars]]
         return "\n".join([*lines, "", *[f"{note}\n" for note in self.notes]])
+
+
+def parts(results: Sequence[Result]) -> str:
+    """Return the table of the parts of the time that rotoopt adds, as multiples of that of the layers."""
+    names = {case.description: name for name, case in cases.NAMED.items()}
+    lines = ["### Parts of the added time, times that of the layers\n"]
+    lines += ["| case | all | products | weighting | updates | rest |", "|---|---:|---:|---:|---:|---:|"]
+    for result in results:
+        layers, weighting, without, whole = (
+            1e3 * result.added(variant) for variant in (FLOOR, SCALE_ONLY, NO_UPDATES, ROTOOPT)
+        )
+        found = (whole, layers, weighting, whole - without, without - weighting - layers)
+        lines.append(f"| {names[result.title]} | {' | '.join(f'{part / layers:.2f}' for part in found)} |")
+    return "\n".join(lines)
 
 
 def measure(case: Case, args: argparse.Namespace, *, autocast: bool) -> Result:
@@ -183,6 +197,8 @@ def main() -> None:
             if args.json is not None:
                 content = {name: [asdict(result) for result in results] for name, results in report.items()}
                 args.json.write_text(json.dumps({"machine": measured_on, "clock": clock, "cases": content}, indent=1))
+    if args.device == "cpu":
+        print(parts([result for results in report.values() for result in results]))
 
 
 if __name__ == "__main__":

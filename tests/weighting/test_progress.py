@@ -142,11 +142,12 @@ def test_a_task_whose_signal_is_unknown_has_the_mean_of_the_others(K: int, seed:
     assert_close(weights / weights.sum(), expected / expected.sum())
 
 
-def with_progress(rates: Tensor, agreement: Tensor, alpha: float) -> Tensor:
-    """Return the shares of tasks with these remaining losses, after one measurement of the agreement."""
+def with_progress(rates: Tensor, agreement: Tensor, alpha: float, turns: int) -> Tensor:
+    """Return the shares of tasks with these remaining losses, after so many measurements of the agreement."""
     weighting, norms = ProgressWeighting(alpha, decay=0.0), torch.ones_like(rates)
     weighting(measured(norms, norms))
-    weights = weighting(measured(norms, rates, agreement))
+    for _ in range(turns):
+        weights = weighting(measured(norms, rates, agreement))
     return weights / weights.sum()
 
 
@@ -156,10 +157,11 @@ def test_progress_counts_as_far_as_the_gradient_is_signal(K: int, seed: int, alp
     sampler = Sampler(seed)
     rates, agreement = 1e-3 + 0.9 * sampler.uniform(K), sampler.log_scales(K, -0.3, 2)
     signal = (1 - 1 / agreement).clamp(min=0.1)
-    signal = (signal * signal.log().mean().exp()).sqrt()  # one measurement
+    turns = 1 + sampler.integer(4)
+    signal = torch.lerp(signal.log().mean(), signal.log(), turns / (turns + 1)).exp()
     mean = ((signal * rates.log()).sum() / signal.sum()).exp()
     expected = (signal * rates**signal * mean ** (1 - signal)) ** alpha
-    assert_close(with_progress(rates, agreement, alpha), expected / expected.sum())
+    assert_close(with_progress(rates, agreement, alpha, turns), expected / expected.sum())
 
 
 @given(K=st.integers(2, 6), seed=SEEDS)
@@ -168,7 +170,7 @@ def test_a_loss_that_cannot_decrease_gets_a_larger_share_only_with_a_signal(K: i
     sampler, first = Sampler(seed), torch.arange(K) == 0
     rates, agreement = (0.01 + 0.2 * sampler.uniform(K)).masked_fill(first, 1.0), 10 + 90 * sampler.uniform(K)
     with_signal, with_noise = (
-        with_progress(rates, agreement.masked_fill(first, found), alpha=0.5)[0] for found in (100.0, 1.0)
+        with_progress(rates, agreement.masked_fill(first, found), 0.5, turns=10)[0] for found in (100.0, 1.0)
     )
     assert with_signal > 1.3 / K
     assert with_noise < 1 / K
