@@ -196,8 +196,8 @@ def not_through_its_head(name: str, others: str) -> str:
     return (
         f"The loss of {name} must pass through its rotated head, got one that passes through: {others or 'none'}. "
         "Either (a) the order of `losses` is not that of the heads, (b) the head was bypassed, as by head.forward(z), "
-        "another method or a submodule of it (list that one), or a functional head that did not read "
-        "optimizer.rotate(z), "
+        "another method, a submodule of it (list that one) or the nn.Sequential that it is a slice of (list its "
+        "layers), or a functional head that did not read optimizer.rotate(z), "
         "(c) it ran in eval mode, on z.detach(), under paused() (a gradient penalty: pass it as backbone_loss, or call "
         "its backward() by itself), no_grad(), torch.func.vmap() or re-entrant checkpointing (pass "
         "use_reentrant=False), before the optimizer was built, or after remove() or fold(), or (d) the model was "
