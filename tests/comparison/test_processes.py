@@ -55,6 +55,7 @@ def test_a_process_that_exits_is_reported() -> None:
 
 ENDLESS = """
 import os
+import signal
 import time
 from rotoopt.comparison._processes import outcomes
 
@@ -63,6 +64,7 @@ def job(seconds):
     time.sleep(seconds)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it runs in the background
     list(outcomes(job, [1000.0, 1000.0], 2))
 """
 
