@@ -160,21 +160,26 @@ def _products(samples: Tensor, solved: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solved(samples: Tensor, metric: Tensor) -> Tensor:
-    r"""Return ``samples``, shape ``(K, n, m)``, times :math:`G^{-1}`."""
+    r"""Return ``samples``, shape ``(K, n, m)``, times :math:`G^{-1}`, finite."""
     if samples.shape[0] * samples.shape[1] > len(metric):  # more than m: a product is faster than substitutions
         return samples @ _inverse(metric)
     solved: Tensor = torch.linalg.solve_ex(metric, samples.flatten(0, 1), left=False).result
-    return solved.view(samples.shape)
+    return _finite(solved).view(samples.shape)
 
 
 def _inverse(metric: Tensor) -> Tensor:
-    r"""Return :math:`G^{-1}`.
+    r"""Return :math:`G^{-1}`, finite.
 
     By LU, and ``_ex``, which does not wait for the device. Cholesky takes half of the operations, but ``cholesky_ex``
     on a CPU first copies a triangle column by column, which takes longer than the decomposition if m is large.
     """
     inverse: Tensor = torch.linalg.inv_ex(metric).inverse
-    return inverse
+    return _finite(inverse)
+
+
+def _finite(solved: Tensor) -> Tensor:
+    """Set what a singular metric made infinite or NaN to zero, in place: any finite D is a safe direction."""
+    return solved.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:

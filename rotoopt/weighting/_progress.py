@@ -139,7 +139,7 @@ class ProgressWeighting(Weighting):
         self.state["mean_rate"] = _mean(rates.nan_to_num(), signal.masked_fill(rates.isnan(), 0.0))
 
     def _remembered(self, name: str, like: Tensor) -> Tensor:
-        """Return what is remembered, in the dtype of ``like``: gradients may have another one in every step."""
+        """Return what is remembered, in the dtype of ``like``, which may differ between steps."""
         return self.state[name].to(like) if name in self.state else torch.zeros_like(like)
 
     def __repr__(self) -> str:

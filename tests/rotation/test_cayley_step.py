@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from rotoopt._rotation import cayley_step
 from rotoopt._rotation.cayley import DenseSkew, SampleSkew, Skew
+from rotoopt._rotation.metric import DAMPING, MEMORY
 from tests.asserts import assert_rotations, assert_same_bits, eps
 from tests.rotation.steps import cayley, turned, with_moment
 from tests.samplers import (
@@ -214,3 +215,26 @@ def test_gradients_that_are_almost_aligned_keep_rotations_orthogonal(
     z = sampler.normal(n, m) * sampler.log_scales(m, -3, 3).float()
     result = turned(sampler.rotations(K, m), rotation_gradient(units, units.mean(0), z), steps=3, dense_from=dense)
     assert_rotations(result)
+
+
+@given(
+    K=NUM_TASKS,
+    n=NUM_SAMPLES,
+    seed=SEEDS,
+    least=st.sampled_from([-1.0, -DAMPING, -DAMPING * (1 - 1e-6), -DAMPING * (1 + 1e-6), -DAMPING / 2]),
+    dense=st.sampled_from([0.0, math.inf]),
+)
+def test_a_moment_that_is_not_positive_does_no_harm(K: int, n: int, seed: int, least: float, dense: float) -> None:
+    """As may result from rounding errors with very many features; with damping, it may be singular."""
+    sampler, m = Sampler(seed, torch.float32), 3
+    rotations = haar(K, m, torch.float32)
+    step = cayley(rotations, 0.1)
+    state = step.state_dict()
+    mean = torch.diag(torch.tensor([3.0 - 1.0 - least, 1.0, least]))
+    step.load_state_dict({**state, "metric": {"mean": mean, "memory": torch.tensor(MEMORY)}})
+    gradient = rotation_gradient(*sampler.directions(K, n, m))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cayley_step, "DENSE_FROM", dense)
+        for _ in range(3):
+            step.step([gradient])
+    assert_rotations(rotations.matrices)
