@@ -41,8 +41,8 @@ from rotoopt._torch.wrapper import OptimizerWrapper
 from rotoopt.weighting import Weighting
 from rotoopt.weighting._aggregator import Aggregator, as_weighting
 
-DEFAULT_ROTATION_LR = 0.02
-TURN_EVERY = 16
+DEFAULT_ROTATION_LR = 0.04
+TURN_EVERY = 32
 
 
 class RotoGradOptimizer(OptimizerWrapper):
@@ -77,7 +77,7 @@ class RotoGradOptimizer(OptimizerWrapper):
         rotation_lr: Learning rate of the built-in rotation step: the relative change (root mean square) of the input
             of a head in the first update. The change in the t-th update is about :math:`\mathrm{lr} / \sqrt t`,
             multiplied by the learning rate of the network relative to its maximum so far.
-        turn_every: Number of steps from one update of the rotations to the next. ``None``: 16 for the built-in step,
+        turn_every: Number of steps from one update of the rotations to the next. ``None``: 32 for the built-in step,
             which is cheap and keeps the rotations slower than the network, as the method requires; 1 for a
             ``rotation_optimizer``, which has its own schedule.
         rotation_optimizer: A callable ``params -> torch.optim.Optimizer`` on the Lie-algebra coordinates, instead
@@ -108,7 +108,7 @@ class RotoGradOptimizer(OptimizerWrapper):
     Source: Javaloy and Valera, RotoGrad: Gradient Homogenization in Multitask Learning, ICLR 2022, algorithm 1.
     Differs from the official code (rotograd 0.1.6): wraps the optimizer instead of the model; the default weighting
     uses running means, progress and signal instead of equal norms in every step; the initial rotations are R_k = I; the
-    objective of the rotations uses unit gradients; rotations are updated every 16 steps, mainly in directions in which
+    objective of the rotations uses unit gradients; rotations are updated every 32 steps, mainly in directions in which
     the representation has little variance, with a step size that decays and follows the schedule of the network;
     references are never taken from absent, zero or non-finite gradients; an absent task contributes nothing instead
     of its previous gradient.

@@ -211,7 +211,7 @@ class Oracle:
     normalize_losses: bool = False
     burn_in_period: int = 20
     rotation_lr: float = 0.02
-    turn_every: int = 16
+    turn_every: int = 32
     rotation_optimizer: Callable[[list[Tensor]], Optimizer] | None = None
     matrices: Tensor = field(default_factory=lambda: torch.empty(0))  # empty: K identities
 

@@ -12,9 +12,11 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# Number of steps whose times are averaged before taking the median. Rotations are updated every 16 steps; a median of
-# single steps would not include that.
-BLOCK = 16
+from rotoopt.optimizer import TURN_EVERY
+
+# Number of steps whose times are averaged before taking the median; a median of single steps would not include updates
+# of the rotations.
+BLOCK = TURN_EVERY
 
 
 class StepClock:
@@ -49,7 +51,7 @@ class StepClock:
     def seconds_per_step(self) -> float | None:
         """Return the time between steps of the optimizer with the most steps; None if none made two.
 
-        The median of the means over blocks of 16 steps: it includes updates of the rotations, and is robust to warm-up
+        The median of the means over blocks of 32 steps: it includes updates of the rotations, and is robust to warm-up
         and to tests between epochs.
         """
         times = torch.tensor(max(self._times.values(), key=len, default=[]), dtype=torch.float64)

@@ -37,7 +37,7 @@ def compare(
 
     Time per step is the time from one step of an optimizer to the next, so it includes the data, the forward and the
     backward pass, and other load on the machine: compare times of one process on an idle machine. It is the median of
-    the means over blocks of 16 steps.
+    the means over blocks of 32 steps.
 
     Args:
         train: Called as ``train(seed, **options)``, or ``train(seed, lr=lr, **options)`` with ``lrs``. Builds a

@@ -41,7 +41,7 @@ def plot_history(history: History) -> Figure:
         ...     history.record(optimizer)
         >>> figure = plot_history(history)
         >>> [ax.get_title(loc="left") for ax in figure.axes]
-        ['Losses', 'Gradient norms', 'Gradient cosines', 'Rotations, learning rate 0.02']
+        ['Losses', 'Gradient norms', 'Gradient cosines', 'Rotations, learning rate 0.04']
     """
     values, names = history.to_dict(), history.task_names
     figure, grid = new_figure(2, 2, len(names))

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from rotoopt.optimizer import TURN_EVERY
 from tests.benchmarks import cases
 from tests.benchmarks.cases import FLOOR, NO_UPDATES, PLAIN, ROTOOPT, SCALE_ONLY, TORCHJD, Case, Training
 from tests.benchmarks.official_rotograd import OfficialRotograd, make_environment
@@ -168,7 +169,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--block", type=int, default=16, help="steps in a block, a multiple of 16")
+    parser.add_argument("--block", type=int, default=TURN_EVERY, help="steps in a block, a multiple of 8")
     parser.add_argument("--rounds", type=int, default=15, help="blocks of every variant, at least 2")
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine; with --threads 1")
     parser.add_argument("--json", type=Path, help="where to write all block times")

@@ -11,10 +11,10 @@ from collections import Counter
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from rotoopt.optimizer import TURN_EVERY
 from tests.benchmarks.cases import NAMED, ROTOOPT, Case, Training
 
 CPU = torch.device("cpu")
-TURN_EVERY = 16  # steps; the rotations are updated in the first of them
 Times = Counter[tuple[str, str]]  # milliseconds by the operation and the shapes of its inputs
 
 

@@ -9,12 +9,12 @@ import statistics
 
 import torch
 
+from rotoopt.optimizer import TURN_EVERY
 from tests.benchmarks.cases import NAMED, PLAIN, ROTOOPT, Case, Training
 from tests.benchmarks.timing import peak_bytes
 from tests.operations import Count
 
 CPU = torch.device("cpu")
-TURNING = 16  # rotations are updated in multiples of this step; the first step initializes all state
 BURN_IN = 20  # steps in which references may still change, which takes one operation more
 FLOAT_BYTES = 4
 
@@ -32,8 +32,8 @@ def operations(case: Case, variant: str, steps: int) -> list[int]:
 def row(name: str, case: Case) -> str:
     """Return the row of a case: operations of the median and the worst step but the first; megabytes at the peak."""
     plain = operations(case, PLAIN, 2)[-1]
-    own = [count - plain for count in operations(case, ROTOOPT, BURN_IN + 2 * TURNING)]
-    added = peak_bytes(case, ROTOOPT, CPU, TURNING + 2) - peak_bytes(case, PLAIN, CPU, TURNING + 2)
+    own = [count - plain for count in operations(case, ROTOOPT, BURN_IN + 2 * TURN_EVERY)]
+    added = peak_bytes(case, ROTOOPT, CPU, TURN_EVERY + 2) - peak_bytes(case, PLAIN, CPU, TURN_EVERY + 2)
     rep = Training(case, PLAIN, CPU).forward()[1]
     d, K = rep.shape[case.dim], case.num_tasks
     megabytes = [size / 1e6 for size in (added, FLOAT_BYTES * K * rep.numel(), FLOAT_BYTES * K * d**2)]

@@ -27,8 +27,8 @@ def test_time_between_two_steps_counts_and_evaluation_does_not() -> None:
     assert 0.001 <= seconds < 0.01
 
 
-def test_every_sixteenth_step_counts_with_its_share() -> None:
-    """The rotations are updated in it; a median of single steps would ignore it."""
+def test_a_slow_step_per_block_counts_with_its_share() -> None:
+    """The rotations are updated in such a step; a median of single steps would ignore it."""
     optimizer = sgd()
     with StepClock() as clock:
         for step in range(3 * BLOCK + 1):

@@ -14,12 +14,12 @@ from rotoopt._rotation import metric as cayley_metric
 from rotoopt._rotation.cayley_step import CayleyStep, NormalizedStep
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._torch.processes import Processes
+from rotoopt.optimizer import TURN_EVERY
 from tests.asserts import assert_same_bits
 from tests.rotation.steps import cayley, turned, with_moment
 from tests.samplers import NUM_SAMPLES, NUM_TASKS, SEEDS, SIZES, Bench, Sampler, haar, rotation_gradient, unusable
 
 LOG_LRS = st.floats(-4, 1)
-TURN_EVERY = 16  # by default
 
 
 @given(K=NUM_TASKS, m=SIZES, seed=SEEDS, lr=LOG_LRS)
