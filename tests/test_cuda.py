@@ -14,6 +14,7 @@ from torch.amp import GradScaler
 from torch.optim import Adam
 
 from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer
+from rotoopt.optimizer import TURN_EVERY
 from tests.asserts import assert_rotations
 
 pytestmark = pytest.mark.cuda
@@ -145,7 +146,7 @@ def test_own_backward_and_per_task_backward() -> None:
         for step in range(STEPS):
             optimizer.zero_grad()
             losses, _ = model.losses(batch("vectors", step, "cuda"))
-            if apart and step % 16:
+            if apart and step % TURN_EVERY:
                 for loss in losses:
                     torch.autograd.backward(loss, retain_graph=True)
             else:

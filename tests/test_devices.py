@@ -18,6 +18,7 @@ from torch.optim import SGD, Adam
 from torch.testing import assert_close
 
 from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer
+from rotoopt.optimizer import TURN_EVERY
 
 K, META = 3, torch.device("meta")
 OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -129,7 +130,7 @@ def test_the_default_device_may_be_another_one(options: dict[str, Any]) -> None:
         model, x = nn.ModuleList([backbone, heads]), torch.randn(4, 5)
         with default:
             optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), heads, rotation_lr=0.3, **options)
-            for _ in range(18):
+            for _ in range(TURN_EVERY + 2):
                 optimizer.zero_grad()
                 optimizer.step([(head(backbone(x)) - 1).square().mean() for head in heads])
             model.load_state_dict(copy.deepcopy(model.state_dict()))

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from rotoopt import RotoGradOptimizer
+from rotoopt._capture.wiring import LOOK_EVERY
+from rotoopt.optimizer import TURN_EVERY
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rotoopt"
@@ -140,12 +142,12 @@ def drawn(heading: str) -> list[str]:
     return re.findall(r"^\| (?:\d+ \| )?`([\w/]+\.py)`", section.split("\n#")[0], flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("steps", [16, 17], ids=["rotations rest", "rotations turn"])
+@pytest.mark.parametrize("steps", [TURN_EVERY, TURN_EVERY + 1], ids=["rotations rest", "rotations turn"])
 def test_step_executes_the_documented_files_in_their_order(steps: int) -> None:
     way, aside = drawn("What happens in a step"), drawn("Other files used in a step")
     assert len(way) == 8
-    seen = files_of_a_step(steps)  # the first of these traverses the graph again
-    assert [path for path in seen if path in way] == way[: len(way) - (steps == 16)]
+    seen = files_of_a_step(steps)
+    assert [path for path in seen if path in way] == way[: len(way) - (steps == TURN_EVERY)]
     assert set(seen) - set(way) <= set(aside)
-    if steps == 17:
-        assert set(aside) <= {*seen, *files_of_a_step(16)}
+    if steps > TURN_EVERY:
+        assert set(aside) <= {*seen, *files_of_a_step(LOOK_EVERY)}  # in which the graph is traversed again

@@ -38,7 +38,7 @@ class Training(RuleBasedStateMachine):
     def _wrap(model: Network, m: int | None, lr: float) -> Pair:
         bare = torch.optim.Adam(model.parameters(), lr=0.01)
         optimizer = RotoGradOptimizer(
-            bare, heads=model.heads, rotation_size=m, rotation_lr=lr, init="haar", burn_in_period=2
+            bare, heads=model.heads, rotation_size=m, rotation_lr=lr, turn_every=8, init="haar", burn_in_period=2
         )
         return model, optimizer
 
@@ -52,7 +52,7 @@ class Training(RuleBasedStateMachine):
             torch.set_rng_state(rng)  # Haar rotations may be drawn now
             yield pair
 
-    @rule(absent=st.sampled_from([None, 0, 2]), turns=st.integers(1, 17))
+    @rule(absent=st.sampled_from([None, 0, 2]), turns=st.integers(1, 9))
     def train(self, absent: int | None, turns: int) -> None:
         for _ in range(turns):
             for optimizer, losses, rep in self._forward():

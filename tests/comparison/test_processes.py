@@ -20,7 +20,7 @@ import torch
 
 from rotoopt.comparison import CANDIDATES, compare
 from rotoopt.comparison._processes import Failure, _start, check_importable, outcomes
-from tests.comparison.test_compare import VALUES, compared, numbers, table
+from tests.comparison.compared import VALUES, compared, numbers, table
 from tests.comparison.trainings import HIGHER_IS_BETTER, ends, raises, threads, train
 
 

@@ -16,7 +16,7 @@ from matplotlib.colors import to_rgb
 from rotoopt.comparison import Comparison
 from rotoopt.comparison._table import plus_minus
 from rotoopt.diagnostics._drawing import COLORS
-from tests.comparison.test_compare import compared
+from tests.comparison.compared import compared
 
 mpl.use("Agg")
 

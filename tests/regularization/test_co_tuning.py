@@ -31,6 +31,7 @@ from tests.regularization.networks import (
     state,
     train,
 )
+from tests.regularization.relationships import Batches, X, data, oracle, source_model
 from tests.samplers import SEEDS
 
 
@@ -112,38 +113,6 @@ def test_other_shapes_are_an_error(shapes: tuple[tuple[int, ...], tuple[int, ...
         CoTuningLoss()(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
 
 
-# ---------------------------------------------------------------------- the relationship
-
-Batches = list[tuple[Tensor, Tensor]]
-
-
-def source_model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(INPUTS, 8), nn.Dropout(0.5), nn.Linear(8, NUM_SOURCE))
-
-
-def data(seed: int = 0, size: int = 12) -> tuple[Tensor, Tensor]:
-    """Return samples with at least one of each class."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(size, INPUTS, generator=generator)
-    rest = torch.randint(NUM_TARGET, (size - NUM_TARGET,), generator=generator)
-    return x, torch.cat([torch.arange(NUM_TARGET), rest])
-
-
-def oracle(batches: Batches, model: nn.Module) -> Tensor:
-    """Mean source probabilities of the samples of each class, one sample after the other, in float64."""
-    rows: dict[int, list[Tensor]] = {}
-    for x, labels in batches:
-        for sample, label in zip(x, labels.tolist(), strict=True):
-            probabilities = model.eval()(sample[None])[0].detach().double().softmax(dim=0)
-            rows.setdefault(label, []).append(probabilities)
-    return torch.stack([torch.stack(rows[label]).mean(dim=0) for label in sorted(rows)])
-
-
-def split(x: Tensor, labels: Tensor, *sizes: int) -> Batches:
-    return list(zip(torch.split(x, list(sizes)), torch.split(labels, list(sizes)), strict=True))
-
-
 @given(seed=SEEDS, size=st.integers(NUM_TARGET, 30), batch_size=st.integers(1, 30))
 def test_relationship_is_the_mean_prediction_of_each_class(seed: int, size: int, batch_size: int) -> None:
     x, labels = data(seed, size)
@@ -205,7 +174,6 @@ def test_invalid_labels_are_an_error_at_look_up(category: Tensor) -> None:
         Relationship([data()], source_model(), "cpu")[category]
 
 
-X = torch.zeros(3, INPUTS)
 BAD_LABELS: dict[str, tuple[Batches, int | None, str]] = {
     "a class without samples": (
         [(X, torch.tensor([0, 2, 2]))],
@@ -269,72 +237,6 @@ def test_state_dict_of_other_classes_does_not_load() -> None:
     relationship, other = (Relationship([data()], model, "cpu") for model in (source_model(), nn.Linear(INPUTS, 2)))
     with pytest.raises(RuntimeError, match="size mismatch for relationship"):
         other.load_state_dict(relationship.state_dict())
-
-
-def test_cache_is_the_file_of_that_name(tmp_path: Path) -> None:
-    cache = tmp_path / "relationship"
-    first = Relationship([data()], source_model(), "cpu", str(cache))
-    assert [path.name for path in tmp_path.iterdir()] == ["relationship"]
-    again = Relationship([data(1)], source_model(), "cpu", cache, num_classes=NUM_TARGET)  # other data
-    assert_same(again.relationship, first.relationship)
-    again.load_state_dict(torch.load(cache, weights_only=True))
-
-
-STALE: dict[str, tuple[Batches, nn.Module, int | None]] = {
-    "other source classes": ([data()], nn.Linear(INPUTS, 2), None),
-    "other target classes": ([data()], source_model(), 4),
-    "more target classes": ([(X, torch.tensor([0, 3, 1]))], source_model(), None),
-}
-
-
-@pytest.mark.parametrize("name", STALE)
-def test_cache_of_other_classes_is_an_error(name: str, tmp_path: Path) -> None:
-    cache = tmp_path / "relationship"
-    Relationship([data()], source_model(), "cpu", cache)
-    batches, model, num_classes = STALE[name]
-    message = r"`cache` must be of \d target and \d source classes, got \(3, 5\) in .* or other data: delete it"
-    with pytest.raises(ValueError, match=message):
-        Relationship(batches, model, "cpu", cache, num_classes=num_classes)
-
-
-@pytest.mark.parametrize(("content", "reason"), [(b"", "EOFError"), (b"\x93NUMPY\x01\x00v\x00", "UnpicklingError")])
-def test_cache_of_another_kind_is_an_error(content: bytes, reason: str, tmp_path: Path) -> None:
-    (tmp_path / "cache.npy").write_bytes(content)
-    message = rf"`cache` must be a file that a Relationship saved, got '.*cache.npy' \({reason}\). Delete it, or"
-    with pytest.raises(ValueError, match=message):
-        Relationship([data()], source_model(), "cpu", tmp_path / "cache.npy")
-
-
-def test_cache_without_a_matrix_is_an_error(tmp_path: Path) -> None:
-    torch.save({"relationship": [[0.5, 0.5]]}, tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"`cache` must be a file that .* \(AttributeError\)"):
-        Relationship([data()], source_model(), "cpu", tmp_path / "cache")
-
-
-@pytest.mark.parametrize(
-    ("batches", "message"),
-    [([], "`data_loader` must have a batch"), ([(X, torch.tensor([0, -1, 1]))], "`labels` must not be negative")],
-)
-def test_data_is_checked_even_if_a_cache_is_used(batches: Batches, message: str, tmp_path: Path) -> None:
-    Relationship([data()], source_model(), "cpu", tmp_path / "cache")
-    with pytest.raises(ValueError, match=message):
-        Relationship(batches, source_model(), "cpu", tmp_path / "cache")
-
-
-def test_cache_runs_no_code(tmp_path: Path) -> None:
-    matrix = Relationship([data()], source_model(), "cpu").relationship
-    torch.save({"relationship": matrix, "more": source_model()}, tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"`cache` must be a file that .* \(UnpicklingError\)"):
-        Relationship([data()], source_model(), "cpu", tmp_path / "cache")
-
-
-def test_nothing_is_cached_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must have a sample"):
-        Relationship([data()], source_model(), "cpu", tmp_path / "relationship", num_classes=4)
-    assert not list(tmp_path.iterdir())
-
-
-# ---------------------------------------------------------------------- with RotoGrad
 
 
 def train_co_tuning(rotate: list[bool]) -> tuple[RotoGradOptimizer, list[dict[str, float]], bool]:

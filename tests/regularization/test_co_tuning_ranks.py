@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from rotoopt.regularization import Relationship
 from tests.distributed.ranks import Ranks
-from tests.regularization.test_co_tuning import data, source_model, split
+from tests.regularization.relationships import data, source_model, split
 
 pytestmark = pytest.mark.distributed
 SIZES = (2, 10)  # rank 0 lacks the last class

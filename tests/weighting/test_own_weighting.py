@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rotoopt import EqualWeighting, GradNorm, ProgressWeighting, RotoGradWeighting, Weighting
+from rotoopt.optimizer import TURN_EVERY
 from rotoopt.weighting import Measurements
 from tests.contract.models import assert_same, back_propagate, snapshot, train, wrap
 from tests.samplers import NUM_TASKS, SEEDS, Bench, Sampler
@@ -66,7 +67,7 @@ def test_weights_from_memory_are_used_in_the_next_step(K: int, seed: int, absent
         weights = mean.mean() / mean
 
 
-@pytest.mark.parametrize("num_steps", [1, 3, 17])
+@pytest.mark.parametrize("num_steps", [1, 3, TURN_EVERY + 1])
 def test_memory_is_saved_and_resumed_bit_for_bit(num_steps: int) -> None:
     (model, optimizer), (other_model, other) = wrap(weighting=RunningNorms()), wrap(weighting=RunningNorms())
     train(model, optimizer, *range(num_steps))
