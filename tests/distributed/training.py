@@ -18,7 +18,7 @@ from torchjd.aggregation import UPGrad
 from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer
 
 K, INPUTS, FEATURES = 3, 5, 8
-STEPS = 25
+STEPS = 35
 
 OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "default": dict,
