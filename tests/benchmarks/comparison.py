@@ -23,7 +23,7 @@ import torch
 from rotoopt.comparison import _store as store
 from rotoopt.comparison._processes import Failure, outcomes
 from rotoopt.diagnostics import mean_relative_change
-from tests.benchmarks.comparison_methods import METHODS, SINGLE_TASK, Method, Setting
+from tests.benchmarks.comparison_methods import METHODS, PLAIN_SUM, SINGLE_TASK, Method, Setting
 from tests.benchmarks.comparison_run import Job, run
 from tests.benchmarks.official_rotograd import make_environment
 from tests.benchmarks.problems import PROBLEMS, Problem
@@ -41,6 +41,8 @@ NAMES = (
     "direction",
 )
 SEARCH_SEEDS = (1000, 1001, 1002)
+
+BASELINES = (SINGLE_TASK, PLAIN_SUM)
 
 Results = dict[Job, list[float]]
 
@@ -90,6 +92,17 @@ def final_jobs(problem: Problem, method: Method, results: Results, seeds: int, *
     return [Job(problem.name, method.name, setting.factor, setting.own_lr, seed, timed) for seed in range(seeds)]
 
 
+def untuned_jobs(problem: Problem, method: Method, results: Results, seeds: int) -> list[Job]:
+    """Return the trainings at the learning rate that is best for the plain sum; none for variants and baselines.
+
+    Methods with a second learning rate have none either: without tuning, it is unknown.
+    """
+    setting = choose(problem, METHODS[PLAIN_SUM], results)
+    if setting is None or method.own is not None or method.variant is not None or method.name in BASELINES:
+        return []
+    return [Job(problem.name, method.name, setting.factor, None, seed) for seed in range(seeds)]
+
+
 def run_all(jobs: Sequence[Job], results: Results, num_processes: int, out: Path) -> None:
     """Run what is missing, and save every result immediately."""
     missing = [job for job in jobs if job not in results]
@@ -134,6 +147,7 @@ def main() -> None:
         return
     run_all([job for pair in pairs for job in search_jobs(*pair)], results, args.jobs, args.out)
     run_all([job for pair in pairs for job in final_jobs(*pair, results, args.seeds)], results, args.jobs, args.out)
+    run_all([job for pair in pairs for job in untuned_jobs(*pair, results, args.seeds)], results, args.jobs, args.out)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -12,9 +11,8 @@ from rotoopt.comparison import _statistics as statistics
 from rotoopt.comparison import _table as tables
 from rotoopt.comparison._table import row, rule
 from rotoopt.diagnostics import mean_rank
-from tests.benchmarks.comparison import SEARCH_SEEDS, Results, choose, final_jobs
+from tests.benchmarks.comparison import Results, choose, final_jobs, untuned_jobs
 from tests.benchmarks.comparison_methods import DEFAULT, METHODS, PLAIN_SUM, SINGLE_TASK, Method
-from tests.benchmarks.comparison_run import Job
 from tests.benchmarks.problems import Problem
 
 Changes = dict[str, dict[str, Tensor]]  # (seeds, n), by problem and method
@@ -33,7 +31,7 @@ def markdown(problems: Sequence[Problem], results: Results, seeds: int) -> str:
         if SINGLE_TASK in metrics:
             changes[problem.name] = relative_changes(problem, metrics)
             details.append(_metrics(problem, metrics, changes[problem.name], results))
-    return "\n\n".join([_summary(changes), _parts(changes, DEFAULT), _untuned(problems, results), *details])
+    return "\n\n".join([_summary(changes), _parts(changes, DEFAULT), _untuned(problems, results, changes), *details])
 
 
 def tested(problem: Problem, results: Results, seeds: int) -> dict[str, Tensor]:
@@ -128,24 +126,22 @@ def _ranks(scores: Iterable[Tensor]) -> Tensor:
     return 1.0 + (stacked[None] > stacked[:, None]).sum(dim=1)
 
 
-def _untuned(problems: Sequence[Problem], results: Results) -> str:
-    """Return the improvement over the plain sum at the learning rate that is best for the plain sum."""
-    lines = ["### Ahead of the plain sum, not tuned, %", "", row("method", [problem.name for problem in problems])]
-    lines.append(rule(len(problems)))
+def _untuned(problems: Sequence[Problem], results: Results, changes: Changes) -> str:
+    """Return the table of the differences from the plain sum at the learning rate that is best for it."""
+    lines = ["### Ahead of the plain sum, not tuned, points of Delta-m (metrics clipped to 100 %)", ""]
+    lines += [row("method", [problem.name for problem in problems]), rule(len(problems))]
     for name, method in METHODS.items():
-        if method.own is not None or name in (SINGLE_TASK, PLAIN_SUM):
-            continue
         cells = []
         for problem in problems:
-            setting, compared = choose(problem, METHODS[PLAIN_SUM], results), (SINGLE_TASK, PLAIN_SUM, name)
-            factor = math.nan if setting is None else setting.factor  # of which there are no results
-            jobs = {of: [Job(problem.name, of, factor, None, seed) for seed in SEARCH_SEEDS] for of in compared}
-            if any(job not in results for of in jobs.values() for job in of):
+            known = changes.get(problem.name, {})
+            jobs = untuned_jobs(problem, method, results, len(known.get(PLAIN_SUM, ())))
+            if not jobs or any(job not in results for job in jobs):
                 cells.append("")
                 continue
-            metrics = {of: torch.tensor([results[job] for job in jobs[of]], dtype=torch.float64) for of in compared}
-            changes = relative_changes(problem, metrics)
-            cells.append(_cell((changes[name] - changes[PLAIN_SUM]).mean(dim=1), sign="+"))
+            metrics = {name: torch.tensor([results[job] for job in jobs], dtype=torch.float64)}
+            metrics |= {SINGLE_TASK: tested(problem, results, len(jobs))[SINGLE_TASK]}
+            own = relative_changes(problem, metrics)[name]
+            cells.append(_cell(clipped(own) - clipped(known[PLAIN_SUM]), sign="+"))
         if any(cells):
             lines.append(row(name, cells))
     return "\n".join(lines)
