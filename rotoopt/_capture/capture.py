@@ -229,7 +229,7 @@ class Capture:
         if own_place:
             self.fed.tasks.setdefault(task, False)
         elif not let_pass:
-            self.fed.note(rep, task)
+            self.fed.note(rep, task, place)
         if let_pass or not rep.requires_grad:
             out = rep if matrix is None else rotated(rep, matrix, self.dims)
             own = own and matrix is None and (alone or (task, place) in self.shapes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakSet
 
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from rotoopt._capture.fork import Fork
+from rotoopt._capture.places import Place
+
+Read = tuple[int, int, str | int]  # a task, the number of its module, and an argument
 
 
 @dataclass
@@ -18,12 +21,14 @@ class Fed:
 
     Attributes:
         tasks: Whether any input of its heads required grad, by task.
+        reads: The arguments of the heads in which inputs required grad.
         forks: The forks of all tensors whose graphs still exist.
         addresses: Memory addresses of all inputs.
         earlier: Forks from before the latest backward pass, which may not have reached all of them.
     """
 
     tasks: dict[int, bool] = field(default_factory=dict)
+    reads: set[Read] = field(default_factory=set)
     forks: WeakSet[Fork] = field(default_factory=WeakSet)
     addresses: set[int] = field(default_factory=set)
     earlier: WeakSet[Fork] = field(default_factory=WeakSet)
@@ -32,9 +37,12 @@ class Fed:
         """Return the next one, for the inputs after a backward pass that has begun."""
         return Fed(earlier=WeakSet(fork for fork in (*self.forks, *self.earlier) if not fork.reached))
 
-    def note(self, rep: Tensor, task: int) -> None:
-        """Record that ``rep`` enters the head of ``task``."""
+    def note(self, rep: Tensor, task: int, place: Place) -> None:
+        """Record that ``rep`` enters the head of ``task`` at ``place``."""
         self.tasks[task] = self.tasks.get(task) or rep.requires_grad
+        if rep.requires_grad:
+            part, path = place
+            self.reads.add((task, part, path[0]))
         self.addresses.add(address(rep))
 
     def only_fork(self) -> Fork | None:
@@ -49,6 +57,10 @@ class Fed:
     def trained(self) -> frozenset[int]:
         """Return the tasks whose heads had an input that requires grad."""
         return frozenset(task for task, requires_grad in self.tasks.items() if requires_grad)
+
+    def read_by(self, tasks: Collection[int]) -> frozenset[Read]:
+        """Return the arguments of the heads of ``tasks`` in which inputs required grad."""
+        return frozenset(read for read in self.reads if read[0] in tasks)
 
     def is_frozen(self, tasks: Iterable[int]) -> bool:
         """Whether the heads of ``tasks`` ran, and no input required grad whose graph still exists."""

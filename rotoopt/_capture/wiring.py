@@ -1,4 +1,4 @@
-"""Wiring: how the losses depend on the heads, checked once for every set of tasks, and occasionally again."""
+"""Wiring: how the losses depend on the heads, checked once for every set of inputs, and occasionally again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rotoopt._capture.bypasses import unlisted_layers
 from rotoopt._capture.dependence import Dependence
 from rotoopt._capture.faults import check_losses, check_sum
-from rotoopt._capture.fed import Fed
+from rotoopt._capture.fed import Fed, Read
 from rotoopt._capture.graph import Edge, Node, behind, leaves, made_by, operation, reached, taps_of
 from rotoopt._capture.places import Places
 from rotoopt._torch.modules import names_of
@@ -40,7 +40,7 @@ UNLISTED = (
 
 
 class Wiring:
-    """How the losses depend on the heads: checked once for every set of tasks, and cached.
+    """How the losses depend on the heads: checked once for every set of tasks and inputs of their heads, and cached.
 
     Args:
         names: Names of the K tasks.
@@ -54,52 +54,52 @@ class Wiring:
         self._names = names
         self._heads = heads
         self._places = places
-        self._one_tensor: dict[frozenset[int], bool] = {}
-        self._made_by: dict[frozenset[int], list[str]] = {}  # the latest operations of the losses
-        self._operations: dict[frozenset[int], list[str]] = {}  # all operations when the losses were checked
-        self._num_known: Counter[frozenset[int]] = Counter()
+        self._one_tensor: dict[frozenset[Read], bool] = {}
+        self._made_by: dict[frozenset[Read], list[str]] = {}  # the latest operations of the losses
+        self._operations: dict[frozenset[Read], list[str]] = {}  # all operations when the losses were checked
+        self._num_known: Counter[frozenset[Read]] = Counter()
         self._shared: list[Tensor] = []
         self._warned = self._found_unlisted = self._found_data = False
         self._tied: set[int] = set()  # ids of parameters of a task that others read as well
 
     def check(self, losses: Mapping[int, Tensor], fed: Fed, backbone_loss: Tensor | None) -> bool:
         """Return whether ``losses`` reach one tensor through their heads, and no other; raise if wired incorrectly."""
-        tasks = frozenset(losses) & fed.trained()  # the other losses only train their heads
+        reads = fed.read_by(losses)  # the losses of other tasks only train their heads
         given = losses.values() if backbone_loss is None else [*losses.values(), backbone_loss]
         made_by_now = [operation(loss.grad_fn) for loss in given if loss.grad_fn is not None]
-        known = self._known(tasks, fed)
-        if known is not None and self._made_by.get(tasks) == made_by_now:
+        known = self._known(reads, fed)
+        if known is not None and self._made_by.get(reads) == made_by_now:
             return known
-        accepted = self._one_tensor.pop(tasks, None) is not None  # rejected losses are checked in full again
+        accepted = self._one_tensor.pop(reads, None) is not None  # rejected losses are checked in full again
         made = {task: made_by(loss) for task, loss in losses.items()}
         backbone = None if backbone_loss is None else made_by(backbone_loss)
 
         def check(operations: Sequence[str] | None) -> None:
             dependence = self._dependence(made.values(), operations)
             check_losses(dependence, made, fed, self._names, self._own_parameters(), backbone)
-            self._operations[tasks] = dependence.operations
+            self._operations[reads] = dependence.operations
 
-        before = self._operations.get(tasks) if accepted else None
+        before = self._operations.get(reads) if accepted else None
         if before is None or not _passes(partial(check, before)):
             check(None)  # reads all indices: one that was not read may be needed
-        self._made_by[tasks] = made_by_now
-        return self._remember(tasks, taps_of(node for node, _ in made.values()))
+        self._made_by[reads] = made_by_now
+        return self._remember(reads, taps_of(node for node, _ in made.values()))
 
     def check_running(self, fed: Fed) -> bool:
         """The same check for a backward pass that the user calls, as far as a sum of losses allows."""
         self._warn_of_data(fed)
-        tasks = fed.trained()
-        known = self._known(tasks, fed)
+        reads = frozenset(fed.reads)
+        known = self._known(reads, fed)
         if known is not None:
             return known
-        self._one_tensor.pop(tasks, None)
+        self._one_tensor.pop(reads, None)
         roots = [made_by(root) for root in running_roots()]
         dependence, own = self._dependence(roots), self._own_parameters()
         taps = check_sum(dependence, roots, self._names, own)
         if not taps:  # torch does not show what the pass started from
             return fed.only_fork() is not None and fed.may_be_all()
         self._warn_of_unlisted([node for root in roots for node, _ in dependence.terms(root).of_none], taps, own)
-        return self._remember(tasks, taps)
+        return self._remember(reads, taps)
 
     def _warn_of_data(self, fed: Fed) -> None:
         """Warn once of a gradient of data; that of a representation may be passed on to the backbone by the user."""
@@ -130,21 +130,19 @@ class Wiring:
             warn_user(UNKNOWN)
         return dependence
 
-    def _known(self, tasks: frozenset[int], fed: Fed) -> bool | None:
-        """Return whether ``tasks`` share one tensor, if known without searching graphs.
+    def _known(self, reads: frozenset[Read], fed: Fed) -> bool | None:
+        """Return whether all ``reads`` are of one tensor, if known without searching graphs.
 
         Graphs are searched again occasionally: a loss may change during training, e.g. when terms are added.
         """
-        self._num_known[tasks] += 1
-        if self._num_known[tasks] % LOOK_EVERY == 0:
-            return None
-        if tasks not in self._one_tensor or not fed.trained() >= tasks or not fed.may_be_all():
+        self._num_known[reads] += 1
+        if self._num_known[reads] % LOOK_EVERY == 0 or reads not in self._one_tensor or not fed.may_be_all():
             return None
         only = fed.only_fork()
-        one_tensor = only is not None and only.tasks >= tasks
-        return one_tensor if one_tensor == self._one_tensor[tasks] else None
+        one_tensor = only is not None and only.tasks >= {task for task, _, _ in reads}
+        return one_tensor if one_tensor == self._one_tensor[reads] else None
 
-    def _remember(self, tasks: frozenset[int], taps: Iterable[Node]) -> bool:
+    def _remember(self, reads: frozenset[Read], taps: Iterable[Node]) -> bool:
         own = self._own_parameters()
         taps = list(taps)
         self._shared = leaves(behind(taps))
@@ -155,8 +153,8 @@ class Wiring:
             for tap, params in zip(taps, made_of, strict=True):
                 if params and self._are_own(params, tap.task):
                     self._places.own.add((tap.task, tap.place))  # there is nothing to weight
-        self._one_tensor[tasks] = len({tap.fork for tap in taps}) <= 1
-        return self._one_tensor[tasks]
+        self._one_tensor[reads] = len({tap.fork for tap in taps}) <= 1
+        return self._one_tensor[reads]
 
     def is_own(self, rep: Tensor, task: int) -> bool:
         """Return whether ``rep`` was computed from parameters of ``task`` alone, such as an embedding."""

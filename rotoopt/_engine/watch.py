@@ -173,18 +173,20 @@ class ForeignSteps:
 
 
 class BorrowedHeads:
-    """Warns of backward passes that train something else through the heads, such as the generator of a GAN.
+    """Warns of backward passes that train something else through the heads, such as a generator or an actor.
 
     These are discarded, by ``zero_grad()`` of the optimizer or of the model, after another optimizer has updated some
-    parameters behind the heads.
+    parameters behind the heads. If it has updated all of them, they may be a backbone that this optimizer does not
+    train; but not if other parameters were behind the heads in steps of this optimizer.
     """
 
     def __init__(self) -> None:
         self._noted: list[tuple[Tensor, int]] = []  # parameters behind the heads, and their version counters
+        self._stepped: set[int] = set()  # ids of those that were behind the heads in steps
         self._count = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_noted": []}  # a copy of a head has no copy of the backbone
+        return {**self.__dict__, "_noted": [], "_stepped": set()}  # a copy of a head has no copy of the backbone
 
     def begin(self, shared: Sequence[Tensor]) -> None:
         """Record a backward pass, with the parameters behind the heads if its graph was searched."""
@@ -197,16 +199,18 @@ class BorrowedHeads:
 
     def forget(self) -> None:
         """Record a step with the noted backward pass."""
+        self._stepped.update(id(param) for param, _ in self._noted)
         self._noted = []
 
     def observe(self, optimizer: Optimizer) -> None:
         """Record ``zero_grad()``."""
         noted, self._noted = self._noted, []
-        if not noted:
+        moved = {id(param) for param, old in noted if version(param) != old}
+        if not moved:
             return
         updated = {id(param) for group in optimizer.param_groups for param in group["params"]}
-        moved = {id(param) for param, old in noted if version(param) != old}
-        if moved and not moved & updated and any(id(param) in updated for param, _ in noted):
+        trains_some = any(id(param) in updated for param, _ in noted)
+        if not moved & updated and (trains_some or (self._stepped and not moved & self._stepped)):
             self._count_discarded()
 
     def _count_discarded(self) -> None:
@@ -216,7 +220,8 @@ class BorrowedHeads:
                 "A backward pass through the heads should train parameters of their optimizer, got one that "
                 "zero_grad() has discarded, after another optimizer had updated other parameters: their gradients were "
                 "weighted. If something else is trained through the heads, as the generator of a GAN through its "
-                "discriminator, run that forward pass under optimizer.paused(): its gradients are then true ones."
+                "discriminator or an actor through its critics, run that forward pass under optimizer.paused(): its "
+                "gradients are then true ones."
             )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD
 
 from rotoopt import RotoGradOptimizer
@@ -208,5 +208,116 @@ def test_accumulation_while_another_optimizer_updates_a_part_of_the_backbone_is_
             if step % 2:
                 optimizer.step()
                 model.zero_grad()
+
+    assert not warned(run)
+
+
+class Critic(nn.Module):
+    """A critic: a head that reads an observation and an action."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Linear(6 + 2, 1)
+
+    def forward(self, rep: Tensor, action: Tensor) -> Tensor:
+        value: Tensor = self.value(torch.cat([rep, action], dim=1))
+        return value
+
+
+class ActorAndCritics:
+    """Two critics on a shared encoder, and an actor that is trained through them, behind the encoder.
+
+    Args:
+        trains_encoder: Whether the optimizer of the actor trains the encoder as well.
+    """
+
+    def __init__(self, *, trains_encoder: bool = False) -> None:
+        self.encoder, self.actor = nn.Linear(3, 6), nn.Linear(6, 2)
+        self.critics = nn.ModuleList([Critic(), Critic()])
+        own, others = [*self.critics.parameters()], [*self.actor.parameters()]
+        (others if trains_encoder else own).extend(self.encoder.parameters())
+        self.optimizer, self.bare = RotoGradOptimizer(SGD(own, lr=0.01), list(self.critics)), SGD(others, lr=0.01)
+
+    def train_critics(self, step: int) -> None:
+        generator = torch.Generator().manual_seed(step)
+        x, action = torch.randn(5, 3, generator=generator), torch.randn(5, 2, generator=generator)
+        z = self.encoder(x)
+        self.optimizer.zero_grad()
+        back_propagate([critic(z, action).square().mean() for critic in self.critics])
+        self.optimizer.step()
+
+    def train_actor(self, step: int, combine: Callable[[Tensor, Tensor], Tensor], *, entropy: bool = False) -> None:
+        z = self.encoder(torch.randn(5, 3, generator=torch.Generator().manual_seed(step))).detach()
+        action = self.actor(z)
+        loss = -combine(*[critic(z, action) for critic in self.critics])
+        loss = loss + action.square().sum(1, keepdim=True) if entropy else loss
+        self.bare.zero_grad()
+        back_propagate([loss.mean()])
+        self.bare.step()
+
+
+@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_an_actor_that_is_trained_through_its_critics_is_reported_once(every: int, paused: bool) -> None:
+    """The critics do not train what is behind them then, nor does any gradient reach the encoder."""
+    model = ActorAndCritics()
+
+    def run() -> None:
+        for step in range(4 * every * LOOK_EVERY):
+            model.train_critics(step)
+            if step % every == 0:
+                with model.optimizer.paused() if paused else nullcontext():
+                    model.train_actor(step, lambda first, second: first)
+
+    found = warned(run)
+    assert len(found) == (not paused)
+    assert all("an actor through its critics" in each for each in found)
+
+
+def test_a_backbone_that_is_trained_more_often_than_its_heads_is_not_reported() -> None:
+    model = ActorAndCritics(trains_encoder=True)
+
+    def run() -> None:
+        for step in range(8 * LOOK_EVERY):
+            z = model.encoder(torch.randn(5, 3, generator=torch.Generator().manual_seed(step)))
+            back_propagate([critic(z, model.actor(z)).square().mean() for critic in model.critics])
+            model.bare.step()
+            if step % 2:
+                model.optimizer.step()
+            model.optimizer.zero_grad()
+            model.bare.zero_grad()
+
+    assert not warned(run)
+
+
+@pytest.mark.parametrize(("combine", "entropy"), [(torch.minimum, False), (lambda first, second: first, True)])
+def test_the_loss_of_an_actor_is_rejected_in_its_first_step(
+    combine: Callable[[Tensor, Tensor], Tensor], entropy: bool
+) -> None:
+    """Its critics were trained before, on one tensor as well, but it was another input."""
+    model = ActorAndCritics()
+    for step in range(3):
+        model.train_critics(step)
+    with pytest.raises(RuntimeError, match=r"as an actor through its critics, run its forward pass under"):
+        model.train_actor(3, combine, entropy=entropy)
+
+
+def test_encoders_with_optimizers_of_their_own_are_not_reported() -> None:
+    """The heads make a step for the gradients from both, or from one of them twice."""
+    model, second = ActorAndCritics(trains_encoder=True), nn.Linear(3, 6)
+    other = SGD(second.parameters(), lr=0.01)
+
+    def run() -> None:
+        for step in range(6 * LOOK_EVERY):
+            for encoder, bare in ((model.encoder, model.bare), (second, other)):
+                z = encoder(torch.randn(5, 3, generator=torch.Generator().manual_seed(step)))
+                back_propagate([critic(z, model.actor(z)).square().mean() for critic in model.critics])
+                bare.step()
+                bare.zero_grad()
+                if step % 3 == 0:
+                    model.optimizer.step()
+                    model.optimizer.zero_grad()
+            model.optimizer.step()
+            model.optimizer.zero_grad()
 
     assert not warned(run)
