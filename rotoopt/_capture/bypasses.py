@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from rotoopt._capture.dependence import Dependence
+from rotoopt._capture.fork import LOSSES_AS_HEADS
 from rotoopt._capture.graph import (
     Edge,
     Node,
@@ -24,11 +25,6 @@ from rotoopt._capture.graph import (
     taps_of,
 )
 from rotoopt._torch.modules import is_trained, names_of, trained_with
-
-LOSSES_AS_HEADS = (
-    "list the modules that compute the losses, with rotate=False, as in heads={'task': nn.BCELoss()}: everything in "
-    "front of them then counts as backbone"
-)
 
 
 def check_shared(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rotoopt._capture.bypasses import LOSSES_AS_HEADS, check_not_bypassed, check_shared, not_through_its_head
+from rotoopt._capture.bypasses import check_not_bypassed, check_shared, not_through_its_head
 from rotoopt._capture.dependence import Dependence
 from rotoopt._capture.fed import Fed
-from rotoopt._capture.fork import SPENT
+from rotoopt._capture.fork import LOSSES_AS_HEADS, SPENT
 from rotoopt._capture.graph import Edge, Node, is_tap, leaves, reached, surely_behind, taps_of
 from rotoopt.weighting import Weighting
 

@@ -31,13 +31,18 @@ SPENT = (
     "gradients of single tasks."
 )
 
+LOSSES_AS_HEADS = (
+    "list the modules that compute the losses, with rotate=False, as in heads={'task': nn.BCELoss()}: everything in "
+    "front of them then counts as backbone"
+)
+
 SECOND_ORDER = (
     "Gradients through heads must not be differentiated again, got create_graph=True. They are weighted outside of "
     "autograd. Either (a) detach the gradients of the inner steps, as first-order MAML does, and compute them under "
     "optimizer.paused(), (b) run the forward pass of a gradient penalty under optimizer.paused(), and pass the penalty "
-    "as backbone_loss, or (c) if the losses depend on derivatives, as in MAML or the residual of a differential "
-    "equation, run forward and backward under optimizer.paused(), and then optimizer.step() without losses: the model "
-    "is then trained by the true gradients, without weighting."
+    "as backbone_loss, or (c) if the losses depend on derivatives with respect to data, as the residual of a "
+    f"differential equation, {LOSSES_AS_HEADS}, or (d) in MAML, run forward and backward under optimizer.paused(), and "
+    "then optimizer.step() without losses: the model is then trained by the true gradients, without weighting."
 )
 
 

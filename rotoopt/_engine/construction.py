@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
+from rotoopt._capture.fork import LOSSES_AS_HEADS
 from rotoopt._engine.losses import kind
 from rotoopt._torch.wrapper import OptimizerWrapper
 
@@ -66,7 +67,8 @@ def check_heads(heads: Heads | None, num_tasks: int | None) -> tuple[list[Parts]
     if len({id(part) for part in parts}) < len(parts):
         raise ValueError(
             f"`heads` must be different modules, got one of them twice in {names}. Every task needs a head of its "
-            "own; wrap a shared one, as in nn.Sequential(shared), once per task."
+            "own; wrap a shared one, as in nn.Sequential(shared), once per task. If one module computes the outputs of "
+            f"several tasks, {LOSSES_AS_HEADS}."
         )
     _check_apart(heads_parts, names)
     return heads_parts, names
@@ -104,7 +106,7 @@ def _parts(head: object, name: str) -> Parts:
             f"`heads` must have a module for every task, got none for {name}. A head is called on the representation; "
             "parameters may be listed beside it, as in heads={'task': (head, scale)}."
         )
-    return parts
+    return tuple(dict.fromkeys(parts))  # one module may serve all layers of a decoder
 
 
 def modules_of(parts: Parts) -> list[nn.Module]:

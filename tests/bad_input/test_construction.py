@@ -210,3 +210,16 @@ def test_failed_constructor_keeps_the_rotations_of_the_previous_optimizer() -> N
     assert_same([output.detach() for output in model(x)], predictions)
     train(model, optimizer, 1)
     RotoGradOptimizer(optimizer_of(model), model.heads, weighting=weighting)
+
+
+def test_one_module_may_be_listed_for_every_layer_that_calls_it() -> None:
+    """As in Deformable DETR, whose lists of heads hold one module several times; but not in another task."""
+    model = TwoTasks()
+    left, right = (nn.ModuleList([head] * 3) for head in model.heads.values())
+    optimizer = RotoGradOptimizer(optimizer_of(model), {"left": left, "right": right})
+    plain, same = wrap()
+    for of, to in ((model, optimizer), (plain, same)):
+        train(of, to, 0, 1)
+    assert_same(snapshot(model, optimizer), snapshot(plain, same))
+    with pytest.raises(ValueError, match=r"^`heads` must be different modules, .*list the modules that compute the"):
+        RotoGradOptimizer(optimizer_of(model), [left, left])

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import SGD
 
 from rotoopt import RotoGradOptimizer
 from tests.contract.models import TwoTasks, assert_same, back_propagate, parameters, snapshot, train, wrap
@@ -80,6 +81,40 @@ def test_gradient_penalty_goes_through_paused() -> None:
     output = model(x)[0].square().sum()
     with pytest.raises(RuntimeError, match=r"must not be differentiated again, got create_graph=True.*paused\(\)"):
         torch.autograd.grad(output, x, create_graph=True)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_losses_of_derivatives_are_weighted_if_their_modules_are_the_heads(own: bool) -> None:
+    """As in a physics-informed network: the residual of a differential equation, and boundary conditions."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    heads = {"equation": nn.MSELoss(), "boundary": nn.MSELoss()}
+    optimizer = RotoGradOptimizer(SGD(network.parameters(), lr=0.01), heads, rotate=False)
+
+    def losses(step: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        x, boundary = (torch.rand(5, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+        u = network(x.requires_grad_())
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope[:, 0].sum(), x, create_graph=True)
+        residual = slope[:, 1] - curvature[:, 0]
+        values = network(boundary)
+        return [heads["equation"](residual, u[:, 0].detach()), heads["boundary"](values, boundary[:, :1])]
+
+    for step in range(4):
+        with optimizer.paused():
+            of_tasks = [torch.autograd.grad(loss, list(network[0].parameters())) for loss in losses(step)]
+        optimizer.zero_grad()
+        if own:
+            back_propagate(losses(step))
+        else:
+            optimizer.backward(losses(step))
+        weights = optimizer.task_weights.tolist()
+        for param, *grads in zip(network[0].parameters(), *of_tasks, strict=True):
+            expected = sum(weight * grad for weight, grad in zip(weights, grads, strict=True))
+            torch.testing.assert_close(param.grad, expected, rtol=1e-10, atol=1e-12)
+        optimizer.step()
+    assert weights[0] != weights[1]
 
 
 @pytest.mark.parametrize("way", ["backbone_loss", "separate"])
