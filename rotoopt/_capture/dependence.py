@@ -8,7 +8,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rotoopt._capture.graph import Edge, Node, behind, edges, is_leaf, is_opaque, is_tap, leaves, operation, reached
+from rotoopt._capture.graph import (
+    Edge,
+    Node,
+    behind,
+    edges,
+    is_leaf,
+    is_opaque,
+    is_tap,
+    leaves,
+    operation,
+    reached,
+    reaching,
+)
 from rotoopt._capture.labels import (
     ALONG,
     ELEMENTWISE,
@@ -72,7 +84,7 @@ class Dependence:
         self._order = _from_taps([node for node, _ in roots if node is not None])
         self.operations = list(map(operation, self._order))
         self._reads = self.operations != known
-        self.unknown = set(filter(is_opaque, behind(filter(is_tap, self._order))))
+        self.unknown = _unknown(self._order)
         self._masks: dict[Node, int] = {}  # the tasks, as bits
         self._labels: dict[Node, list[Tensor]] = {}  # for nodes that depend on several tasks
         self._numbers: set[Node] = set()  # losses, or vectors of losses
@@ -227,6 +239,13 @@ def _from_taps(roots: Sequence[Node]) -> list[Node]:
             if not is_tap(node):
                 stack.extend((part, False) for part, _ in edges(node) if part is not None)
     return order
+
+
+def _unknown(order: Sequence[Node]) -> set[Node]:
+    """Return the opaque nodes between the taps in ``order`` and other taps behind them; those of the backbone are not."""
+    nodes = behind(filter(is_tap, order))
+    opaque = set(filter(is_opaque, nodes))
+    return opaque & reaching(nodes, filter(is_tap, nodes)) if opaque else opaque
 
 
 def _shape(edge: Edge) -> tuple[int, ...] | None:

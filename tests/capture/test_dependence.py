@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -307,3 +308,21 @@ def test_labels_of_a_freed_graph_miss_no_task(name: str, dim: int) -> None:
     edge = made_by(x)
     labels = Dependence([edge])._label(edge).expand(x.shape)
     assert ((labels == expected) | (labels < NONE) | (expected == NONE)).all()
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("reads_head", [False, True])
+def test_an_opaque_function_in_the_backbone_hides_nothing(reads_head: bool, own: bool) -> None:
+    """As in a compiled backbone with several outputs; but between two heads, what it computes from what is unknown."""
+    bench = Heads(4)
+    z, other = Doubled.apply(bench.backbone(bench.x), bench.x)  # type: ignore[no-untyped-call]
+    losses = [head(z).square().mean() for head in bench.heads[:2]]
+    if reads_head:
+        z, _ = Doubled.apply(z, losses[0])  # type: ignore[no-untyped-call]
+    losses.append(bench.heads[2](z).square().mean())
+    hidden = pytest.warns(UserWarning, match="The wiring must be visible in the autograd graph")
+    with hidden if reads_head else nullcontext():
+        if own:
+            back_propagate([*losses, other.mean()])
+        else:
+            bench.optimizer.backward(losses, backbone_loss=other.mean())
