@@ -95,6 +95,11 @@ class Dependence:
             if self._masks[node] and self._is_number(node):
                 self._numbers.add(node)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a compiled graph combines the outputs of several heads."""
+        return any(operation(node) == "CompiledFunction" for node in self._labels)
+
     def tasks(self, root: Edge) -> set[int]:
         """Return the tasks whose outputs ``root`` depends on."""
         node, output = root
@@ -242,7 +247,7 @@ def _from_taps(roots: Sequence[Node]) -> list[Node]:
 
 
 def _unknown(order: Sequence[Node]) -> set[Node]:
-    """Return the opaque nodes between the taps in ``order`` and other taps behind them; those of the backbone are not."""
+    """Return the opaque nodes between the taps in ``order`` and others behind them, not those of the backbone."""
     nodes = behind(filter(is_tap, order))
     opaque = set(filter(is_opaque, nodes))
     return opaque & reaching(nodes, filter(is_tap, nodes)) if opaque else opaque

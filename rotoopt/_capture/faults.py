@@ -40,7 +40,7 @@ def check_losses(
         if task not in through and (through or not (fed.is_frozen([task]) or _trains_only(task, loss, own))):
             raise RuntimeError(not_through_its_head(names[task], ", ".join(names[other] for other in sorted(through))))
         if dependence.is_mixed(loss):
-            raise RuntimeError(_mixed([task, *sorted(through - {task})], names))
+            raise RuntimeError(_mixed(dependence, [task, *sorted(through - {task})], names))
     taps = taps_of(node for node, _ in losses.values())
     if any(tap.fork.used for tap in taps):
         raise RuntimeError(SPENT)
@@ -76,7 +76,7 @@ def check_sum(dependence: Dependence, roots: Sequence[Edge], names: Sequence[str
         return taps
     for terms in found:
         for term in terms.mixed:
-            raise RuntimeError(_mixed(sorted(dependence.tasks(term)), names))
+            raise RuntimeError(_mixed(dependence, sorted(dependence.tasks(term)), names))
     check_heads_apart(taps, names)
     check_shared(dependence, {}, names, own, [term for terms in found for term in terms.of_tasks])
     check_not_bypassed([node for terms in found for node, _ in terms.of_none], taps, own, names)
@@ -118,9 +118,9 @@ def check_weighting(weighting: Weighting, fed: Fed, names: Sequence[str], *, one
         )
 
 
-def _mixed(tasks: Sequence[int], names: Sequence[str]) -> str:
+def _mixed(dependence: Dependence, tasks: Sequence[int], names: Sequence[str]) -> str:
     first, second = names[tasks[0]], names[tasks[1]]
-    return (
+    message = (
         f"The loss of {first} must be computed from the output of its own head, got one that passes through that "
         f"of {second}, too: its gradient would be given two weights. Either (a) detach() the output of {second} in the "
         f"loss of {first}, or add that term to the loss of {second} and detach() the output of {first}, (b) if both "
@@ -128,4 +128,10 @@ def _mixed(tasks: Sequence[int], names: Sequence[str]) -> str:
         "selects one task for each sample in your own sum(losses).backward(), call backward(losses) with the loss of "
         "each task instead, or (d) if the loss trains something else, as an actor through its critics, run its forward "
         "pass under optimizer.paused()."
+    )
+    if not dependence.is_compiled:
+        return message
+    return (
+        f"{message} Behind the heads, there is a compiled graph. If it joins their outputs in one tensor, as torch.cat "
+        "does, return them separately there: which part of its output comes from which head is not visible."
     )

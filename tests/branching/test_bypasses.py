@@ -267,6 +267,25 @@ def test_wiring_that_is_compiled_is_checked_or_reported(kind: str, visible: bool
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_outputs_that_a_compiled_graph_joins_are_explained(compiles: bool) -> None:
+    heads = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+    backbone = nn.Linear(3, 3)
+    optimizer = RotoGradOptimizer(SGD(nn.ModuleList([backbone, heads]).parameters(), lr=0.1), heads)
+
+    def joined(x: Tensor) -> Tensor:
+        z = backbone(x)
+        first, second = heads[0](z), heads[1](z)
+        return torch.cat([first, second], dim=1).tanh()
+
+    out = torch.compile(joined, backend="aot_eager")(torch.randn(4, 3)) if compiles else joined(torch.randn(4, 3))
+    told = pytest.raises(RuntimeError, match=r"as torch\.cat does, return them separately there")
+    with told if compiles else nullcontext():
+        optimizer.backward([out[:, :2].square().mean(), out[:, 2:].square().mean()])
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("kind", ["early loss", "cascade, early loss", "skip"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.filterwarnings("ignore:The wiring must be visible in the autograd graph")
