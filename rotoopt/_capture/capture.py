@@ -136,9 +136,9 @@ class Capture:
             found = ", ".join(str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for _, x in pairs)
             raise TypeError(
                 "A floating-point tensor must enter a head, by position or keyword, alone or in lists, tuples and "
-                f"dicts, got {found or 'no input'}. Objects of other classes are not searched: for such inputs, "
-                "list the modules inside of the head that get tensors, or pass num_tasks=K instead of `heads`, and call "
-                "the heads on the tensors of optimizer.rotate(z)."
+                f"dicts, got {found or 'no input'}. Objects of other classes are not searched: list the "
+                "modules inside of the head that get tensors, or pass num_tasks=K instead of `heads`, and call the "
+                "heads on the tensors of optimizer.rotate(z)."
             )
         paths = self.places.as_in_training(pairs, task, part, trains=captures)
         fed: list[Any] = []

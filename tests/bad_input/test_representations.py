@@ -75,7 +75,7 @@ REPRESENTATIONS = {
     ),
     "object": Case(
         TypeError,
-        f"{FLOAT} SimpleNamespace. Objects of other classes are not searched: for such inputs, pass num_tasks=K",
+        f"{FLOAT} SimpleNamespace. Objects of other classes are not searched: list the modules inside of the head",
         lambda m, o: lambda: left(m)(SimpleNamespace(z=representation(m))),
     ),
     "no input": Case(TypeError, f"{FLOAT} no input. Objects of", lambda m, o: lambda: left(m)()),
