@@ -266,11 +266,9 @@ class Capture:
                     "Likely cause: re-entrant checkpointing around a head; pass use_reentrant=False to checkpoint()."
                 )
             fork = self._forks[rep] = Fork(rep, len(self.rotations), self._running, self._sketch(rep))
-        elif rep.is_leaf and fork.used:  # z is a parameter, the same tensor in every forward pass
-            fork.used = ()
-            fork.taps.clear()
-            fork.second_moment = None
-            fork.sketch = self._sketch(rep)
+        # z is a parameter, the same tensor in every forward pass.
+        elif rep.is_leaf and (fork.reached or fork.version != version(rep)) and backward_pass_id() == -1:
+            fork.renew(rep, self._sketch(rep))
         self.fed.forks.add(fork)
         return fork
 

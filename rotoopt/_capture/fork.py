@@ -70,15 +70,10 @@ class Fork:
 
     def __init__(self, rep: Tensor, num_tasks: int, running: Callable[[], BackwardPass], sketch: Sketch | None) -> None:
         self.shape = rep.shape
-        self.version = version(rep)
         self.made_by = "a leaf" if rep.grad_fn is None else rep.grad_fn.name().partition("Backward")[0]
         self.is_leaf = rep.is_leaf
-        self.taps: Counter[int] = Counter()
         self.rotated = False
-        self.second_moment: Tensor | None = None
-        self.sketch = sketch
-        self.used: tuple[int, ...] = ()
-        self.reached = False
+        self.renew(rep, sketch)
         self._num_tasks = num_tasks
         self._running = running
         self._waiting: Tensor | None = None  # G, shape (K, *shape)
@@ -87,6 +82,15 @@ class Fork:
         self._of: BackwardPass | None = None
         # A hook of the user, which may scale or clip the gradient at z, applies to the sum of all.
         register_first_hook(rep, self._join)
+
+    def renew(self, rep: Tensor, sketch: Sketch | None) -> None:
+        """Begin a forward pass with z."""
+        self.version = version(rep)
+        self.taps: Counter[int] = Counter()
+        self.second_moment: Tensor | None = None
+        self.sketch = sketch
+        self.used: tuple[int, ...] = ()
+        self.reached = False
 
     @property
     def tasks(self) -> Set[int]:

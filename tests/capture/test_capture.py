@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.testing import assert_close
 
-from rotoopt import RotoGradOptimizer
+from rotoopt import ProgressWeighting, RotoGradOptimizer, RotoGradWeighting
 from rotoopt._capture import wiring
 from rotoopt._torch.modules import is_trained
 from rotoopt._torch.private import tree_leaves
 from tests.asserts import eps
-from tests.contract.models import back_propagate, wrap
+from tests.contract.models import REP_SIZE, TwoTasks, back_propagate, wrap
 from tests.operations import Count
 from tests.oracle import layout, rotate
 from tests.samplers import DTYPES, LAYOUTS, SEEDS, Layout, Network, Sampler, batches, network
@@ -387,3 +387,39 @@ def test_tensors_that_enter_a_head_keep_their_class_and_attributes(kind: type[Te
     assert copy.deepcopy(optimizer.state_dict())
     heads.eval()
     assert all(torch.equal(output == 0, mask.expand(4, 2) == 0) for output in outputs())
+
+
+class Parameter(nn.Module):
+    """A representation that is a parameter, as the factors of users: the same tensor in every forward pass."""
+
+    def __init__(self, *, copies: bool) -> None:
+        super().__init__()
+        self.rep = nn.Parameter(torch.randn(5, REP_SIZE, generator=torch.Generator().manual_seed(0)))
+        self.copies = copies
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rep.clone() if self.copies else self.rep
+
+
+@pytest.mark.parametrize("trial", [False, True])
+@pytest.mark.parametrize("weighting", [ProgressWeighting, RotoGradWeighting])
+def test_a_parameter_as_representation_is_measured_anew_in_every_step(weighting: type, trial: bool) -> None:
+    """Like a copy of it, which is another tensor in every step; also after a forward pass that is not used."""
+    runs = []
+    for copies in (False, True):
+        torch.manual_seed(1)
+        model = TwoTasks()
+        factors = Parameter(copies=copies)
+        model.backbone = nn.Sequential(factors)
+        optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), model.heads, weighting=weighting(), turn_every=2)
+        for step in range(8):
+            if trial:
+                model.losses(step)
+                with torch.no_grad():
+                    factors.rep.mul_(1.1)
+            optimizer.zero_grad()
+            optimizer.step(model.losses(step)[0])
+        assert optimizer.last_step is not None
+        runs.append([*model.parameters(), optimizer.rotations.matrices, optimizer.last_step.weights])
+    for first, second in zip(*runs, strict=True):
+        torch.testing.assert_close(first, second)
