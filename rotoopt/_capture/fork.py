@@ -27,8 +27,8 @@ from rotoopt._torch.subclasses import plain
 SPENT = (
     "The losses of one forward pass must be back-propagated together and once, got a second backward pass. Either (a) "
     "step(losses) was called after backward(losses) or your own sum(losses).backward(): call step() without losses, or "
-    "(b) every task has its own backward() or torch.autograd.grad(): optimizer.last_step contains measurements of the "
-    "gradients of single tasks."
+    "(b) every task has its own backward(): call sum(losses).backward() or optimizer.backward(losses), or (c) the "
+    "gradients of single tasks are measured by torch.autograd.grad(): optimizer.last_step has measurements of them."
 )
 
 LOSSES_AS_HEADS = (

@@ -30,15 +30,18 @@ def pyramid(names: Sequence[str], **options: Any) -> tuple[dict[str, nn.Module],
 
 @pytest.mark.parametrize("names", list(permutations(SIZES)))
 @pytest.mark.parametrize("init", ["identity", "haar"])
-@pytest.mark.parametrize("evaluated", [False, True])
-def test_rotations_have_the_size_that_most_tasks_read(names: tuple[str, ...], init: str, evaluated: bool) -> None:
+@pytest.mark.parametrize("before", ["nothing", "an evaluation", "steps with a frozen backbone"])
+@pytest.mark.filterwarnings("ignore:The representation should require grad")
+def test_rotations_have_the_size_that_most_tasks_read(names: tuple[str, ...], init: str, before: str) -> None:
     """Whichever head runs first."""
     backbones, heads, optimizer = pyramid(names, init=init)
-    if evaluated:
+    if before == "an evaluation":
         with torch.no_grad():
             for name in names:
                 heads[name].eval()(torch.randn(4, SIZES[name]))
                 heads[name].train()
+    elif before == "steps with a frozen backbone":
+        step(optimizer, [heads[name](torch.randn(4, SIZES[name])) for name in names])
     for _ in range(3):
         x = torch.randn(4, 5)
         z = {name: backbone(x) for name, backbone in backbones.items()}
