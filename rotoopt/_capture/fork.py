@@ -28,7 +28,8 @@ SPENT = (
     "The losses of one forward pass must be back-propagated together and once, got a second backward pass. Either (a) "
     "step(losses) was called after backward(losses) or your own sum(losses).backward(): call step() without losses, or "
     "(b) every task has its own backward(): call sum(losses).backward() or optimizer.backward(losses), or (c) the "
-    "gradients of single tasks are measured by torch.autograd.grad(): optimizer.last_step has measurements of them."
+    "gradients of single tasks are measured by torch.autograd.grad(): optimizer.last_step has measurements of them; "
+    "compute others, as for a saliency map, from a forward pass under optimizer.paused()."
 )
 
 LOSSES_AS_HEADS = (

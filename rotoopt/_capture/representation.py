@@ -111,12 +111,20 @@ def _group(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
 def rotated(rep: Tensor, matrix: Tensor, dims: RotatedDims, out: Tensor | None = None) -> Tensor:
     """Return the rotation of ``rep`` by ``matrix``, in the shape and dtype of ``rep``; autocast does not reach it.
 
+    It is stored like ``rep``, as in channels-last, if that is a permutation: a head may take a view.
+
     Args:
         rep: z.
         matrix: R. Shape ``(m, m)``.
         dims: The rotated dimensions.
         out: Where to write it. Contiguous, otherwise like ``rep``; the rotated dimensions must lie side by side.
     """
+    if out is None and not rep.is_contiguous():
+        order = sorted(range(rep.ndim), key=rep.stride, reverse=True)
+        places = [order.index(i) for i in range(rep.ndim)]
+        stored, inner = rep.permute(order), [places[i] for i in dims.resolve(rep.shape)]
+        if stored.is_contiguous() and inner == sorted(inner):
+            return rotated(stored, matrix, RotatedDims(inner)).permute(places)
     matrix = matrix.to(rep.dtype)
     with without_autocast(rep.device):
         if dims.are_last and matrix.shape[-1] == rep.shape[-1]:

@@ -79,8 +79,8 @@ def check_losses_repeat(optimizer: RotoGradOptimizer, losses: LossFn) -> None:
             raise AssertionError(
                 f"`losses` must return the same losses in every call, got {loss.item()} and then "
                 f"{second[task].item() if task in second else None} for {trial.names[task]}. Draw the batch outside of "
-                "it, use torch's generators for random numbers, and put layers that change in every forward pass, "
-                "such as those with spectral_norm, in eval mode."
+                "it, use torch's generators for random numbers, put layers that change in every forward pass, such "
+                "as those with spectral_norm, in eval mode, and reset buffers, such as a queue of keys, inside of it."
             )
     if not _forks(first.values()).isdisjoint(_forks(second.values())):
         raise AssertionError(

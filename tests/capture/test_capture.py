@@ -423,3 +423,29 @@ def test_a_parameter_as_representation_is_measured_anew_in_every_step(weighting:
         runs.append([*model.parameters(), optimizer.rotations.matrices, optimizer.last_step.weights])
     for first, second in zip(*runs, strict=True):
         torch.testing.assert_close(first, second)
+
+
+class Flat(nn.Module):
+    """A head that takes a view, which needs tokens that are stored as (B, T, d)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4 * 6, 2)
+
+    def forward(self, rep: Tensor) -> Tensor:
+        out: Tensor = self.out(rep.transpose(1, 2).view(len(rep), -1))
+        return out
+
+
+@pytest.mark.parametrize("rotation_size", [None, 3])
+def test_a_head_may_take_a_view_that_fits_how_the_representation_is_stored(rotation_size: int | None) -> None:
+    """The rotated tensor is stored like z, here transposed tokens; after updates of the rotations as well."""
+    backbone, heads = nn.Linear(3, 6), nn.ModuleList([Flat(), nn.Conv1d(6, 2, 1)])
+    sgd = SGD(nn.ModuleList([backbone, heads]).parameters(), lr=0.1)
+    optimizer = RotoGradOptimizer(sgd, heads, dim=1, rotation_size=rotation_size, turn_every=1)
+    for _ in range(3):
+        z = backbone(torch.randn(5, 4, 3)).transpose(1, 2)
+        optimizer.zero_grad()
+        optimizer.step([head(z).square().mean() for head in heads])
+    heads.eval()
+    assert heads[0](z).shape == (5, 2)
