@@ -184,7 +184,7 @@ def _around_the_heads(reads: Sequence[_Read], names: Sequence[str]) -> str:
         "run its forward and backward pass under optimizer.paused(), and then optimizer.step() without losses. If the "
         "loss trains something else, as an actor through its critics, run its forward pass under paused(). If the "
         "parameter belongs to one task, list it there: heads={'task': (head, parameter)}. To weight losses by it, "
-        "multiply the losses, not their errors."
+        "multiply the losses, not their errors, outside of compiled graphs."
     )
 
 

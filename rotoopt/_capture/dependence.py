@@ -42,6 +42,7 @@ from rotoopt._torch.private import is_on_host, output_shapes, saved
 LINEAR = {"Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Stack", "Cat", "Clone", "ToCopy", "Expand", "Where"}
 LINEAR |= {"Alias", "MaskedFill", "IndexPut", "IndexAdd", "Scatter", "ScatterAdd", "Nansum"} | PICKS | REARRANGING
 PRODUCTS = {"Mul", "Div", "Dot", "Mv", "Mm", "Bmm"}
+COMPILED = "CompiledFunction"  # a graph that was compiled as a whole
 
 
 @dataclass
@@ -98,7 +99,7 @@ class Dependence:
     @property
     def is_compiled(self) -> bool:
         """Whether a compiled graph combines the outputs of several heads."""
-        return any(operation(node) == "CompiledFunction" for node in self._labels)
+        return any(operation(node) == COMPILED for node in self._labels)
 
     def tasks(self, root: Edge) -> set[int]:
         """Return the tasks whose outputs ``root`` depends on."""
@@ -133,7 +134,7 @@ class Dependence:
                 new = [part for part in parts if part not in seen and part[0] is not None and not is_leaf(part[0])]
                 seen.update(new)
                 stack.extend(new)
-            elif self.is_mixed(each) and not self._adds_up_apart(node, parts):
+            elif self.is_mixed(each) and not (_is_compiled_number(node) or self._adds_up_apart(node, parts)):
                 found.mixed.append(each)
             else:
                 found.of_tasks.append(each)
@@ -251,6 +252,11 @@ def _unknown(order: Sequence[Node]) -> set[Node]:
     nodes = behind(filter(is_tap, order))
     opaque = set(filter(is_opaque, nodes))
     return opaque & reaching(nodes, filter(is_tap, nodes)) if opaque else opaque
+
+
+def _is_compiled_number(node: Node) -> bool:
+    """Whether ``node`` computes a number in a compiled graph, such as a sum of losses."""
+    return operation(node) == COMPILED and output_shapes(node) == [()]
 
 
 def _shape(edge: Edge) -> tuple[int, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rotoopt import RotoGradOptimizer
 from rotoopt.testing import check_invariants
+from rotoopt.weighting import EqualWeighting
 from tests.contract.models import TwoTasks, back_propagate, sgd, wrap
 
 PAST = "A parameter that tasks share must be reached through their heads, got"
@@ -283,6 +285,28 @@ def test_outputs_that_a_compiled_graph_joins_are_explained(compiles: bool) -> No
     told = pytest.raises(RuntimeError, match=r"as torch\.cat does, return them separately there")
     with told if compiles else nullcontext():
         optimizer.backward([out[:, :2].square().mean(), out[:, 2:].square().mean()])
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", ["sum", "sum with weights", "loss of one task"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_losses_may_be_added_up_in_a_compiled_function(kind: str) -> None:
+    """Whether parameters in it weight losses or belong to a layer is not visible."""
+    model, x = TwoTasks(), torch.randn(4, 3)
+    plain = copy.deepcopy(model)
+    factors = nn.Parameter(torch.full((2,), 3.0), requires_grad=kind == "sum with weights")
+    params = [*model.parameters(), factors]
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), model.heads, weighting=EqualWeighting())
+
+    def criterion(left: Tensor, right: Tensor) -> Tensor:
+        return factors[0] * left.square().mean() + factors[1] * right.square().mean()
+
+    loss = torch.compile(criterion, backend="aot_eager")(*model(x))
+    rule = "outside of compiled graphs" if factors.requires_grad else "of right must be computed from the output"
+    with nullcontext() if kind == "sum" else pytest.raises(RuntimeError, match=rule):
+        optimizer.backward({"right": loss}) if kind == "loss of one task" else back_propagate([loss])
+        back_propagate([criterion(*plain(x))])
+        assert_close([p.grad for p in model.backbone.parameters()], [p.grad for p in plain.backbone.parameters()])
     torch._dynamo.reset()
 
 
