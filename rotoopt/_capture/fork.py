@@ -168,13 +168,16 @@ class Rotate(torch.autograd.Function):
     ) -> Tensor:
         """Return R_k z; z itself for a task that is not rotated."""
         ctx.save_for_backward(matrix)
+        ctx.set_materialize_grads(False)
         ctx.dims, ctx.fork, (ctx.task, ctx.place) = dims, fork, key
         # Detached, so that autograd does not treat it as a view, and a head may begin with an in-place ReLU.
         return rep.view_as(rep) if matrix is None else rotated(rep, matrix, dims).detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
         """Return the gradient that the fork passes on."""
+        if grad is None:  # the output was not used, but is returned by a function such as DistributedDataParallel's
+            return None, None, None, None, None
         if torch.is_grad_enabled():
             raise RuntimeError(SECOND_ORDER)
         (matrix,) = ctx.saved_tensors

@@ -243,3 +243,41 @@ def test_hook_of_the_user_on_z_gets_the_sum_of_all(weighting: type[Weighting], *
         assert root.grad is not None
         assert_close(root.grad, 0.5 * expected, rtol=1e-10, atol=1e-12)
     assert len(seen) == 5
+
+
+class Sink(torch.autograd.Function):
+    """Returns its inputs, as DistributedDataParallel does with the outputs of a model."""
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return grads
+
+
+@pytest.mark.parametrize("weighting", [EqualWeighting, ProgressWeighting, RotoGradWeighting])
+@pytest.mark.parametrize("turn_every", [1, NEVER])
+def test_a_task_whose_output_is_returned_but_not_used_is_absent(weighting: Any, turn_every: int) -> None:
+    """Its head is part of the backward pass, without a gradient."""
+    weights = []
+    sinks: list[Any] = [lambda *outputs: outputs, Sink.apply]
+    for sink in sinks:
+        torch.manual_seed(0)
+        backbone, heads = nn.Linear(3, 6), nn.ModuleList(nn.Linear(6, 2) for _ in range(2))
+        bare = SGD([*backbone.parameters(), *heads.parameters()], lr=0.1)
+        optimizer = RotoGradOptimizer(bare, heads, weighting=weighting(), turn_every=turn_every)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            z = backbone(torch.randn(5, 3))
+            left, right = sink(*[head(z) for head in heads])
+            loss = left.square().mean() if step % 2 else left.square().mean() + right.abs().mean()
+            loss.backward()
+            optimizer.step()
+            assert optimizer.last_step is not None
+            assert optimizer.last_step.present.tolist() == [True, step % 2 == 0]
+        weights.append([backbone.weight, optimizer.task_weights])
+    for found, expected in zip(*weights, strict=True):
+        assert torch.equal(found, expected)
