@@ -76,7 +76,8 @@ class RotoGradOptimizer(OptimizerWrapper):
         burn_in_period: Step in which the references L_k(t0) and ||G_k(t0)|| are measured again.
         rotation_lr: Learning rate of the built-in rotation step: the relative change (root mean square) of the input
             of a head in the first update. The change in the t-th update is about :math:`\mathrm{lr} / \sqrt t`,
-            multiplied by the learning rate of the network relative to its maximum so far.
+            multiplied by the learning rate of the network relative to its maximum so far and, with the default
+            weighting, by the root of the remaining loss of the task, relative to its initial one.
         turn_every: Number of steps from one update of the rotations to the next. ``None``: 32 for the built-in step,
             which is cheap and keeps the rotations slower than the network, as the method requires; 1 for a
             ``rotation_optimizer``, which has its own schedule.

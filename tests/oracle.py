@@ -71,6 +71,7 @@ class Progress:
         self.first_losses = torch.full((n_tasks,), math.nan).double()
         self.agreements: list[list[float]] = [[] for _ in range(n_tasks)]  # all so far
         self.mean_rate = 1.0
+        self.remaining = torch.ones(n_tasks).double()
         self.latest_signal = torch.ones(n_tasks).double()
         self.weights = torch.ones(n_tasks).double()
         self.signed = [False] * n_tasks
@@ -96,6 +97,7 @@ class Progress:
         if agreement is not None:
             self.latest_signal = self.signal()
             usable = ~rates.isnan()
+            self.remaining = rates.nan_to_num(1.0) ** 0.5
             total = self.latest_signal[usable].sum()
             self.mean_rate = (rates ** (self.latest_signal / total))[usable].prod().item()  # an empty product is one
         s = self.latest_signal
@@ -348,7 +350,8 @@ class Oracle:
             for k in S.any(dim=(1, 2)).nonzero().flatten():
                 D, size = ascent(S[k], G)
                 self.squares[k] += size**2
-                step = self.rotation_lr * (lr / self.highest_lr if lr > 0 else 0.0) / self.squares[k].sqrt()
+                left = self.progress.remaining[k] if self.weighting == "progress" else 1.0
+                step = left * self.rotation_lr * (lr / self.highest_lr if lr > 0 else 0.0) / self.squares[k].sqrt()
                 S[k] = D * min(float(step), longest(S[k], D))
         else:
             self.algebra.grad = -S.tril(-1)

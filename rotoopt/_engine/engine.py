@@ -252,13 +252,13 @@ class Engine:
 
     @torch.no_grad()
     def finish_step(
-        self, turn: Callable[[Sequence[RotationGradient]], Tensor | None], rotation_lr: float | Tensor
+        self, turn: Callable[[Sequence[RotationGradient], Tensor | None], Tensor | None], rotation_lr: float | Tensor
     ) -> None:
         """Update weights and rotations from the backward passes since the latest step, and forget these passes.
 
         Args:
-            turn: Updates the rotations, and returns their angles in radians, shape ``(K,)``; None if there was no
-                update.
+            turn: Updates the rotations, as :meth:`RotationStep.step`, and returns their angles in radians, shape
+                ``(K,)``; None if there was no update.
             rotation_lr: Their learning rate.
         """
         if not self.pending:
@@ -271,7 +271,7 @@ class Engine:
                 self._record = StepRecord.of(
                     replace(latest, measured=measured), self.memory, self.rotations, self._record
                 )
-            angles = turn(self._rotation_gradients(measured))
+            angles = turn(self._rotation_gradients(measured), self.weighting.remaining)
         memory = self.memory
         if angles is not None:
             memory.total_angles = memory.total_angles + angles

@@ -62,14 +62,16 @@ class NormalizedStep(Optimizer):
 
 
 class CayleyStep:
-    r"""The built-in rotation step: R_k <- R_k cay(:math:`\sigma \eta_k D_k`).
+    r"""The built-in rotation step: R_k <- R_k cay(:math:`\sigma \sqrt{r_k} \eta_k D_k`).
 
     S is the :class:`~rotoopt._rotation.step.RotationGradient`. :math:`D_k = G^{-1} S_k G^{-1}`, with the
     :class:`~rotoopt._rotation.metric.Metric` G, favors planes in which the representation has little variance, so that
     the outputs of the heads on recent data change little. Its size :math:`q_k = (\operatorname{tr}(D_k G D_k^\top) /
     m)^{1/2}` is the root mean square relative change of the input of the head. So the learning rate of
     :class:`NormalizedStep`, which computes :math:`\eta_k`, is independent of width, batch and scale. :math:`\sigma` is
-    the share of the :class:`~rotoopt._rotation.schedule.Schedule` of the network.
+    the share of the :class:`~rotoopt._rotation.schedule.Schedule` of the network, and :math:`\sqrt{r_k}` is
+    :attr:`~rotoopt.weighting.Weighting.remaining`: a change of the inputs of a head by a fixed share would prevent
+    small errors.
 
     Steps are shortened such that the objective of the batch increases for certain, and no plane rotates by more than a
     radian: with :math:`\lVert D \rVert_2^2 \le \lVert D \rVert_F^2 / 2` and a nuclear norm of :math:`U_k V^\top` of at
@@ -98,7 +100,7 @@ class CayleyStep:
         self._num_turns = 0
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[RotationGradient]) -> Tensor | None:
+    def step(self, gradients: Sequence[RotationGradient], remaining: Tensor | None = None) -> Tensor | None:
         """Update the rotations, and correct rounding errors in some of their columns; return the angles."""
         self._follow(self.rotations.device)
         if not gradients:
@@ -116,7 +118,9 @@ class CayleyStep:
         self._sizes.grad = None
         inverse = norm.rsqrt()
         longest = torch.minimum(ascent.rise / norm, inverse)
-        step = torch.minimum(self._sizes * self._schedule.share(), longest).masked_fill(rests, 0.0)
+        sizes = self._sizes * self._schedule.share()
+        sizes = sizes if remaining is None else sizes * remaining.to(sizes.dtype)
+        step = torch.minimum(sizes, longest).masked_fill(rests, 0.0)
         ascent.skew.turn_(matrices, step)
         count = -(-m // REPAIRED_SHARE)
         repair_columns_(matrices, self._num_turns * count % m, count, step > 0)

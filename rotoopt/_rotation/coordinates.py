@@ -93,8 +93,8 @@ class OptimizerStep:
             )
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[RotationGradient]) -> Tensor | None:
-        """Update the rotations with the optimizer, and return the angles."""
+    def step(self, gradients: Sequence[RotationGradient], remaining: Tensor | None = None) -> Tensor | None:
+        """Update the rotations with the optimizer, and return the angles. Its sizes do not depend on ``remaining``."""
         coordinates, rotations = self._coordinates, self._coordinates.rotations
         if coordinates.parameter.device != rotations.device:
             move_(coordinates.parameter, self.optimizer, rotations.device)

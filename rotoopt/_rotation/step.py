@@ -84,8 +84,12 @@ class RotationStep(Protocol):
     optimizer: Optimizer
     needs_second_moment: bool
 
-    def step(self, gradients: Sequence[RotationGradient]) -> Tensor | None:
+    def step(self, gradients: Sequence[RotationGradient], remaining: Tensor | None = None) -> Tensor | None:
         """Update the rotations with the sum of ``gradients``, one per backward pass since the latest step.
+
+        Args:
+            gradients: The gradients.
+            remaining: Factors of the sizes of built-in updates: :attr:`~rotoopt.weighting.Weighting.remaining`.
 
         Returns:
             The angle by which each rotation turned, in radians: the root mean square over all vectors. Shape ``(K,)``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from rotoopt._rotation.coordinates import Coordinates
 from rotoopt._rotation.step import RotationGradient
@@ -30,7 +30,7 @@ class RotationParameter:
         """The coordinates, zero after :meth:`turn`. Shape ``(K, m, m)``."""
         return self._coordinates.parameter
 
-    def add(self, gradients: Sequence[RotationGradient]) -> None:
+    def add(self, gradients: Sequence[RotationGradient], _: Tensor | None = None) -> None:
         """Accumulate the gradient of a backward pass; there is none for a single task. No rotation changes yet."""
         if gradients:
             grad = self._coordinates.gradient(gradients)

@@ -45,6 +45,9 @@ class ProgressWeighting(Weighting):
     weights of one otherwise. One such step is not enough: a loss that starts at its minimum, as in distillation,
     has a gradient that is only rounding errors.
 
+    The rotations follow the progress: the change in an update of R_k is multiplied by :math:`\sqrt{r_k}`
+    (:attr:`remaining`), so that it stays small relative to the errors that the heads still make.
+
     Unknown values have no influence: all r are one if the losses are unknown (your own ``sum(losses).backward()``).
     The r of a task whose loss has been negative is unknown as well; :math:`\tilde r` is then :math:`\bar r`. An unknown
     s is the geometric mean of the others. Both means are renewed when the agreement is measured. The weight of a task
@@ -101,6 +104,11 @@ class ProgressWeighting(Weighting):
         # NaN (0 / 0) for a task that has had no gradient yet; infinite if norms nearly overflow.
         return (shares * (norms.sum() / norms)).nan_to_num(1.0)
 
+    @property
+    def remaining(self) -> Tensor | None:
+        r""":math:`\sqrt{r_k}` when the agreement was measured last, one where unknown. Shape ``(K,)``."""
+        return self.state.get("remaining")
+
     def _remember(self, measured: Measurements) -> tuple[Tensor, Tensor]:
         """Return norms and losses, the latest of every task, and their running means, both of shape ``(2, K)``."""
         norms, losses, seen = measured.norms, measured.losses, measured.present & (measured.norms > 0)
@@ -136,7 +144,9 @@ class ProgressWeighting(Weighting):
         signal = logs.exp()
         self.state["agreement"], self.state["num_agreements"] = mean, count
         self.state["signal"], self.state["noise"] = logs * self.alpha, 1 - signal
-        self.state["mean_rate"] = _mean(rates.nan_to_num(), signal.masked_fill(rates.isnan(), 0.0))
+        known_rates = rates.nan_to_num()
+        self.state["mean_rate"] = _mean(known_rates, signal.masked_fill(rates.isnan(), 0.0))
+        self.state["remaining"] = (known_rates / 2).exp()
 
     def _remembered(self, name: str, like: Tensor) -> Tensor:
         """Return what is remembered, in the dtype of ``like``, which may differ between steps."""

@@ -60,6 +60,11 @@ class Weighting(ABC):
                 representation.
         """
 
+    @property
+    def remaining(self) -> Tensor | None:
+        """How much smaller updates of each rotation are than without progress. Shape ``(K,)``; ``None``: as large."""
+        return None
+
     @cached_property
     def state(self) -> dict[str, Tensor]:
         """State of the weighting: tensors by name."""

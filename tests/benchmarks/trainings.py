@@ -88,7 +88,7 @@ class RandomTurns(WithOptimizer):
         super().__init__(trial, lr, **options)
         step = self.optimizer._core.rotation_step
         turn = step.step
-        step.step = lambda gradients: turn([_at_random(each) for each in gradients])  # type: ignore[method-assign]
+        step.step = lambda gradients, *rest: turn([_at_random(each) for each in gradients], *rest)  # type: ignore[method-assign]
 
 
 def _at_random(gradient: RotationGradient) -> RotationGradient:

@@ -108,6 +108,17 @@ def test_turns_follow_the_schedule_of_the_network(K: int, n: int, m: int, seed: 
     assert_close(angles[1], share * angles[0], rtol=1e-3, atol=1e-12)
 
 
+@given(K=NUM_TASKS, n=NUM_SAMPLES, m=st.integers(2, 24), seed=SEEDS)
+def test_turns_are_smaller_for_tasks_with_small_remaining_losses(K: int, n: int, m: int, seed: int) -> None:
+    sampler, angles = Sampler(seed), []
+    gradient, remaining = rotation_gradient(*sampler.directions(K, n, m)), sampler.uniform(K)
+    for factors in (None, remaining):
+        angle = cayley(haar(K, m, torch.float64), lr=1e-6).step([gradient], factors)
+        assert angle is not None
+        angles.append(angle)
+    assert_close(angles[1], remaining * angles[0], rtol=1e-3, atol=1e-12)
+
+
 def test_rotations_turn_every_few_steps() -> None:
     sampler, moved = Sampler(0), []
     bench = Bench((4, 6), 3, torch.float64, rotation_size=6, turn_every=None)

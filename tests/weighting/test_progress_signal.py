@@ -66,6 +66,18 @@ def test_progress_counts_as_far_as_the_gradient_is_signal(K: int, seed: int, alp
     assert_close(with_progress(rates, agreement, alpha, turns), expected / expected.sum())
 
 
+@given(K=NUM_TASKS, seed=SEEDS)
+def test_rotations_follow_the_root_of_the_remaining_loss(K: int, seed: int) -> None:
+    """One where it is unknown: no loss so far, a negative one, no measurement of the agreement."""
+    sampler, weighting, norms = Sampler(seed), ProgressWeighting(decay=0.0), torch.ones(K).double()
+    first, later, signs = sampler.log_scales(K, -3, 3), sampler.log_scales(K, -6, 1), sampler.normal(K).sign()
+    weighting(measured(norms, first))
+    assert weighting.remaining is None
+    weighting(measured(norms, first * later * signs, norms + 1))
+    expected = torch.where(signs > 0, later.clamp(1e-4, 1.0).sqrt(), 1.0)
+    assert_close(weighting.remaining, expected)
+
+
 @given(K=st.integers(2, 6), seed=SEEDS)
 def test_a_loss_that_cannot_decrease_gets_a_larger_share_only_with_a_signal(K: int, seed: int) -> None:
     """The first task does not progress, all others do, with much signal."""
