@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from rotoopt._torch.private import make_hook_tables, run_load_state_dict_hooks, run_state_dict_hooks
 
+MODES = ("train", "eval")  # between which schedule-free optimizers switch the weights of the network
+
 
 @dataclass
 class Core:
@@ -45,6 +47,19 @@ class OptimizerWrapper(Optimizer):
     def optimizer(self) -> Optimizer:
         """The wrapped optimizer."""
         return self._core.optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        """Return ``train`` or ``eval`` of a schedule-free optimizer; raise for everything else that is not here."""
+        absent = f"{type(self).__name__!r} object has no attribute {name!r}"
+        if name.startswith("_") or not hasattr(self.optimizer, name):
+            raise AttributeError(absent)
+        if name not in MODES:
+            raise AttributeError(
+                f"{absent}, but the wrapped {type(self.optimizer).__name__} has: optimizer.optimizer.{name}. If this is "
+                "a part of a step, as first_step() and second_step() of SAM are, call optimizer.step(closure) instead: "
+                "otherwise weights and rotations are not updated."
+            )
+        return getattr(self.optimizer, name)
 
     # Views of the wrapped optimizer, never copies: its `load_state_dict` replaces both objects.
 

@@ -11,7 +11,7 @@ import torch
 from torch.optim import SGD, Adam, Optimizer
 
 from rotoopt import GradNorm, RotoGradOptimizer
-from tests.contract.models import TwoTasks, adam, assert_moved, assert_same, parameters, snapshot, train, wrap
+from tests.contract.models import TwoTasks, adam, assert_moved, assert_same, parameters, sgd, snapshot, train, wrap
 
 
 def loaded(optimizer: RotoGradOptimizer) -> RotoGradOptimizer:
@@ -69,6 +69,35 @@ def test_wrapping_an_optimizer_after_steps_keeps_its_state() -> None:
     assert_same(warm.state_dict(), before)
     train(model, optimizer, 2)
     assert all(state["step"] == 3 for state in optimizer.state.values())
+
+
+class TwoModes(SGD):
+    """As of schedule-free optimizers, and those that split a step, such as SAM."""
+
+    mode = "train"
+
+    def train(self) -> None:
+        self.mode = "train"
+
+    def eval(self) -> None:
+        self.mode = "eval"
+
+    def first_step(self) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_modes_of_the_wrapped_optimizer(name: str) -> None:
+    """Accelerate and the Trainer of Hugging Face look for them."""
+    optimizer: Any = AFTER[name](wrap(lambda params: TwoModes(params, lr=0.1))[1])
+    for mode in ("eval", "train"):
+        getattr(optimizer, mode)()
+        assert optimizer.optimizer.mode == mode
+        assert not hasattr(wrap(sgd)[1], mode)
+    with pytest.raises(AttributeError, match=r"optimizer\.optimizer\.first_step.*call optimizer\.step\(closure\)"):
+        optimizer.first_step()
+    with pytest.raises(AttributeError, match=r"'RotoGradOptimizer' object has no attribute 'third_step'$"):
+        optimizer.third_step()
 
 
 def test_repr_names_tasks_and_the_wrapped_optimizer() -> None:
