@@ -20,8 +20,10 @@ CHUNK = 1 << 24  # entries that are cast at a time, to save memory for large hea
 LOST = (
     "Weights of a head should be loaded with the rotation that they were trained with, got a state dict without it, "
     "after updates of the rotations. Predictions differ from those of the model that was saved. Either (a) only its "
-    "items were kept, or changed: copy.deepcopy(model.state_dict()) has the rotations, or (b) the state of the "
-    "optimizer was not loaded: optimizer.load_state_dict(...)."
+    "items were kept, or changed: copy.deepcopy(model.state_dict()) has the rotations, (b) the state of the "
+    "optimizer was not loaded: optimizer.load_state_dict(...), or (c) the model that was saved had no rotations, as "
+    "the initial weights for every fold of a cross-validation: call optimizer.remove(), load them, and build "
+    "a new optimizer."
 )
 UNKNOWN = (
     "Weights of a head should be loaded with the rotation that they were trained with, got a dict without the metadata "

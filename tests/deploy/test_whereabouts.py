@@ -150,6 +150,21 @@ def test_weights_without_rotations_are_reported_if_a_state_without_any_was_loade
         predict(model, model.inputs(9))
 
 
+def test_initial_weights_are_reported_until_the_optimizer_was_removed() -> None:
+    """As in a cross-validation, which trains one model several times."""
+    unwrapped = TwoTasks()
+    initial, x = copy.deepcopy(unwrapped.state_dict()), unwrapped.inputs(9)
+    model, optimizer = wrap(rotation_optimizer=partial(SGD, lr=1.0))
+    train(model, optimizer, 0, 1)
+    model.load_state_dict(initial)
+    with pytest.warns(UserWarning, match=LOST + r".*\(c\).* cross-validation: call optimizer.remove\(\), load them"):
+        predict(model, x)
+    optimizer.remove()
+    model.load_state_dict(initial)
+    optimizer = RotoGradOptimizer(sgd(model.parameters()), model.heads)
+    assert_same(predict(model, x), predict(unwrapped, x))
+
+
 @pytest.mark.parametrize("turned", [True, False])
 def test_weights_of_a_part_of_a_head_are_reported(turned: bool) -> None:
     """A state dict for every layer: none of them contains the rotation of the head."""
