@@ -55,7 +55,7 @@ class OptimizerWrapper(Optimizer):
             raise AttributeError(absent)
         if name not in MODES:
             raise AttributeError(
-                f"{absent}, but the wrapped {type(self.optimizer).__name__} has: optimizer.optimizer.{name}. If this is "
+                f"{absent}, but the wrapped {type(self.optimizer).__name__} has: optimizer.optimizer.{name}. If it is "
                 "a part of a step, as first_step() and second_step() of SAM are, call optimizer.step(closure) instead: "
                 "otherwise weights and rotations are not updated."
             )
