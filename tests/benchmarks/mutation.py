@@ -37,6 +37,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "branching/test_bypasses.py",
         "branching/test_changes.py",
         "deploy/test_copies.py",
+        "deploy/test_latest_weights.py",
         "deploy/test_whereabouts.py",
         "testing/test_miswired_models.py",
     ),
