@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from rotoopt._capture.capture import Capture
-from rotoopt._capture.hooks import HeadHook, hooks_in
+from rotoopt._capture.hooks import HeadHook, hook_of, hooks_in
 from rotoopt._torch.modules import unwrapped
 
 Hooks = list[tuple[int, int, HeadHook]]
@@ -41,6 +41,8 @@ def turned(hooks: Hooks) -> Hooks:
 def adopt(hooks: Hooks, capture: Capture, names: Sequence[str]) -> None:
     """Load the rotations of ``hooks`` into ``capture``, and remove the hooks.
 
+    Weights that were written since, as for a new fold of a cross-validation, are reported: they need other rotations.
+
     Raises:
         ValueError: If they do not match. In that case nothing is removed.
     """
@@ -52,5 +54,11 @@ def adopt(hooks: Hooks, capture: Capture, names: Sequence[str]) -> None:
                 f"{names[task]}, where {error} Either (a) build this optimizer with the options of the previous one, "
                 "or (b) call fold() on that one, to merge the rotations into the heads."
             )
-    for _, _, hook in hooks:
+    for task, number, hook in hooks:
+        previous = hook.capture
+        if previous.latest_weights.is_noted:
+            previous.latest_weights.check(hook.task)
         hook.remove()
+        new = hook_of(capture.whereabouts.heads[task, number])
+        if new is not None and not previous.whereabouts.are_loaded():
+            new.lost = hook.lost

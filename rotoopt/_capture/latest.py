@@ -24,8 +24,9 @@ WRITTEN = (
     "latest step. The rotations have been updated in training: earlier weights give wrong predictions with those of "
     "today. Either (a) weights that were kept as a list or vector, or averages of weights, were written into the "
     "model: keep copy.deepcopy(model.state_dict()) and load it with model.load_state_dict(...), or use AveragedModel "
-    "and optimizer.refresh(averaged), or (b) the weights were changed after that step, for instance pruned, "
-    "constrained or updated by another optimizer, which is fine."
+    "and optimizer.refresh(averaged), (b) the weights were changed after that step, for instance pruned, "
+    "constrained or updated by another optimizer, which is fine, or (c) they were initialized again, as for a new fold "
+    "of a cross-validation: call optimizer.remove() before, and build a new optimizer."
 )
 
 

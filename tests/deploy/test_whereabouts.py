@@ -165,6 +165,29 @@ def test_initial_weights_are_reported_until_the_optimizer_was_removed() -> None:
     assert_same(predict(model, x), predict(unwrapped, x))
 
 
+@pytest.mark.parametrize("then", ["nothing", "load the state"])
+@pytest.mark.parametrize("how", ["load", "load items", "initialize", "train on"])
+def test_weights_without_rotations_are_reported_by_the_next_optimizer(how: str, then: str) -> None:
+    """Which takes over the rotations of the first one."""
+    initial = copy.deepcopy(TwoTasks().state_dict())
+    model, optimizer = wrap(rotation_optimizer=partial(SGD, lr=1.0))
+    train(model, optimizer, 0, 1, 2)
+    state = optimizer.state_dict()
+    if how == "initialize":
+        with torch.no_grad():
+            for weight in model.heads.parameters():
+                weight.normal_()
+    elif how != "train on":
+        model.load_state_dict(initial if how == "load" else items_of(initial))
+    told = pytest.warns(UserWarning, match=r"\(c\).* fold of a cross-validation: call optimizer.remove\(\)")
+    with told if how == "initialize" else nullcontext():
+        second = RotoGradOptimizer(sgd(model.parameters()), model.heads, rotation_optimizer=partial(SGD, lr=1.0))
+    if then == "load the state":
+        second.load_state_dict(state)
+    with told if how in ("load", "load items") and then == "nothing" else nullcontext():
+        train(model, second, 3)
+
+
 @pytest.mark.parametrize("turned", [True, False])
 def test_weights_of_a_part_of_a_head_are_reported(turned: bool) -> None:
     """A state dict for every layer: none of them contains the rotation of the head."""
