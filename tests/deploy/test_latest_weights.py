@@ -139,6 +139,17 @@ def test_the_predictions_of_reported_weights_are_wrong() -> None:
     assert not torch.allclose(found[0], expected[0], rtol=1e-2)
 
 
+def test_weights_that_were_cast_are_compared_with_those_of_the_first_evaluation_afterwards() -> None:
+    model, optimizer = wrap(**TURNING)
+    kept = kept_of(list(model.parameters()))
+    train(model, optimizer, *range(2 * LOOK_EVERY))
+    model.double()
+    with torch.no_grad():
+        assert not warned(lambda: model(X.double()))
+        by_data(list(model.parameters()), kept)
+        assert len(warned(lambda: model(X.double()))) == 1
+
+
 def test_averages_that_are_swapped_in_for_each_validation_are_reported_once() -> None:
     model, optimizer = wrap(**TURNING)
     params = list(model.parameters())
