@@ -367,6 +367,18 @@ def test_devices_are_waited_for_once_per_forward_pass_and_rarely_in_training(
     assert len(warned(lambda: evaluate(model))) == 1
 
 
+def test_weights_on_the_cpu_are_compared_in_every_evaluation() -> None:
+    """Also if there is one in every step: nothing waits for it."""
+    model, optimizer = wrap(**TURNING)
+    params = list(model.parameters())
+    kept = kept_of(params)
+    for step in range(2 * LOOK_EVERY + 3):
+        train(model, optimizer, step)
+        evaluate(model)
+    by_data(params, kept)
+    assert len(warned(lambda: evaluate(model))) == 1
+
+
 def test_only_rotated_heads_are_named() -> None:
     model, optimizer = wrap(**{**TURNING, "rotate": [False, True]})
     train(model, optimizer, *range(3))
