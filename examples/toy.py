@@ -41,7 +41,7 @@ def train(seed: int, steps: int, *, rotate: bool) -> tuple[list[Tensor], Tensor]
         num_tasks=2,
         rotate=rotate,
         weighting=None if rotate else EqualWeighting(),
-        rotation_lr=0.3,
+        rotation_lr=0.6,
         normalize_losses=rotate,
     )
     paths: list[list[Tensor]] = [[], []]
