@@ -51,15 +51,16 @@ class OptimizerWrapper(Optimizer):
     def __getattr__(self, name: str) -> Any:
         """Return ``train`` or ``eval`` of a schedule-free optimizer; raise for everything else that is not here."""
         absent = f"{type(self).__name__!r} object has no attribute {name!r}"
-        if name.startswith("_") or not hasattr(self.optimizer, name):
+        core = self.__dict__.get("_core")  # there is none if the constructor has failed
+        if core is None or name.startswith("_") or not hasattr(core.optimizer, name):
             raise AttributeError(absent)
         if name not in MODES:
             raise AttributeError(
-                f"{absent}, but the wrapped {type(self.optimizer).__name__} has: optimizer.optimizer.{name}. If it is "
+                f"{absent}, but the wrapped {type(core.optimizer).__name__} has: optimizer.optimizer.{name}. If it is "
                 "a part of a step, as first_step() and second_step() of SAM are, call optimizer.step(closure) instead: "
                 "otherwise weights and rotations are not updated."
             )
-        return getattr(self.optimizer, name)
+        return getattr(core.optimizer, name)
 
     # Views of the wrapped optimizer, never copies: its `load_state_dict` replaces both objects.
 
