@@ -10,9 +10,9 @@ they were made: results of these versions on the ten are no results on unseen pr
 
 The six were written on 2026-11-22, after the default of commit e73304e, by a person who had read neither it, nor the
 ten, nor its results, but the README. They were fixed before anything but the plain sum was run on them, and the default
-was not changed because of them. It was changed three times since: commit 4de842d was chosen without them; commit e10c997
-was compared on six other seeds of them, without a difference, and chosen on the problems of the study; commit a5c9f74
-was made because of another problem.
+was not changed because of them. It was changed three times since: commit 4de842d was chosen without them; e10c997 was
+compared on six other seeds of them, without a difference, and chosen on the problems of the study; a5c9f74 was made
+because of another problem.
 """
 
 from tests.benchmarks.unseen.actor_critic import ActorCritic
