@@ -51,6 +51,8 @@ class BackwardPass:
         known_norms: The latest nonzero ||G_k||, including this pass; zero if there was none. Shape ``(K,)``.
         norm_reference: ||G_k(t0)||, including this pass.
         loss_reference: |L_k(t0)|, including this pass.
+        returns: Whether ``torch.autograd.grad`` runs it, and adds to no ``.grad``.
+        measures: Whether it or an earlier pass through the same tensors did so: one of them trains nothing.
         expected: The tasks whose losses are back-propagated, if known.
         tasks: The tasks whose gradients have arrived.
         norms: Norms of the gradients that have arrived, by task: one for each tensor that entered its heads. Only if
@@ -70,6 +72,8 @@ class BackwardPass:
     known_norms: Tensor
     norm_reference: Reference
     loss_reference: Reference
+    returns: bool = False
+    measures: bool = False
     expected: frozenset[int] = frozenset()
     tasks: set[int] = field(default_factory=set)
     norms: dict[int, list[Tensor]] = field(default_factory=dict)

@@ -92,6 +92,8 @@ class Fork:
         self.sketch = sketch
         self.used: tuple[int, ...] = ()
         self.reached = False
+        self._number: int | None = None  # of the latest backward pass
+        self._returned = False
 
     @property
     def tasks(self) -> Set[int]:
@@ -115,7 +117,9 @@ class Fork:
             is_there: Whether it was written to its :meth:`room`.
         """
         this = self._running()
-        self.reached = True
+        if self.reached and self._number != this.number:
+            this.measures |= this.returns or self._returned
+        self.reached, self._number, self._returned = True, this.number, this.returns
         if not self._waits(this):
             return this.pass_on(task, grad, self.sketch, in_place=is_own)
         waiting = self._rows(this, grad)

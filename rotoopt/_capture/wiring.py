@@ -32,6 +32,11 @@ OF_DATA = (
     "data: this gradient was weighted, and counts as that of a loss. For adversarial examples, saliency maps and the "
     "like, run the forward pass under optimizer.paused(), or in eval mode."
 )
+MEASURED = (
+    "A backward pass through heads in training mode should train parameters, got torch.autograd.grad() and another "
+    "backward pass through the same forward pass: this gradient was weighted, and counts as that of a loss. If it is a "
+    "measurement, optimizer.last_step may have it; for others, run a forward pass under optimizer.paused()."
+)
 UNLISTED = (
     "Every task should have a head in `heads`, got a term of a loss that passes through none of these, but applies a "
     "layer of its own to something shared, {params}: its gradient is not weighted. If it is the loss of a task, list "
@@ -59,7 +64,7 @@ class Wiring:
         self._operations: dict[frozenset[Read], list[str]] = {}  # all operations when the losses were checked
         self._num_known: Counter[frozenset[Read]] = Counter()
         self._shared: list[Tensor] = []
-        self._warned = self._found_unlisted = self._found_data = False
+        self._warned = self._found_unlisted = self._found_data = self._found_measured = False
         self._tied: set[int] = set()  # ids of parameters of a task that others read as well
 
     def check(self, losses: Mapping[int, Tensor], fed: Fed, backbone_loss: Tensor | None) -> bool:
@@ -109,6 +114,12 @@ class Wiring:
         if inputs and all(map(_is_data, inputs)):
             self._found_data = True
             warn_user(OF_DATA)
+
+    def warn_of_measured(self) -> None:
+        """Warn once of gradients that are computed in addition to those that train."""
+        if not self._found_measured:
+            self._found_measured = True
+            warn_user(MEASURED)
 
     def _warn_of_unlisted(self, losses: Sequence[Node], taps: Iterable[Node], own: Mapping[int, int]) -> None:
         """Warn once of a layer that may be the head of a task that is not listed."""

@@ -25,7 +25,7 @@ from rotoopt._engine.weighing import Weighing
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._rotation.step import RotationGradient
 from rotoopt._torch.autocast import without_autocast
-from rotoopt._torch.private import backward_pass_id
+from rotoopt._torch.private import backward_pass_id, running_inputs
 from rotoopt._torch.processes import Processes
 from rotoopt._torch.subclasses import plain
 from rotoopt.weighting import Measurements, Weighting
@@ -164,6 +164,7 @@ class Engine:
             known_norms=self._passes[-1].known_norms if self._passes else memory.known_norms,
             norm_reference=memory.norm_reference,
             loss_reference=memory.loss_reference,
+            returns=number is not None and bool(running_inputs()),
         )
 
     def _lags(self, one_tensor: bool) -> bool:
@@ -224,6 +225,8 @@ class Engine:
         this, self._running = self._running, None
         if this is None or not this.tasks:
             return
+        if this.measures:
+            self._wiring.warn_of_measured()
         if this.lagged:
             norms = this.joint_norms()
             cosines = cosines_of(this, norms) if this.meets else None

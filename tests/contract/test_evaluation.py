@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -274,3 +275,22 @@ def test_a_gradient_of_data_in_training_mode_causes_a_warning(of: str) -> None:
     message = r"should train parameters, got torch\.autograd\.grad\(\) with respect to data.*optimizer\.paused\(\)"
     with pytest.warns(UserWarning, match=message) if of == "data" else nullcontext():
         torch.autograd.grad(objective, inputs[of])
+
+
+@pytest.mark.parametrize("order", ["grad, all", "all, grad", "left, grad, right", "grad, grad", "grad", "left, right"])
+def test_gradients_beside_those_that_train_cause_a_warning(order: str) -> None:
+    """Such as gradient norms of single tasks for a log: they are weighted, and change the weights of later steps."""
+    model, optimizer = trained()
+    for step in range(5, 8):
+        (left, right), _ = model.losses(step)
+        passes: dict[str, Callable[[], Any]] = {
+            "grad": partial(torch.autograd.grad, left, list(model.backbone.parameters()), retain_graph=True),
+            "all": partial(torch.Tensor.backward, left + right, retain_graph=True),
+            "left": partial(torch.Tensor.backward, left, retain_graph=True),
+            "right": partial(torch.Tensor.backward, right, retain_graph=True),
+        }
+        told = pytest.warns(UserWarning, match=r"got torch\.autograd\.grad\(\) and another.*optimizer\.paused\(\)")
+        with told if step == 5 and order not in ("grad", "left, right") else nullcontext():  # once
+            for name in order.split(", "):
+                passes[name]()
+            optimizer.step()
