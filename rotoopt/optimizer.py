@@ -110,9 +110,9 @@ class RotoGradOptimizer(OptimizerWrapper):
     Differs from the official code (rotograd 0.1.6): wraps the optimizer instead of the model; the default weighting
     uses running means, progress and signal instead of equal norms in every step; the initial rotations are R_k = I; the
     objective of the rotations uses unit gradients; rotations are updated every 32 steps, mainly in directions in which
-    the representation has little variance, with a step size that decays and follows the schedule of the network;
-    references are never taken from absent, zero or non-finite gradients; an absent task contributes nothing instead
-    of its previous gradient.
+    the representation has little variance, with a step size that decays and follows the schedule of the network and
+    the remaining losses; references are never taken from absent, zero or non-finite gradients; an absent task
+    contributes nothing instead of its previous gradient.
     """
 
     _core: RotoGradCore

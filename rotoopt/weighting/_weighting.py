@@ -62,7 +62,7 @@ class Weighting(ABC):
 
     @property
     def remaining(self) -> Tensor | None:
-        """How much smaller updates of each rotation are than without progress. Shape ``(K,)``; ``None``: as large."""
+        """Factors of built-in updates of the rotations, small for converged tasks; ``None``: one. Shape ``(K,)``."""
         return None
 
     @cached_property
