@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from rotoopt._capture.agreement import Sketch
 from rotoopt._capture.backward_pass import BackwardPass
 from rotoopt._capture.fed import Fed
 from rotoopt._capture.fork import Fork, Rotate
-from rotoopt._capture.graph import is_from_head
+from rotoopt._capture.graph import parameters_of, tasks_surely_behind
 from rotoopt._capture.in_place import InPlaceHeads
 from rotoopt._capture.inputs import Inputs, is_floating, paths_and_leaves, rebuilt
 from rotoopt._capture.latest import LatestWeights
@@ -38,7 +38,7 @@ class Capture:
         running: Returns the current backward pass, which receives the gradients.
         measures: Returns whether the current step needs second moments of rotated tensors.
         seed: Returns the seed of the projections if the current step measures the agreement; otherwise None.
-        is_own: Returns whether a tensor was computed from parameters of a task alone.
+        are_own: Returns whether parameters belong to a task alone.
 
     Attributes:
         handles: The handles of the hooks of the heads.
@@ -58,7 +58,7 @@ class Capture:
         running: Callable[[], BackwardPass],
         measures: Callable[[], bool],
         seed: Callable[[], int | None],
-        is_own: Callable[[Tensor, int], bool],
+        are_own: Callable[[Iterable[Tensor], int], bool],
     ) -> None:
         self.rotations = rotations
         self.dims = dims
@@ -74,7 +74,7 @@ class Capture:
         self._running = running
         self._measures = measures
         self._seed = seed
-        self._is_own = is_own
+        self._are_own = are_own
         self._forks = WeakTensorKeyDictionary()
         self._in_place = InPlaceHeads()
 
@@ -222,7 +222,7 @@ class Capture:
             return rep
         matrix = self.places.matrix_for(rep, task, place, alone=alone, trains=True)
         own_place = not self._paused and (task, place) in self.places.own
-        if own_place and not self._is_own(rep, task):  # the backbone was frozen, but is no longer
+        if own_place and not self._are_own(parameters_of(rep), task):  # the backbone was frozen, but is no longer
             self.places.own.discard((task, place))
             own_place = False
         unowned = self.owner is not None and self.owner.is_gone
@@ -251,7 +251,8 @@ class Capture:
         Decided when the first gradient is expected at ``place``; the wiring check finds out if that changes.
         """
         known = (task, place) in self.inside or (task, place) in self.shapes
-        if not known and not self._paused and self.fed.tasks.get(task) and is_from_head(rep, task):
+        is_later_call = not self._paused and self.fed.tasks.get(task)
+        if not known and is_later_call and tasks_surely_behind(rep.grad_fn, self._are_own) == {task}:
             self.inside.add((task, place))
         return (task, place) in self.inside
 

@@ -8,7 +8,7 @@ from rotoopt._capture.bypasses import check_not_bypassed, check_shared, not_thro
 from rotoopt._capture.dependence import Dependence
 from rotoopt._capture.fed import Fed
 from rotoopt._capture.fork import LOSSES_AS_HEADS, SPENT
-from rotoopt._capture.graph import Edge, Node, is_tap, leaves, reached, surely_behind, taps_of
+from rotoopt._capture.graph import AreOwn, Edge, Node, inputs, leaves, reached, taps_of, tasks_surely_behind
 from rotoopt.weighting import Weighting
 
 
@@ -18,6 +18,7 @@ def check_losses(
     fed: Fed,
     names: Sequence[str],
     own: Mapping[int, int],
+    are_own: AreOwn,
     backbone: Edge | None,
 ) -> None:
     """Raise unless every loss was computed by its own head, for the first time, and shares only what enters the heads.
@@ -31,6 +32,7 @@ def check_losses(
         fed: The inputs of the heads.
         names: Names of the K tasks, for errors.
         own: The tasks by the ids of their parameters.
+        are_own: Returns whether parameters belong to a task alone, and nothing else reads them.
         backbone: The node of a loss that must not pass through any head.
     """
     for task, loss in losses.items():
@@ -51,7 +53,7 @@ def check_losses(
             f"{names[min(through_backbone)]}. Add it to the loss of that task, or compute it from the representation "
             "or the parameters of the backbone."
         )
-    check_heads_apart(taps, names)
+    check_heads_apart(taps, names, are_own)
     check_shared(dependence, losses, names, own)
 
 
@@ -61,7 +63,9 @@ def _trains_only(task: int, loss: Edge, own: Mapping[int, int]) -> bool:
     return bool(trained) and all(own.get(id(param)) == task for param in trained)
 
 
-def check_sum(dependence: Dependence, roots: Sequence[Edge], names: Sequence[str], own: Mapping[int, int]) -> set[Node]:
+def check_sum(
+    dependence: Dependence, roots: Sequence[Edge], names: Sequence[str], own: Mapping[int, int], are_own: AreOwn
+) -> set[Node]:
     """The same check for a sum of losses, as far as its terms can be found. Return its taps.
 
     Args:
@@ -69,6 +73,7 @@ def check_sum(dependence: Dependence, roots: Sequence[Edge], names: Sequence[str
         roots: The nodes that a backward pass started from.
         names: Names of the K tasks, for errors.
         own: The tasks by the ids of their parameters.
+        are_own: As above.
     """
     found = [dependence.terms(root) for root in roots]
     taps = taps_of(node for node, _ in roots)
@@ -77,20 +82,21 @@ def check_sum(dependence: Dependence, roots: Sequence[Edge], names: Sequence[str
     for terms in found:
         for term in terms.mixed:
             raise RuntimeError(_mixed(dependence, sorted(dependence.tasks(term)), names))
-    check_heads_apart(taps, names)
+    check_heads_apart(taps, names, are_own)
     check_shared(dependence, {}, names, own, [term for terms in found for term in terms.of_tasks])
     check_not_bypassed([node for terms in found for node, _ in terms.of_none], taps, own, names)
     return taps
 
 
-def check_heads_apart(taps: set[Node], names: Sequence[str]) -> None:
+def check_heads_apart(taps: set[Node], names: Sequence[str], are_own: AreOwn) -> None:
     """Raise if a head reads the output of another one: its gradient would be weighted by both.
 
-    What a compiled graph computes between two heads is part of the one and of the other, and unknown.
+    What a compiled graph computes between two heads may be part of the one and of the other, and is then unknown.
     """
-    if not any(map(is_tap, surely_behind(taps))):
+    sources = [(tap.task, node) for tap in taps for node in inputs(tap)]
+    pairs = [(task, other) for task, node in sources for other in tasks_surely_behind(node, are_own)]
+    if not pairs:
         return
-    pairs = [(tap.task, other.task) for tap in taps for other in filter(is_tap, surely_behind([tap]))]
     reader, read = min(pairs, key=lambda pair: (pair[0] == pair[1], pair))  # another task, if there is one
     if reader == read:
         raise RuntimeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from rotoopt._capture.fork import Fork
 from rotoopt._torch.private import num_outputs
 
 Node = Any  # torch.autograd.graph.Node, whose attributes depend on the operation
+AreOwn = Callable[[Iterable[Tensor], int], bool]  # whether parameters belong to a task alone
 Edge = tuple[Node, int]  # the operation that computed a tensor, and the index of that output
 
 # Operations that add, multiply or concatenate, as in a penalty on all parameters.
@@ -50,20 +51,24 @@ def behind(taps: Iterable[Node]) -> set[Node]:
     return reached(parent for tap in taps for parent in inputs(tap))
 
 
-def surely_behind(taps: Iterable[Node]) -> set[Node]:
-    """Return the nodes behind ``taps`` that these depend on for certain: none that are behind an opaque node."""
-    return reached((parent for tap in taps for parent in inputs(tap)), stop_at_opaque=True)
+def tasks_surely_behind(node: Node | None, are_own: AreOwn) -> set[int]:
+    """Return the tasks of the nearest taps that ``node`` depends on for certain.
+
+    An opaque node depends on a tap for certain if all its inputs are outputs and parameters of one head.
+    """
+    found = reached([node], stop_at_taps=True, stop_at_opaque=True)
+    tasks = {tap.task for tap in filter(is_tap, found)}
+    for opaque in filter(is_opaque, found):
+        inside = reached([opaque], stop_at_taps=True)
+        of_taps = {tap.task for tap in filter(is_tap, inside)}
+        if len(of_taps) == 1 and are_own(leaves(inside), *of_taps):
+            tasks |= of_taps
+    return tasks
 
 
 def behind_taps(loss: Tensor) -> set[Node]:
     """Return the nodes that ``loss`` reaches through taps."""
     return behind(taps_of([loss.grad_fn]))
-
-
-def is_from_head(tensor: Tensor, task: int) -> bool:
-    """Whether ``tensor`` was computed from outputs of the head of ``task``, and of no other head."""
-    found = reached([tensor.grad_fn], stop_at_taps=True, stop_at_opaque=True)
-    return {node.task for node in found if is_tap(node)} == {task}
 
 
 def is_tap(node: Node) -> bool:
@@ -105,6 +110,11 @@ def operation(node: Node) -> str:
 def leaves(nodes: Iterable[Node]) -> list[Tensor]:
     """Return the parameters among ``nodes``."""
     return [node.variable for node in nodes if is_leaf(node)]
+
+
+def parameters_of(tensor: Tensor) -> list[Tensor]:
+    """Return the parameters that ``tensor`` was computed from, or itself if it is one."""
+    return [tensor] if tensor.is_leaf else leaves(reached([tensor.grad_fn]))
 
 
 def inputs(node: Node) -> list[Node | None]:

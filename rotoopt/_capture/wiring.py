@@ -13,7 +13,7 @@ from rotoopt._capture.bypasses import unlisted_layers
 from rotoopt._capture.dependence import Dependence
 from rotoopt._capture.faults import check_losses, check_sum
 from rotoopt._capture.fed import Fed, Read
-from rotoopt._capture.graph import Edge, Node, behind, leaves, made_by, operation, reached, taps_of
+from rotoopt._capture.graph import Node, behind, leaves, made_by, operation, taps_of
 from rotoopt._capture.places import Places
 from rotoopt._torch.modules import names_of
 from rotoopt._torch.private import running_inputs, running_roots
@@ -80,8 +80,9 @@ class Wiring:
         backbone = None if backbone_loss is None else made_by(backbone_loss)
 
         def check(operations: Sequence[str] | None) -> None:
-            dependence = self._dependence(made.values(), operations)
-            check_losses(dependence, made, fed, self._names, self._own_parameters(), backbone)
+            dependence = Dependence(made.values(), operations)
+            check_losses(dependence, made, fed, self._names, self._own_parameters(), self.are_own, backbone)
+            self._warn_of_unknown(dependence)
             self._operations[reads] = dependence.operations
 
         before = self._operations.get(reads) if accepted else None
@@ -99,8 +100,9 @@ class Wiring:
             return known
         self._one_tensor.pop(reads, None)
         roots = [made_by(root) for root in running_roots()]
-        dependence, own = self._dependence(roots), self._own_parameters()
-        taps = check_sum(dependence, roots, self._names, own)
+        dependence, own = Dependence(roots), self._own_parameters()
+        taps = check_sum(dependence, roots, self._names, own, self.are_own)
+        self._warn_of_unknown(dependence)
         if not taps:  # torch does not show what the pass started from
             return fed.only_fork() is not None and fed.may_be_all()
         self._warn_of_unlisted([node for root in roots for node, _ in dependence.terms(root).of_none], taps, own)
@@ -133,13 +135,11 @@ class Wiring:
         shared, self._shared = self._shared, []
         return shared
 
-    def _dependence(self, roots: Iterable[Edge], known: Sequence[str] | None = None) -> Dependence:
-        """Return how ``roots`` depend on the heads; warn once if that is not certain."""
-        dependence = Dependence(roots, known)
+    def _warn_of_unknown(self, dependence: Dependence) -> None:
+        """Warn once if it is not certain how losses depend on the heads."""
         if dependence.unknown and not self._warned:
             self._warned = True
             warn_user(UNKNOWN)
-        return dependence
 
     def _known(self, reads: frozenset[Read], fed: Fed) -> bool | None:
         """Return whether all ``reads`` are of one tensor, if known without searching graphs.
@@ -162,16 +162,13 @@ class Wiring:
             for tap, params in zip(taps, made_of, strict=True):
                 self._tied.update(id(param) for param in params if own.get(id(param), tap.task) != tap.task)
             for tap, params in zip(taps, made_of, strict=True):
-                if params and self._are_own(params, tap.task):
+                if params and self.are_own(params, tap.task):
                     self._places.own.add((tap.task, tap.place))  # there is nothing to weight
         self._one_tensor[reads] = len({tap.fork for tap in taps}) <= 1
         return self._one_tensor[reads]
 
-    def is_own(self, rep: Tensor, task: int) -> bool:
-        """Return whether ``rep`` was computed from parameters of ``task`` alone, such as an embedding."""
-        return self._are_own([rep] if rep.is_leaf else leaves(reached([rep.grad_fn])), task)
-
-    def _are_own(self, params: Iterable[Tensor], task: int) -> bool:
+    def are_own(self, params: Iterable[Tensor], task: int) -> bool:
+        """Return whether ``params`` belong to ``task`` alone, as those of its embedding."""
         own = self._own_parameters()
         return all(own.get(id(param)) == task and id(param) not in self._tied for param in params)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -72,7 +72,7 @@ class Engine:
         self.turn_every = turn_every
         self._needs_second_moment = needs_second_moment
         self.capture = Capture(
-            rotations, dims, self._running_pass, self._measures_second_moments, self._agreement_seed, self._is_own
+            rotations, dims, self._running_pass, self._measures_second_moments, self._agreement_seed, self._are_own
         )
         self.memory = Memory(rotations, weighting)
         self._weighing = Weighing(
@@ -192,9 +192,9 @@ class Engine:
         """Return whether the rotation update of this step needs the second moment of the representation."""
         return self._needs_second_moment and self._weighing.turns_are_due
 
-    def _is_own(self, rep: Tensor, task: int) -> bool:
-        """Return whether ``rep`` was computed from parameters of ``task`` alone."""
-        return self._wiring.is_own(rep, task)
+    def _are_own(self, params: Iterable[Tensor], task: int) -> bool:
+        """Return whether ``params`` belong to ``task`` alone."""
+        return self._wiring.are_own(params, task)
 
     def _agreement_seed(self) -> int | None:
         """Return the seed of the projections if the agreement is measured in this step; constant between updates."""
