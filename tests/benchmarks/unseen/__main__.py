@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from rotoopt.comparison import Comparison, compare
-from tests.benchmarks.unseen import PROBLEMS, SIX, TEN
+from tests.benchmarks.unseen import GROUPS, PROBLEMS
 from tests.benchmarks.unseen.table import markdown
 from tests.benchmarks.unseen.training import PLAIN_SUM, methods, train
 
@@ -38,7 +38,7 @@ def main() -> None:
         "--problems", nargs="+", choices=PROBLEMS, default=[*PROBLEMS], metavar="NAME", help="which problems (all)"
     )
     args = parser.parse_args()
-    for title, group in {"Ten problems": TEN, "Six later problems": SIX}.items():
+    for title, group in GROUPS.items():
         chosen = [name for name in group if name in args.problems]
         if chosen:
             table = markdown({name: results(name, args.seeds, args.jobs, args.out) for name in chosen})

@@ -12,7 +12,7 @@ from tests.benchmarks.unseen.base import Losses, Problem
 from tests.benchmarks.unseen.parts import head, mlp
 
 
-class _OnDigits(Problem):
+class OnDigits(Problem):
     """The digits in a random order.
 
     Attributes:
@@ -28,7 +28,7 @@ class _OnDigits(Problem):
         self.labels = torch.tensor(digits.target)[order]
 
 
-class Autoencoder(_OnDigits):
+class Autoencoder(OnDigits):
     """Reconstruction, summed over pixels; classification with 100 labels; a contrastive loss of two noisy views."""
 
     about = "digits: reconstruction, few labels, contrast of views"
@@ -83,7 +83,7 @@ class Autoencoder(_OnDigits):
         }
 
 
-class Auxiliary(_OnDigits):
+class Auxiliary(OnDigits):
     """The digits of 200 images are the main task; the others do not help it.
 
     The others are a random class per image, random numbers per image, and the brightness of the upper rows.
@@ -130,7 +130,7 @@ class Auxiliary(_OnDigits):
         }
 
 
-class FineTuning(_OnDigits):
+class FineTuning(OnDigits):
     """A convolutional network with a large head, pretrained on digits, gets a small head: which way up is an image?"""
 
     about = "a pretrained network gets a second task; SGD"
