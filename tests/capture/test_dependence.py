@@ -311,17 +311,19 @@ def test_labels_of_a_freed_graph_miss_no_task(name: str, dim: int) -> None:
 
 
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("reads_head", [False, True])
-def test_an_opaque_function_in_the_backbone_hides_nothing(reads_head: bool, own: bool) -> None:
+@pytest.mark.parametrize("reads", ["nothing", "the backbone and a head", "two heads", "one head"])
+def test_an_opaque_function_in_the_backbone_hides_nothing(reads: str, own: bool) -> None:
     """As in a compiled backbone with several outputs; but between two heads, what it computes from what is unknown."""
     bench = Heads(4)
     z, other = Doubled.apply(bench.backbone(bench.x), bench.x)  # type: ignore[no-untyped-call]
-    losses = [head(z).square().mean() for head in bench.heads[:2]]
-    if reads_head:
-        z, _ = Doubled.apply(z, losses[0])  # type: ignore[no-untyped-call]
-    losses.append(bench.heads[2](z).square().mean())
-    hidden = pytest.warns(UserWarning, match="The wiring must be visible in the autograd graph")
-    with hidden if reads_head else nullcontext():
+    outs = [head(z) for head in bench.heads[:2]]
+    if reads != "nothing":
+        read = {"the backbone and a head": (z, outs[0]), "two heads": (outs[0], outs[1]), "one head": (outs[1],) * 2}
+        z = Doubled.apply(*read[reads])[0].expand(4, 4)  # type: ignore[no-untyped-call]
+    losses = [out.square().mean() for out in (*outs, bench.heads[2](z))]
+    raises = pytest.raises(RuntimeError, match=r"Heads must read the backbone, got heads\[2\], which reads")
+    warns = pytest.warns(UserWarning, match="The wiring must be visible in the autograd graph")
+    with nullcontext() if reads == "nothing" else raises if reads == "one head" else warns:
         if own:
             back_propagate([*losses, other.mean()])
         else:
