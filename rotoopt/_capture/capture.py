@@ -120,9 +120,6 @@ class Capture:
             arguments: Names of its arguments.
             training: Whether it is in training mode.
         """
-        if len(args) == 1 and not kwargs and is_floating(args[0]):
-            place = (part, arguments.by_position(0))
-            return (self.feed(args[0], task, place, alone=True, training=training, own=True),), kwargs
         captures = training and torch.is_grad_enabled()
         feed = self._capture_each if captures else self._feed_each
         return feed((args, kwargs), task, part, arguments, captures)
@@ -217,13 +214,14 @@ class Capture:
         return with_attributes_of(rep, self._captured(rep, task, place, alone, own))
 
     def _captured(self, rep: Tensor, task: int, place: Place, alone: bool, own: bool) -> Tensor:
-        if self._is_inside(rep, task, place):
+        key = task, place
+        if key in self.inside or (key not in self.shapes and self._begins_inside(rep, key)):
             self.places.noted[task][place] = False
             return rep
         matrix = self.places.matrix_for(rep, task, place, alone=alone, trains=True)
-        own_place = not self._paused and (task, place) in self.places.own
+        own_place = not self._paused and key in self.places.own
         if own_place and not self._are_own(parameters_of(rep), task):  # the backbone was frozen, but is no longer
-            self.places.own.discard((task, place))
+            self.places.own.discard(key)
             own_place = False
         unowned = self.owner is not None and self.owner.is_gone
         let_pass = self._paused or unowned or own_place  # with the true gradient
@@ -233,28 +231,29 @@ class Capture:
             self.fed.note(rep, task, place)
         if let_pass or not rep.requires_grad:
             out = rep if matrix is None else rotated(rep, matrix, self.dims)
-            own = own and matrix is None and (alone or (task, place) in self.shapes)
-            return self._in_place.own_copy(out, (task, place)) if own else out
+            own = own and matrix is None and (alone or key in self.shapes)
+            return self._in_place.own_copy(out, key) if own else out
         fork = self._fork(rep)
         fork.taps[task] += 1
         if matrix is not None:
             fork.rotated = True
             if fork.second_moment is None and self._measures():
                 fork.second_moment = second_moment(plain(rep), matrix, self.dims)
-        self.shapes[task, place] = rep.shape
-        out = Rotate.apply(rep, matrix, self.dims, fork, (task, place))  # type: ignore[no-untyped-call]
-        return self._in_place.own_copy(out, (task, place)) if own and matrix is None else out
+        self.shapes[key] = rep.shape
+        out = Rotate.apply(rep, matrix, self.dims, fork, key)  # type: ignore[no-untyped-call]
+        return self._in_place.own_copy(out, key) if own and matrix is None else out
 
-    def _is_inside(self, rep: Tensor, task: int, place: Place) -> bool:
+    def _begins_inside(self, rep: Tensor, key: tuple[int, Place]) -> bool:
         """Whether the head has computed ``rep`` itself, so that its gradient is weighted further back in the graph.
 
-        Decided when the first gradient is expected at ``place``; the wiring check finds out if that changes.
+        Decided when the first gradient is expected at a place; the wiring check finds out if that changes.
         """
-        known = (task, place) in self.inside or (task, place) in self.shapes
+        task, _ = key
         is_later_call = not self._paused and self.fed.tasks.get(task)
-        if not known and is_later_call and tasks_surely_behind(rep.grad_fn, self._are_own) == {task}:
-            self.inside.add((task, place))
-        return (task, place) in self.inside
+        if not is_later_call or tasks_surely_behind(rep.grad_fn, self._are_own) != {task}:
+            return False
+        self.inside.add(key)
+        return True
 
     def _fork(self, rep: Tensor) -> Fork:
         fork: Fork | None = self._forks.get(rep)  # type: ignore[no-untyped-call]
@@ -270,7 +269,7 @@ class Capture:
         # z is a parameter, the same tensor in every forward pass.
         elif rep.is_leaf and (fork.reached or fork.version != version(rep)) and backward_pass_id() == -1:
             fork.renew(rep, self._sketch(rep))
-        self.fed.forks.add(fork)
+        self.fed.add(fork)
         return fork
 
     def _sketch(self, rep: Tensor) -> Sketch | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from weakref import WeakSet
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -22,20 +22,34 @@ class Fed:
     Attributes:
         tasks: Whether any input of its heads required grad, by task.
         reads: The arguments of the heads in which inputs required grad.
-        forks: The forks of all tensors whose graphs still exist.
         addresses: Memory addresses of all inputs.
-        earlier: Forks from before the latest backward pass, which may not have reached all of them.
     """
 
     tasks: dict[int, bool] = field(default_factory=dict)
     reads: set[Read] = field(default_factory=set)
-    forks: WeakSet[Fork] = field(default_factory=WeakSet)
     addresses: set[int] = field(default_factory=set)
-    earlier: WeakSet[Fork] = field(default_factory=WeakSet)
+    _forks: list[ref[Fork]] = field(default_factory=list)
+    _earlier: list[ref[Fork]] = field(default_factory=list)
+
+    @property
+    def forks(self) -> list[Fork]:
+        """The forks of all tensors whose graphs still exist."""
+        return _living(self._forks)
+
+    @property
+    def earlier(self) -> list[Fork]:
+        """Forks from before the latest backward pass, which may not have reached all of them."""
+        return _living(self._earlier)
 
     def following(self) -> Fed:
         """Return the next one, for the inputs after a backward pass that has begun."""
-        return Fed(earlier=WeakSet(fork for fork in (*self.forks, *self.earlier) if not fork.reached))
+        return Fed(_earlier=[ref(fork) for fork in (*self.forks, *self.earlier) if not fork.reached])
+
+    def add(self, fork: Fork) -> None:
+        """Record that the tensor of ``fork`` enters a head."""
+        if fork.fed is not self:
+            fork.fed = self
+            self._forks.append(ref(fork))
 
     def note(self, rep: Tensor, task: int, place: Place) -> None:
         """Record that ``rep`` enters the head of ``task`` at ``place``."""
@@ -64,8 +78,8 @@ class Fed:
 
     def is_frozen(self, tasks: Iterable[int]) -> bool:
         """Whether the heads of ``tasks`` ran, and no input required grad whose graph still exists."""
-        live = {task for fork in self.forks for task in fork.tasks}  # without a trial before the backbone was frozen
-        return all(task in self.tasks and task not in live for task in tasks)
+        live = [fork.taps for fork in self.forks]  # without a trial before the backbone was frozen
+        return all(task in self.tasks and not any(task in taps for taps in live) for task in tasks)
 
     def described(self, names: Sequence[str]) -> str:
         """Describe the inputs of the heads of each task: shapes, and operations."""
@@ -79,3 +93,7 @@ class Fed:
 def address(tensor: Tensor) -> int:
     """Return the memory address of ``tensor``, which identifies views of it; zero if it has no ordinary storage."""
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+
+
+def _living(forks: Iterable[ref[Fork]]) -> list[Fork]:
+    return [fork for each in forks if (fork := each()) is not None]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from rotoopt._capture.places import Place
 from rotoopt._capture.representation import RotatedDims, rotated
 from rotoopt._torch.private import register_first_hook, version
 from rotoopt._torch.subclasses import plain
+
+if TYPE_CHECKING:
+    from rotoopt._capture.fed import Fed
 
 SPENT = (
     "The losses of one forward pass must be back-propagated together and once, got a second backward pass. Either (a) "
@@ -65,6 +68,7 @@ class Fork:
         rotated: Whether z is rotated in front of them.
         second_moment: Second moment of z, if it is needed to update the rotations. Shape ``(m, m)``.
         sketch: The same.
+        fed: The inputs of the heads that it was recorded with.
         used: The tasks whose gradients arrived in the latest backward pass that collected them.
         reached: Whether any gradient has arrived.
     """
@@ -74,6 +78,7 @@ class Fork:
         self.made_by = "a leaf" if rep.grad_fn is None else rep.grad_fn.name().partition("Backward")[0]
         self.is_leaf = rep.is_leaf
         self.rotated = False
+        self.fed: Fed | None = None
         self.renew(rep, sketch)
         self._num_tasks = num_tasks
         self._running = running
@@ -104,7 +109,7 @@ class Fork:
         """Whether gradients are collected: those of several tasks, or those of one task for a joint norm."""
         return not this.lagged or (this.meets and len(self.taps) > 1) or max(self.taps.values()) > 1
 
-    def arrive(self, task: int, grad: Tensor, *, is_own: bool, is_there: bool) -> Tensor | None:
+    def arrive(self, task: int, grad: Tensor, matrix: Tensor | None, dims: RotatedDims) -> Tensor | None:
         """Return the part of the gradient of ``task`` that is passed on to z now; None if nothing is.
 
         Autograd calls the hook on z only if a gradient arrives there: for the first gradient that is collected, one
@@ -112,33 +117,29 @@ class Fork:
 
         Args:
             task: k.
-            grad: The gradient.
-            is_own: Whether nothing else reads its memory.
-            is_there: Whether it was written to its :meth:`room`.
+            grad: The gradient at R_k z.
+            matrix: R_k; None for I.
+            dims: The rotated dimensions.
         """
         this = self._running()
         if self.reached and self._number != this.number:
             this.measures |= this.returns or self._returned
         self.reached, self._number, self._returned = True, this.number, this.returns
         if not self._waits(this):
-            return this.pass_on(task, grad, self.sketch, in_place=is_own)
+            at_rep = grad if matrix is None else rotated(grad, matrix, dims, back=True)
+            return this.pass_on(task, at_rep, self.sketch, in_place=matrix is not None)
         waiting = self._rows(this, grad)
-        first = not self._arrived
-        if task in self._arrived:  # a head that was called twice
+        first, again = not self._arrived, task in self._arrived  # again: a head that was called twice
+        if matrix is not None:
+            has_room = not again and waiting.dtype == grad.dtype and dims.lie_side_by_side(grad.shape)
+            grad = rotated(grad, matrix, dims, waiting[task] if has_room else None, back=True)
+        if again:
             waiting[task] += grad
-        elif not is_there:
+        elif matrix is None or not has_room:
             waiting[task] = grad
         self._arrived.add(task)
         self._zero = grad.new_zeros(()).expand(grad.shape) if first else self._zero
         return self._zero if first else None
-
-    def room(self, task: int, like: Tensor) -> Tensor | None:
-        """Return where the gradient of ``task``, which is like ``like``, may be written before it arrives."""
-        this = self._running()
-        if not self._waits(this):
-            return None
-        waiting = self._rows(this, like)
-        return None if task in self._arrived or waiting.dtype != like.dtype else waiting[task]
 
     def _rows(self, this: BackwardPass, like: Tensor) -> Tensor:
         """Return the memory for the gradients of a backward pass. Shape ``(K, *z.shape)``."""
@@ -185,10 +186,6 @@ class Rotate(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(SECOND_ORDER)
         (matrix,) = ctx.saved_tensors
-        at_rep = plain(grad if grad.dtype == torch.float64 else grad.float())
-        room = None
-        if matrix is not None:
-            room = ctx.fork.room(ctx.task, at_rep) if ctx.dims.lie_side_by_side(at_rep.shape) else None
-            at_rep = rotated(at_rep, matrix.mT, ctx.dims, room)
-        goes_on = ctx.fork.arrive(ctx.task, at_rep, is_own=matrix is not None, is_there=room is not None)
-        return None if goes_on is None else goes_on.to(grad.dtype), None, None, None, None
+        is_wide = grad.dtype in (torch.float32, torch.float64)
+        goes_on = ctx.fork.arrive(ctx.task, plain(grad if is_wide else grad.float()), matrix, ctx.dims)
+        return goes_on if goes_on is None or is_wide else goes_on.to(grad.dtype), None, None, None, None

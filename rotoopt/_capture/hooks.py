@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rotoopt._capture.capture import Capture
 from rotoopt._capture.first_layer import FirstLayer
-from rotoopt._capture.inputs import Inputs
+from rotoopt._capture.inputs import Inputs, is_floating
 from rotoopt._capture.paths import Arguments
 from rotoopt._capture.whereabouts import ENTRY, STALE, Origin, checksums, is_here
 from rotoopt._capture.writes import Writes
@@ -63,6 +63,10 @@ class HeadHook:
         evaluates = not (head.training and torch.is_grad_enabled())
         if evaluates and self.capture.latest_weights.is_noted and not torch.compiler.is_compiling():
             self.capture.latest_weights.check(self.task)
+        if len(args) == 1 and not kwargs and is_floating(args[0]):
+            self.writes.clear()
+            place = self.part, self.arguments.first
+            return (self.capture.feed(args[0], self.task, place, training=head.training, own=True),), kwargs
         fed = self.capture.feed_all(args, kwargs, self.task, self.part, self.arguments, training=head.training)
         return self.writes.note((args, kwargs), fed)
 

@@ -61,7 +61,6 @@ class LatestWeights:
     def __reduce__(self) -> tuple[type[LatestWeights], tuple[Rotations]]:
         return LatestWeights, (self._rotations,)  # a copy of a head has no copy of the other heads
 
-    @torch.no_grad()
     def begin_step(self, total_angles: Tensor) -> None:
         """Record the state before a step: sometimes the weights, to find out whether they change between steps."""
         if self._first_angles is None:
@@ -69,7 +68,6 @@ class LatestWeights:
         if self._noted is not None and self._num_steps % LOOK_EVERY == 1 and not self._warned:
             self._between = self._noted, self._values()
 
-    @torch.no_grad()
     def end_step(
         self,
         optimizer: Optimizer,
@@ -99,7 +97,6 @@ class LatestWeights:
         self._noted = None
 
     @not_compiled
-    @torch.no_grad()
     def check(self, task: int) -> None:
         """Compare the weights when the head of ``task`` is evaluated.
 
@@ -145,15 +142,16 @@ class LatestWeights:
                 found[task] = max(usable, key=torch.numel)
         return found
 
+    @torch.no_grad()
     def _values(self) -> Values:
         """Return some values of each head, with one operation per device."""
         kinds: list[Any] = []
         parts: dict[torch.device, list[Tensor]] = {}
         for param in (self._watched or {}).values():
-            size = param.numel()
-            kinds.append((size, param.dtype, param.device))
+            size, device = param.numel(), param.device
+            kinds.append((size, param.dtype, device))
             part = param.as_strided((min(size, NUM_VALUES),), (max(size // NUM_VALUES, 1),))
-            parts.setdefault(param.device, []).append(part)
+            parts.setdefault(device, []).append(part)
         return kinds, [torch.cat(each) for each in parts.values()]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,6 +43,11 @@ class Arguments:
             len(positional),
             {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds,
         )
+
+    @cached_property
+    def first(self) -> Path:
+        """The path of the first argument by position."""
+        return self.by_position(0)
 
     def by_position(self, index: int) -> Path:
         """Return the path of the argument at ``index``; entries of ``*args`` are treated like those of a list."""

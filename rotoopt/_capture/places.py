@@ -81,7 +81,7 @@ class Places:
                 noted[place] = fits or None
         elif fits and self._rotations.size is not None and not self._has_size(rep):
             raise ValueError(self._misfit(rep))
-        elif fits and trains and rep.requires_grad and self._fresh is not None:  # after steps with a frozen backbone
+        elif fits and self._fresh is not None and trains and rep.requires_grad:  # after steps with a frozen backbone
             fits = self._with_the_most(rep, task, place)
         if not fits:
             return None

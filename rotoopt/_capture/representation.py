@@ -57,7 +57,10 @@ class RotatedDims:
 
     def exist_in(self, shape: torch.Size) -> bool:
         """Whether a representation of ``shape`` has these dimensions."""
-        return all(-len(shape) <= i < len(shape) for i in self.dim) and not (self.assumed and len(shape) > 3)
+        ndim = len(shape)
+        if self.assumed and ndim > 3:
+            return False
+        return ndim > 0 if self.are_last else all(-ndim <= i < ndim for i in self.dim)
 
     def may_be_samples(self, shape: torch.Size) -> bool:
         """Whether ``dim`` was not given, and ``shape`` has a single dimension, which may contain samples."""
@@ -67,10 +70,13 @@ class RotatedDims:
         """Whether there are ``size`` features, or at least as many, along the rotated dimensions."""
         if not self.exist_in(shape):
             return False
-        return self.size(shape) == size if all_of_them else self.size(shape) >= size
+        found = shape[-1] if self.are_last else self.size(shape)
+        return found == size if all_of_them else found >= size
 
     def size(self, shape: torch.Size) -> int:
         """Return ``d``, the number of features along the rotated dimensions of a representation of ``shape``."""
+        if self.are_last and self.exist_in(shape):
+            return shape[-1]  # the same, in the usual case
         return math.prod([shape[i] for i in self.resolve(shape)])  # a list, since torch.compile traces no generator
 
     def view(self, rep: Tensor) -> Tensor:
@@ -84,7 +90,7 @@ class RotatedDims:
 
     def lie_side_by_side(self, shape: torch.Size) -> bool:
         """Whether nothing lies between the rotated dimensions, so that :meth:`view` copies nothing."""
-        return _adjacent(self.resolve(shape))
+        return len(self.dim) == 1 or _adjacent(self.resolve(shape))
 
     def restore(self, view: Tensor, rep: Tensor) -> Tensor:
         """Undo :meth:`view`: return ``view`` in the shape of ``rep``."""
@@ -108,8 +114,8 @@ def _group(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
     return tensor.reshape(math.prod(shape[:first]), math.prod(shape[first:stop]), math.prod(shape[stop:]))
 
 
-def rotated(rep: Tensor, matrix: Tensor, dims: RotatedDims, out: Tensor | None = None) -> Tensor:
-    """Return the rotation of ``rep`` by ``matrix``, in the shape and dtype of ``rep``; autocast does not reach it.
+def rotated(rep: Tensor, matrix: Tensor, dims: RotatedDims, out: Tensor | None = None, *, back: bool = False) -> Tensor:
+    r"""Return the rotation of ``rep`` by ``matrix``, in the shape and dtype of ``rep``; autocast does not reach it.
 
     It is stored like ``rep``, as in channels-last, if that is a permutation: a head may take a view.
 
@@ -118,19 +124,20 @@ def rotated(rep: Tensor, matrix: Tensor, dims: RotatedDims, out: Tensor | None =
         matrix: R. Shape ``(m, m)``.
         dims: The rotated dimensions.
         out: Where to write it. Contiguous, otherwise like ``rep``; the rotated dimensions must lie side by side.
+        back: Whether to rotate by the inverse, :math:`R^\top`.
     """
     if out is None and not rep.is_contiguous():
         order = sorted(range(rep.ndim), key=rep.stride, reverse=True)
         places = [order.index(i) for i in range(rep.ndim)]
         stored, inner = rep.permute(order), [places[i] for i in dims.resolve(rep.shape)]
         if stored.is_contiguous() and inner == sorted(inner):
-            return rotated(stored, matrix, RotatedDims(inner)).permute(places)
-    matrix = matrix.to(rep.dtype)
+            return rotated(stored, matrix, RotatedDims(inner), back=back).permute(places)
+    matrix = matrix if matrix.dtype == rep.dtype else matrix.to(rep.dtype)
     with without_autocast(rep.device):
         if dims.are_last and matrix.shape[-1] == rep.shape[-1]:
-            return torch.matmul(rep, matrix.mT, out=out)  # the same, in the usual case
+            return torch.matmul(rep, matrix if back else matrix.mT, out=out)  # the same, in the usual case
         into = None if out is None else dims.view(out)
-        return dims.restore(_apply(matrix, dims.view(rep), into), rep)
+        return dims.restore(_apply(matrix.mT if back else matrix, dims.view(rep), into), rep)
 
 
 @torch.no_grad()

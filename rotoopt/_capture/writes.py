@@ -44,6 +44,11 @@ class Writes:
             self._copies = found
         return fed
 
+    def clear(self) -> None:
+        """Record that nothing was copied."""
+        if self._copies:  # of a head that has failed
+            self._copies = []
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Return the output, with the containers of the caller instead of copies that were written to."""
         if not self._copies:

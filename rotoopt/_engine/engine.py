@@ -128,12 +128,15 @@ class Engine:
             self._running = None
             self.capture.fed = self.capture.fed.following()
 
+    @torch.no_grad()
     def _values(self, present: Mapping[int, Tensor]) -> Tensor:
         """Return the losses of the joined batch, NaN for an absent task. Shape ``(K,)``."""
         self._follow_rotations()
         like = self.memory.weights
-        known = {task: plain(loss.detach()).squeeze().to(like) for task, loss in present.items()}
-        values = torch.stack([known[k] if k in known else like.new_full((), torch.nan) for k in range(len(like))])
+        known = {task: _number(loss, like) for task, loss in present.items()}
+        if len(known) < len(self.names):
+            known = {**dict.fromkeys(range(len(self.names)), like.new_full((), torch.nan)), **known}
+        values = torch.stack([known[task] for task in range(len(self.names))])
         if self.processes.count > 1:
             values = self.processes.mean(values, self.memory.mask(set(present)))
         return values
@@ -219,12 +222,15 @@ class Engine:
 
     # ------------------------------------------------------------------ after
 
-    @torch.no_grad()
     def close(self) -> None:
         """Finish the latest backward pass: the end of a ``backward()`` of the user is not known when it happens."""
         this, self._running = self._running, None
-        if this is None or not this.tasks:
-            return
+        if this is not None and this.tasks:
+            self._measure(this)
+
+    @torch.no_grad()
+    def _measure(self, this: BackwardPass) -> None:
+        """Measure the gradients of a backward pass that has ended."""
         if this.measures:
             self._wiring.warn_of_measured()
         if this.lagged:
@@ -321,6 +327,12 @@ class Engine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.clear()  # torch does not copy the gradients of parameters, so a copy has none
+
+
+def _number(loss: Tensor, like: Tensor) -> Tensor:
+    """Return ``loss`` with shape ``()``, in the dtype and on the device of ``like``."""
+    number = plain(loss if loss.ndim == 0 else loss.reshape(()))
+    return number if number.dtype == like.dtype and number.device == like.device else number.to(like)
 
 
 def _back_propagate(roots: list[Tensor], **options: Any) -> None:

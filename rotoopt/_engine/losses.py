@@ -83,7 +83,7 @@ def check_rep(rep: object, fed: Fed, names: Sequence[str]) -> None:
     """Check that ``rep`` entered the heads: a tensor, or several in nested containers."""
     if rep is None:
         return
-    tensors = [leaf for leaf in tree_leaves(rep) if isinstance(leaf, Tensor)]
+    tensors = [rep] if isinstance(rep, Tensor) else [leaf for leaf in tree_leaves(rep) if isinstance(leaf, Tensor)]
     if not tensors:
         raise TypeError(
             f"`rep` must be the shared representation, a tensor or several in lists, tuples and dicts, got {kind(rep)}."

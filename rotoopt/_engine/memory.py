@@ -47,6 +47,7 @@ class Memory:
         self.total_angles = torch.zeros(K, device=device, dtype=dtype)
         self.rest = torch.zeros(K, device=device, dtype=dtype)
         self._all_tasks = torch.ones(K, device=device, dtype=torch.bool)
+        self._num_tasks = K
         self._rotations = rotations
         self._weighting = weighting
 
@@ -61,7 +62,7 @@ class Memory:
 
     def mask(self, tasks: set[int]) -> Tensor:
         """Return ``tasks`` as a mask; for all tasks, always the same tensor. Shape ``(K,)``, bool."""
-        return self._all_tasks if len(tasks) == len(self._all_tasks) else task_mask(tasks, self.weights)
+        return self._all_tasks if len(tasks) == self._num_tasks else task_mask(tasks, self.weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of everything, as plain containers of tensors and numbers."""
@@ -88,7 +89,7 @@ class Memory:
         if state_dict["matrices"] is not None:
             self._rotations.load_matrices(state_dict["matrices"])
         elif self._rotations.covers_all:
-            self._rotations.manifold = None  # saved before the first forward pass, which will create them
+            self._rotations.discard()  # saved before the first forward pass, which will create them
         self._rotations.seeds = list(state_dict["seeds"])
         self.num_steps = state_dict["num_steps"]
         sums = state_dict["sample_sums"]

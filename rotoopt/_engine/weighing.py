@@ -69,9 +69,10 @@ class Weighing:
         memory, since = self._memory, self._memory.num_steps % self._turn_every
         if not self._weighting.needs_agreement:
             return False
-        if since == 0 or self._processes.count > 1:  # absent tasks of other processes are unknown
-            return since == 0
-        return since < len(memory.weights) and len(memory.agreement_tasks) < len(memory.weights)
+        if since == 0:
+            return True
+        is_open = since < self._rotations.num_tasks and len(memory.agreement_tasks) < self._rotations.num_tasks
+        return is_open and self._processes.count == 1  # absent tasks of other processes are unknown
 
     @torch.no_grad()
     def combine(self, this: BackwardPass, grads: Tensor, tasks: tuple[int, ...], fork: Fork) -> Tensor:
@@ -80,8 +81,7 @@ class Weighing:
         with without_autocast(grads.device):
             gradients = TaskGradients.of(grads.flatten(1), tasks, self._memory.mask(set(tasks)))
             if this.lagged:
-                for task in tasks:
-                    this.note(task, gradients.norms[task])
+                this.norms.append(gradients.norms)
                 assert this.weights is not None
                 vector = gradients.combine(this.weights.to(grads.dtype))
             else:
@@ -168,7 +168,7 @@ class Weighing:
 
     def learn(self, passes: Sequence[BackwardPass]) -> Measurements:
         """Compute the weights of a lagged weighting; return the joint measurements of all ``passes`` of a step."""
-        memory, latest = self._memory, passes[-1]
+        memory, latest, count = self._memory, passes[-1], self._processes.count
         assert latest.measured is not None  # it is closed
         assert latest.weights is not None
         waited = not any(this.lagged for this in passes)
@@ -179,8 +179,8 @@ class Weighing:
             return latest.measured
         parts = [this.measured for this in passes if this.measured is not None]
         # A single lagged pass is the joined batch: its norms are zero for absent tasks.
-        measured = parts[0] if latest.lagged and len(parts) == self._processes.count == 1 else joined(parts)
-        if self._processes.count > 1 and not waited:
+        measured = parts[0] if latest.lagged and len(parts) == count == 1 else joined(parts)
+        if count > 1 and not waited:
             self._check_processes()
             measured = joined_across(measured, self._processes)
         seen = replace(measured, present=measured.present & measured.finite, agreement=self._agreement(passes))

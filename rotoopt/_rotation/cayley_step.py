@@ -104,7 +104,8 @@ class CayleyStep:
         """Update the rotations, and correct rounding errors in some of their columns; return the angles."""
         self._follow(self.rotations.device)
         if not gradients:
-            self.optimizer.step()  # schedulers expect it
+            if "step" in vars(self.optimizer):  # a scheduler has replaced it, to check that it is called
+                self.optimizer.step()
             return None
         matrices = self.rotations.matrices
         m = matrices.shape[-1]

@@ -33,6 +33,7 @@ class Rotations(nn.Module):
         dtype: ``torch.float32`` or ``torch.float64``.
 
     Attributes:
+        size: m, or None before the rotations exist.
         seeds: What each rotation is drawn from when it is created, None for R_k = I. Known before their size is, so
             that a copy or a saved state from before the first forward pass gets the same rotations.
     """
@@ -62,6 +63,7 @@ class Rotations(nn.Module):
             first = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
             self.seeds = [first + task if flag else None for task, flag in enumerate(rotate)]
         self.dtype = dtype
+        self.size: int | None = None  # that of the manifold, whose attributes are slow to read
         self.manifold: geotorch.SO | None = None
         if size is not None:
             self.create(size)
@@ -88,19 +90,14 @@ class Rotations(nn.Module):
         return self.rests.device
 
     @property
-    def size(self) -> int | None:
-        """m, or None before the rotations exist."""
-        return None if self.manifold is None else self.manifold.n
-
-    @property
     def matrices(self) -> Tensor:
         """The rotations. Shape ``(K, m, m)``, detached. Clone to keep them: the next step changes them."""
-        if self.manifold is None:
+        if self.size is None:
             raise RuntimeError(
                 "`rotations` must exist before they are read, got none. They are created in the first forward pass in "
                 "training mode, which determines their size; pass `rotation_size` to create them at construction."
             )
-        base: Tensor = self.manifold.base
+        base: Tensor = self.manifold.base  # type: ignore[union-attr]
         return base.detach()
 
     def __len__(self) -> int:
@@ -121,7 +118,11 @@ class Rotations(nn.Module):
         with torch.device("meta"):  # otherwise geotorch draws K Haar matrices: slow, and uses random numbers
             manifold = geotorch.SO((self.num_tasks, size, size), triv="cayley")
         manifold.to(self.dtype).to_empty(device=self.device)
-        self.manifold = manifold
+        self.manifold, self.size = manifold, size
+
+    def discard(self) -> None:
+        """Forget the rotations: they will be created anew."""
+        self.manifold = self.size = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotations:
         """Move and cast with the parent module, but not below float32."""

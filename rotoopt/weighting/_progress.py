@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from rotoopt.weighting._measurements import Measurements
 from rotoopt.weighting._weighting import Weighting
@@ -92,14 +93,15 @@ class ProgressWeighting(Weighting):
 
     def __call__(self, measured: Measurements) -> Tensor:
         """Update the running means, and return w."""
-        latest, means = self._remember(measured)
-        norms = self._bounded(latest[0], means[0])
-        rates = (means[1] / self.state["first_losses"]).clamp(*RATES).log()  # NaN where unknown
+        (latest_norms, _), (mean_norms, mean_losses) = self._remember(measured)
+        norms = self._bounded(latest_norms, mean_norms)
+        rates = (mean_losses / self.state["first_losses"]).clamp(*RATES).log()  # NaN where unknown
         if measured.agreement is not None:
             self._renew(measured.agreement, rates)
-        mean = self._remembered("mean_rate", norms[:1])
-        rates = torch.where(rates.isnan(), mean, torch.lerp(rates, mean, self._remembered("noise", norms)))
-        logits = torch.add(self._remembered("signal", norms), rates, alpha=self.alpha)
+        # Relative to the mean, which the softmax cancels; zero where unknown.
+        rates = (rates - self._remembered("mean_rate", norms)).nan_to_num(0.0)
+        clear = self._remembered("clear", norms, 1.0)
+        logits = torch.addcmul(self._remembered("signal", norms), rates, clear, value=self.alpha)
         shares = logits.masked_fill(norms == 0, -torch.inf).softmax(0)
         # NaN (0 / 0) for a task that has had no gradient yet; infinite if norms nearly overflow.
         return (shares * (norms.sum() / norms)).nan_to_num(1.0)
@@ -111,12 +113,13 @@ class ProgressWeighting(Weighting):
 
     def _remember(self, measured: Measurements) -> tuple[Tensor, Tensor]:
         """Return norms and losses, the latest of every task, and their running means, both of shape ``(2, K)``."""
-        norms, losses, seen = measured.norms, measured.losses, measured.present & (measured.norms > 0)
+        norms, losses, seen = measured.norms, measured.losses, torch.logical_and(measured.norms, measured.present)
         before = self._remembered("means", norms.expand(2, -1))
         if losses is None:
             latest, learned = torch.stack([norms, before[1]]), torch.stack([seen, torch.zeros_like(seen)])
         else:  # a negative loss makes the mean NaN permanently
-            latest, learned = torch.stack([norms, losses.masked_fill(losses < 0, torch.nan).to(norms)]), seen
+            latest = threshold(torch.stack([norms, losses.to(norms.dtype)]), -torch.finfo(norms.dtype).tiny, torch.nan)
+            learned = seen
         latest = torch.where(seen, latest, before)
         count = self._remembered("count", latest) + learned
         if not measured.burnt_in:
@@ -143,14 +146,17 @@ class ProgressWeighting(Weighting):
         logs = torch.lerp(_mean(logs, count.clamp(max=1.0)), logs, count / (count + PRIOR))
         signal = logs.exp()
         self.state["agreement"], self.state["num_agreements"] = mean, count
-        self.state["signal"], self.state["noise"] = logs * self.alpha, 1 - signal
+        self.state["signal"], self.state["clear"] = logs * self.alpha, signal
         known_rates = rates.nan_to_num()
         self.state["mean_rate"] = _mean(known_rates, signal.masked_fill(rates.isnan(), 0.0))
         self.state["remaining"] = (known_rates / 2).exp()
 
-    def _remembered(self, name: str, like: Tensor) -> Tensor:
+    def _remembered(self, name: str, like: Tensor, otherwise: float = 0.0) -> Tensor:
         """Return what is remembered, in the dtype of ``like``, which may differ between steps."""
-        return self.state[name].to(like) if name in self.state else torch.zeros_like(like)
+        known = self.state.get(name)
+        if known is None:
+            return torch.full_like(like, otherwise)
+        return known if known.dtype == like.dtype else known.to(like)
 
     def __repr__(self) -> str:
         return f"ProgressWeighting(alpha={self.alpha})"

@@ -114,6 +114,7 @@ def test_samples_of_a_zero_gradient_agree_in_nothing() -> None:
 @pytest.mark.parametrize(("number", "expected"), [(1, True), (2, False)])
 def test_whether_all_tasks_read_one_tensor(number: int, expected: bool) -> None:
     this = backward_pass()
-    for task in [0, 1] * number:
-        this.note(task, torch.ones(()))
+    this.norms += [torch.ones(2)] * number
     assert this.read_one_tensor == expected
+    this.pass_on(0, torch.zeros(3, 4), None, in_place=False)
+    assert not this.read_one_tensor
