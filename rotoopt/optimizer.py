@@ -92,7 +92,8 @@ class RotoGradOptimizer(OptimizerWrapper):
     Raises:
         TypeError: If ``optimizer`` is not a torch optimizer instance, or a head is not a module that accepts hooks.
         ValueError: If an option is out of range, a head is listed twice, or a head has a rotation from a previous
-            optimizer that does not fit this one. A new optimizer takes over the rotations of the previous one.
+            optimizer that does not fit this one. A new optimizer takes over the rotations of the previous one,
+            which then raises an error when it is used.
 
     Example:
         >>> from torch import nn

@@ -59,6 +59,7 @@ def adopt(hooks: Hooks, capture: Capture, names: Sequence[str]) -> None:
         if previous.latest_weights.is_noted:
             previous.latest_weights.check(hook.task)
         hook.remove()
+        previous.replaced = True
         new = hook_of(capture.whereabouts.heads[task, number])
         if new is not None and not previous.whereabouts.are_loaded():
             new.lost = hook.lost

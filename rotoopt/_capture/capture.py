@@ -49,6 +49,7 @@ class Capture:
         shapes: Latest shapes of the inputs in training, by task and place.
         inside: Tasks and places of inputs that a head computes itself, as in a decoder that calls it at every position.
         owner: The owner of the gradients; None for a module that calls the heads itself.
+        replaced: Whether a later optimizer has taken over heads.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Capture:
         self.shapes: dict[tuple[int, Place], torch.Size] = {}
         self.inside: set[tuple[int, Place]] = set()
         self.owner: Owner | None = None
+        self.replaced = False
         self._paused = False
         self._running = running
         self._measures = measures
@@ -91,9 +93,19 @@ class Capture:
             handle.remove()
         self.handles.clear()
 
+    def check_current(self) -> None:
+        """Raise if a later optimizer has taken over heads: it weights their gradients."""
+        if self.replaced:
+            raise RuntimeError(
+                "The latest RotoGradOptimizer of the heads must be used, got one that a later one has replaced, as "
+                "when a notebook cell runs again: its weights and rotations no longer change. Give the later one to "
+                "everything that keeps this one, such as a trainer or a training function."
+            )
+
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Rotate without capturing: gradients are those of the rotated model."""
+        self.check_current()
         before, self._paused = self._paused, True
         try:
             yield

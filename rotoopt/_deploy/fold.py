@@ -149,6 +149,7 @@ def _check_foldable(capture: Capture, heads: Sequence[Sequence[nn.Module]]) -> N
             "fold() must be used with `heads`, got an optimizer with num_tasks=K. There are no layers to fold into: "
             "multiply by optimizer.rotations[k] in front of head k."
         )
+    capture.check_current()
     if not capture.handles:
         raise RuntimeError(
             "fold() must find the rotations in front of the heads, got heads without. Either (a) fold() was called "

@@ -14,6 +14,7 @@ def refresh(capture: Capture, model_copy: nn.Module) -> None:
     rotations, places = capture.rotations, capture.places
     if not isinstance(model_copy, nn.Module):
         raise TypeError(f"`model_copy` must be a module, got a {type(model_copy).__name__}.")
+    capture.check_current()
     copies = list(hooks_in(model_copy))
     if not copies:
         raise ValueError(

@@ -49,6 +49,7 @@ class RotoGradCore(Core):
 
     def begin_step(self) -> None:
         """Prepare a step of the wrapped optimizer."""
+        self.engine.capture.check_current()
         self.engine.capture.latest_weights.begin_step(self.engine.memory.total_angles)
 
     def finish_step(self) -> None:
@@ -88,6 +89,7 @@ class RotoGradCore(Core):
 
     def save(self) -> dict[str, Any]:
         """Return the state of the method: rotations, references, trained weights and counters."""
+        self.engine.capture.check_current()
         return {
             **self.engine.state_dict(),
             "built_in_step": self.built_in_step,
@@ -102,6 +104,7 @@ class RotoGradCore(Core):
         self.loaded = True
 
     def _check(self, saved: dict[str, Any]) -> None:
+        self.engine.capture.check_current()
         self.engine.memory.check_state_dict(saved)
         if self.built_in_step != saved["built_in_step"]:
             steps = {True: "the built-in rotation step", False: "a `rotation_optimizer`"}

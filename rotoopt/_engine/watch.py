@@ -78,9 +78,9 @@ class IdleSteps:
                 f"The heads should have run in training mode before step(), got {self._count} steps and no head that "
                 "ran. Either (a) the model is in eval mode, for example after a validation without model.train(), (b) "
                 "its heads are bypassed, as by head.forward(z), or run under torch.func, (c) the model that is trained "
-                "is not the one whose heads were given, or a later RotoGradOptimizer has replaced this one: call that "
-                "one, (d) it was compiled and run before the optimizer was built: build it first, or (e) remove() or "
-                "fold() has ended the weighting: step the wrapped optimizer, optimizer.optimizer, instead."
+                "is not the one whose heads were given, (d) it was compiled and run before the optimizer was built: "
+                "build it first, or (e) remove() or fold() has ended the weighting: step the wrapped optimizer, "
+                "optimizer.optimizer, instead."
             )
 
 

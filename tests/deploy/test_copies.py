@@ -212,13 +212,34 @@ def test_a_new_optimizer_takes_over_the_rotations(heads: list[str], copied: bool
     second.step({name: losses[name] for name in heads})
 
 
-def test_steps_of_an_optimizer_that_was_replaced_are_reported() -> None:
+@pytest.mark.parametrize("kept", ["both heads", "one head"])
+def test_an_optimizer_that_was_replaced_raises_an_error_before_it_changes_anything(kept: str) -> None:
+    """As in a trainer that was built before a notebook cell ran again."""
     model, optimizer = wrap(**OPTIONS)
     train(model, optimizer, 0, 1)
-    second = RotoGradOptimizer(sgd(model.parameters()), model.heads)
-    with pytest.warns(UserWarning, match="no head that ran.* or a later RotoGradOptimizer has replaced this one"):
-        train(model, optimizer, *range(1, 30))
-    assert second.last_step is not None  # it weights the gradients
+    saved, copied = optimizer.state_dict(), copy.deepcopy(model)
+    names = list(model.heads)[: 2 if kept == "both heads" else 1]
+    second = RotoGradOptimizer(sgd(model.parameters()), {name: model.heads[name] for name in names})
+    losses, weights = model.losses(2)[0], copy.deepcopy(model.state_dict())
+    model.zero_grad()
+    message = "^The latest RotoGradOptimizer of the heads must be used, got one that a later one has replaced"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step(losses)
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.backward(losses)
+    with pytest.raises(RuntimeError, match=message), optimizer.paused():
+        pass
+    for use in (optimizer.fold, optimizer.state_dict, partial(optimizer.load_state_dict, saved)):
+        with pytest.raises(RuntimeError, match=message):
+            use()
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.refresh(copied)
+    assert all(param.grad is None for param in model.parameters())
+    torch.autograd.backward(losses[: len(names)])
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    second.step()
 
 
 class ModelEmaV3(nn.Module):
