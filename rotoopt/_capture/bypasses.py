@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rotoopt._capture.dependence import Dependence
 from rotoopt._capture.fork import LOSSES_AS_HEADS
@@ -188,8 +188,15 @@ def _around_the_heads(reads: Sequence[_Read], names: Sequence[str]) -> str:
     )
 
 
-def not_through_its_head(name: str, others: str) -> str:
+def not_through_its_head(name: str, others: str, head: Sequence[nn.Module | nn.Parameter] = ()) -> str:
     """Return the error for a loss that passes through ``others`` instead of the head of ``name``."""
+    modes = [part.training for part in head if isinstance(part, nn.Module)]
+    if not others and modes and not any(modes):
+        return (
+            f"Heads must run in training mode, got that of {name} in eval mode, in which gradients are not weighted. "
+            "Call model.train() before the forward pass, as after every validation. If layers of a head should stay in "
+            "eval mode, such as frozen normalization, call eval() on these, and train() on the head."
+        )
     return (
         f"The loss of {name} must pass through its rotated head, got one that passes through: {others or 'none'}. "
         "Either (a) the order of `losses` is not that of the heads, (b) the head was bypassed, as by head.forward(z), "

@@ -50,6 +50,7 @@ class Capture:
         inside: Tasks and places of inputs that a head computes itself, as in a decoder that calls it at every position.
         owner: The owner of the gradients; None for a module that calls the heads itself.
         replaced: Whether a later optimizer has taken over heads.
+        removed: Whether the hooks were removed from the heads.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Capture:
         self.shapes: dict[tuple[int, Place], torch.Size] = {}
         self.inside: set[tuple[int, Place]] = set()
         self.owner: Owner | None = None
-        self.replaced = False
+        self.replaced = self.removed = False
         self._paused = False
         self._running = running
         self._measures = measures
@@ -89,6 +90,7 @@ class Capture:
 
     def detach(self) -> None:
         """Remove every hook."""
+        self.removed = self.removed or bool(self.handles)
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -100,6 +102,16 @@ class Capture:
                 "The latest RotoGradOptimizer of the heads must be used, got one that a later one has replaced, as "
                 "when a notebook cell runs again: its weights and rotations no longer change. Give the later one to "
                 "everything that keeps this one, such as a trainer or a training function."
+            )
+
+    def check_attached(self) -> None:
+        """Raise if there is nothing in front of the heads that weights gradients."""
+        self.check_current()
+        if self.removed:
+            raise RuntimeError(
+                "Losses must be given before remove() or fold(), got some afterwards: gradients are no longer "
+                "weighted. Either (a) build a new RotoGradOptimizer, or (b) call sum(losses).backward() and "
+                "optimizer.optimizer.step(), which trains without weights."
             )
 
     @contextmanager

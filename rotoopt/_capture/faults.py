@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import nn
+
 from rotoopt._capture.bypasses import check_not_bypassed, check_shared, not_through_its_head
 from rotoopt._capture.dependence import Dependence
 from rotoopt._capture.fed import Fed
@@ -17,6 +19,7 @@ def check_losses(
     losses: Mapping[int, Edge],
     fed: Fed,
     names: Sequence[str],
+    heads: Sequence[Sequence[nn.Module | nn.Parameter]],
     own: Mapping[int, int],
     are_own: AreOwn,
     backbone: Edge | None,
@@ -31,6 +34,7 @@ def check_losses(
         losses: The nodes of the losses of the present tasks.
         fed: The inputs of the heads.
         names: Names of the K tasks, for errors.
+        heads: The modules and parameters of each task alone; empty if they are functions.
         own: The tasks by the ids of their parameters.
         are_own: Returns whether parameters belong to a task alone, and nothing else reads them.
         backbone: The node of a loss that must not pass through any head.
@@ -40,7 +44,8 @@ def check_losses(
         if through and task not in through and fed.is_frozen([task]):  # a probe beside others, in one tensor
             through = Dependence([loss], of_none=True).tasks(loss)
         if task not in through and (through or not (fed.is_frozen([task]) or _trains_only(task, loss, own))):
-            raise RuntimeError(not_through_its_head(names[task], ", ".join(names[other] for other in sorted(through))))
+            others = ", ".join(names[other] for other in sorted(through))
+            raise RuntimeError(not_through_its_head(names[task], others, heads[task] if heads else ()))
         if dependence.is_mixed(loss):
             raise RuntimeError(_mixed(dependence, [task, *sorted(through - {task})], names))
     taps = taps_of(node for node, _ in losses.values())

@@ -81,7 +81,8 @@ class Wiring:
 
         def check(operations: Sequence[str] | None) -> None:
             dependence = Dependence(made.values(), operations)
-            check_losses(dependence, made, fed, self._names, self._own_parameters(), self.are_own, backbone)
+            own = self._own_parameters()
+            check_losses(dependence, made, fed, self._names, self._heads, own, self.are_own, backbone)
             self._warn_of_unknown(dependence)
             self._operations[reads] = dependence.operations
 

@@ -187,7 +187,8 @@ def _first_layer(layer: nn.Module, fed: Tensor, z: Tensor, dims: RotatedDims) ->
         raise UnfoldableError(f"it begins with {layer}")
     if _num_owners(layer.weight) != 1:
         raise UnfoldableError(
-            f"its {layer} shares its weight with other modules, or the weight is computed, or gc.freeze() hides modules"
+            f"its {layer} shares its weight with other modules, or the weight is computed, or gc.freeze() hides "
+            "modules, or torch.jit.trace has made a copy that shares it (delete that before fold())"
         )
     return FirstLayer(layer.weight, getattr(layer, "transposed", False), sample, dims)
 

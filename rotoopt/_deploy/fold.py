@@ -122,11 +122,12 @@ def fold(capture: Capture, heads: Sequence[Sequence[nn.Module]], names: Sequence
         weight.copy_(rotated_weight)
     if reasons:
         warn_user(
-            "Every head should begin with a linear layer, to fold its rotation into, got some that do not. "
+            "Every head should begin with a linear layer of its own, to fold its rotation into, got some that do not. "
             f"{'; '.join(f'{name}: {reason}' for name, reason in reasons)}. They keep their rotations, "
             "as a buffer `rotation` that a forward pre-hook applies. Predictions are the same, but the state dict has "
-            "these keys in addition, and does not load into a plain model: save the model as a whole, with torch.save "
-            "or torch.export, or begin these heads with nn.Linear or nn.Conv2d when you train again."
+            "these keys in addition, and does not load into a plain model: save the model as a whole, with "
+            "torch.export, or with torch.save, which needs rotoopt to load it, or begin these heads with nn.Linear or "
+            "nn.Conv2d when you train again."
         )
 
 

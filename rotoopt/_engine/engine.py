@@ -105,7 +105,7 @@ class Engine:
         **options: Any,
     ) -> None:
         """Compute all gradients; ``options`` are those of ``torch.autograd.backward``."""
-        self.capture.check_current()
+        self.capture.check_attached()
         present = check_losses(losses, self.names)
         check_backbone_loss(backbone_loss)
         frozen = self.capture.fed.is_frozen(present)

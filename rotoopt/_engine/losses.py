@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from torch import Tensor, nn
 
 from rotoopt._capture.fed import Fed, address
+from rotoopt._capture.fork import LOSSES_AS_HEADS
 from rotoopt._capture.graph import is_handed_on
 from rotoopt._torch.private import tree_leaves
 
@@ -34,10 +35,10 @@ def check_losses(losses: Losses, names: Sequence[str]) -> dict[int, Tensor]:
     else:
         by_task = list(losses)
     if len(by_task) != len(names):
-        raise ValueError(
-            f"`losses` must have one entry per task, got {len(by_task)} for {len(names)} tasks. "
-            "Put None where a task is absent from this batch."
-        )
+        hint = "Put None where a task is absent from this batch."
+        if len(by_task) > len(names):
+            hint = f"Add the losses of one head. To weight them against each other, {LOSSES_AS_HEADS}."
+        raise ValueError(f"`losses` must have one entry per task, got {len(by_task)} for {len(names)} tasks. {hint}")
     present = {task: loss for task, loss in enumerate(by_task) if loss is not None and not is_constant(loss)}
     for task, loss in present.items():
         if not isinstance(loss, Tensor):

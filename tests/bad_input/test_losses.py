@@ -15,7 +15,11 @@ SEE = r"(GradNorm\(alpha=1\.5\)|normalize_losses=True) must see the losses, got 
 
 LOSSES = {
     "too few": Case(ValueError, f"{COUNT} 1 for 2 tasks. Put None", lambda m, o: lambda: o.step(m.losses(5)[0][:1])),
-    "too many": Case(ValueError, f"{COUNT} 4 for 2 tasks", lambda m, o: lambda: o.step(m.losses(5)[0] * 2)),
+    "too many": Case(
+        ValueError,
+        f"{COUNT} 4 for 2 tasks. Add the losses of one head. To weight them against each other, list the modules that",
+        lambda m, o: lambda: o.step(m.losses(5)[0] * 2),
+    ),
     "empty": Case(ValueError, f"{COUNT} 0 for 2 tasks", lambda m, o: lambda: o.step([])),
     "all absent": Case(
         ValueError, "must have at least one loss, got only None", lambda m, o: lambda: o.step([None, None])

@@ -80,6 +80,12 @@ def in_eval_mode(model: TwoTasks) -> list[Tensor]:
     return model.losses(5)[0]
 
 
+def evaluated(model: TwoTasks) -> list[Tensor]:
+    losses = in_eval_mode(model)
+    model.train()
+    return losses
+
+
 def in_pause(model: TwoTasks, optimizer: RotoGradOptimizer) -> Callable[[], object]:
     with optimizer.paused():
         losses, rep = model.losses(5)
@@ -114,10 +120,12 @@ def reentrant(model: TwoTasks) -> list[Tensor]:
 
 
 def before_wrapping(model: TwoTasks, optimizer: RotoGradOptimizer) -> Callable[[], object]:
-    optimizer.remove()
+    capture = optimizer._core.engine.capture
+    for handle in capture.handles:
+        handle.remove()
     losses, rep = model.losses(5)
     for task, head in enumerate(model.heads.values()):
-        attach(optimizer._core.engine.capture, head, task, 0, "a")
+        attach(capture, head, task, 0, "a")
     return lambda: optimizer.step(losses, rep)
 
 
@@ -161,8 +169,13 @@ CASES = {
     ),
     "eval mode": Case(
         RuntimeError,
-        r"passes through: none.*\(c\) it ran in eval mode, on z.detach\(\), under paused",
+        r"^Heads must run in training mode, got that of left in eval mode, .* Call model.train\(\) before",
         steps_on(in_eval_mode),
+    ),
+    "eval mode in the forward pass": Case(
+        RuntimeError,
+        r"passes through: none.*\(c\) it ran in eval mode, on z.detach\(\), under paused",
+        steps_on(evaluated),
     ),
     "paused": Case(RuntimeError, r"passes through: none.*under paused\(\)", in_pause),
     "before wrapping": Case(RuntimeError, "passes through: none.*before the optimizer was built", before_wrapping),

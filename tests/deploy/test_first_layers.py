@@ -23,11 +23,11 @@ from tests.samplers import DTYPES, SEEDS
 SHOULD, KEPT = (
     re.escape(sentences)
     for sentences in (
-        "Every head should begin with a linear layer, to fold its rotation into, got some that do not. ",
+        "Every head should begin with a linear layer of its own, to fold its rotation into, got some that do not. ",
         ". They keep their rotations, as a buffer `rotation` that a forward pre-hook applies. Predictions are the "
         "same, but the state dict has these keys in addition, and does not load into a plain model: save the model as "
-        "a whole, with torch.save or torch.export, or begin these heads with nn.Linear or nn.Conv2d when you train "
-        "again.",
+        "a whole, with torch.export, or with torch.save, which needs rotoopt to load it, or begin these heads with "
+        "nn.Linear or nn.Conv2d when you train again.",
     )
 )
 
