@@ -235,7 +235,8 @@ class Capture:
         """
         if is_transformed():
             return self._rotate(rep, task, place, alone, own)
-        return with_attributes_of(rep, self._captured(rep, task, place, alone, own))
+        out = self._captured(rep, task, place, alone, own)
+        return with_attributes_of(rep, out) if vars(rep) else out
 
     def _captured(self, rep: Tensor, task: int, place: Place, alone: bool, own: bool) -> Tensor:
         key = task, place
@@ -258,13 +259,13 @@ class Capture:
             own = own and matrix is None and (alone or key in self.shapes)
             return self._in_place.own_copy(out, key) if own else out
         fork = self._fork(rep)
-        fork.taps[task] += 1
-        if matrix is not None:
+        fork.enter(task)
+        if matrix is not None and not fork.rotated:
             fork.rotated = True
-            if fork.second_moment is None and self._measures():
+            if self._measures():
                 fork.second_moment = second_moment(plain(rep), matrix, self.dims)
         self.shapes[key] = rep.shape
-        out = Rotate.apply(rep, matrix, self.dims, fork, key)  # type: ignore[no-untyped-call]
+        out = Rotate.apply(rep, matrix, fork, key)  # type: ignore[no-untyped-call]
         return self._in_place.own_copy(out, key) if own and matrix is None else out
 
     def _begins_inside(self, rep: Tensor, key: tuple[int, Place]) -> bool:
@@ -289,11 +290,11 @@ class Capture:
                     "A head must get the representation itself, got a detached copy from inside a backward pass. "
                     "Likely cause: re-entrant checkpointing around a head; pass use_reentrant=False to checkpoint()."
                 )
-            fork = self._forks[rep] = Fork(rep, len(self.rotations), self._running, self._sketch(rep))
+            fork = self._forks[rep] = Fork(rep, self.dims, len(self.rotations), self._running, self._sketch(rep))
         # z is a parameter, the same tensor in every forward pass.
         elif rep.is_leaf and (fork.reached or fork.version != version(rep)) and backward_pass_id() == -1:
             fork.renew(rep, self._sketch(rep))
-        self.fed.add(fork)
+        self.fed.add(fork, rep)
         return fork
 
     def _sketch(self, rep: Tensor) -> Sketch | None:

@@ -45,19 +45,22 @@ class Fed:
         """Return the next one, for the inputs after a backward pass that has begun."""
         return Fed(_earlier=[ref(fork) for fork in (*self.forks, *self.earlier) if not fork.reached])
 
-    def add(self, fork: Fork) -> None:
-        """Record that the tensor of ``fork`` enters a head."""
+    def add(self, fork: Fork, rep: Tensor) -> None:
+        """Record that ``rep``, the tensor of ``fork``, enters a head."""
         if fork.fed is not self:
             fork.fed = self
             self._forks.append(ref(fork))
+            self.addresses.add(address(rep))
 
     def note(self, rep: Tensor, task: int, place: Place) -> None:
         """Record that ``rep`` enters the head of ``task`` at ``place``."""
-        self.tasks[task] = self.tasks.get(task) or rep.requires_grad
         if rep.requires_grad:
             part, path = place
+            self.tasks[task] = True
             self.reads.add((task, part, path[0]))
-        self.addresses.add(address(rep))
+        else:
+            self.tasks.setdefault(task, False)
+            self.addresses.add(address(rep))
 
     def only_fork(self) -> Fork | None:
         """Return the fork of the only input whose gradient has not arrived yet; None if there are none or several."""
@@ -78,8 +81,8 @@ class Fed:
 
     def is_frozen(self, tasks: Iterable[int]) -> bool:
         """Whether the heads of ``tasks`` ran, and no input required grad whose graph still exists."""
-        live = [fork.taps for fork in self.forks]  # without a trial before the backbone was frozen
-        return all(task in self.tasks and not any(task in taps for taps in live) for task in tasks)
+        live = [fork.tasks for fork in self.forks]  # without a trial before the backbone was frozen
+        return all(task in self.tasks and not any(task in found for found in live) for task in tasks)
 
     def described(self, names: Sequence[str]) -> str:
         """Describe the inputs of the heads of each task: shapes, and operations."""

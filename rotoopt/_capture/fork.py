@@ -10,7 +10,6 @@ backward pass (DDP, checkpointing, compile) continues to work.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Set
 from typing import TYPE_CHECKING, Any
 
@@ -55,16 +54,17 @@ class Fork:
 
     Args:
         rep: The tensor z.
+        dims: Its rotated dimensions.
         num_tasks: K.
         running: Returns the current backward pass.
         sketch: Projections of z, if the agreement is measured.
 
     Attributes:
         shape: The shape of z.
+        dims: The same.
         version: The version counter of z.
         made_by: The operation that computed z, for errors about several tensors.
         is_leaf: Whether z is a parameter.
-        taps: How often z enters the heads of each task.
         rotated: Whether z is rotated in front of them.
         second_moment: Second moment of z, if it is needed to update the rotations. Shape ``(m, m)``.
         sketch: The same.
@@ -73,11 +73,18 @@ class Fork:
         reached: Whether any gradient has arrived.
     """
 
-    def __init__(self, rep: Tensor, num_tasks: int, running: Callable[[], BackwardPass], sketch: Sketch | None) -> None:
+    def __init__(
+        self,
+        rep: Tensor,
+        dims: RotatedDims,
+        num_tasks: int,
+        running: Callable[[], BackwardPass],
+        sketch: Sketch | None,
+    ) -> None:
         self.shape = rep.shape
         self.made_by = "a leaf" if rep.grad_fn is None else rep.grad_fn.name().partition("Backward")[0]
         self.is_leaf = rep.is_leaf
-        self.rotated = False
+        self.dims = dims
         self.fed: Fed | None = None
         self.renew(rep, sketch)
         self._num_tasks = num_tasks
@@ -92,7 +99,9 @@ class Fork:
     def renew(self, rep: Tensor, sketch: Sketch | None) -> None:
         """Begin a forward pass with z."""
         self.version = version(rep)
-        self.taps: Counter[int] = Counter()
+        self._tasks: set[int] = set()
+        self.rotated = False
+        self._is_repeated = False  # whether it enters the heads of one task several times
         self.second_moment: Tensor | None = None
         self.sketch = sketch
         self.used: tuple[int, ...] = ()
@@ -100,16 +109,21 @@ class Fork:
         self._number: int | None = None  # of the latest backward pass
         self._returned = False
 
+    def enter(self, task: int) -> None:
+        """Record that z enters the head of ``task``."""
+        self._is_repeated |= task in self._tasks
+        self._tasks.add(task)
+
     @property
     def tasks(self) -> Set[int]:
         """The tasks whose heads z enters."""
-        return self.taps.keys()
+        return self._tasks
 
     def _waits(self, this: BackwardPass) -> bool:
         """Whether gradients are collected: those of several tasks, or those of one task for a joint norm."""
-        return not this.lagged or (this.meets and len(self.taps) > 1) or max(self.taps.values()) > 1
+        return not this.lagged or self._is_repeated or (this.meets and len(self._tasks) > 1)
 
-    def arrive(self, task: int, grad: Tensor, matrix: Tensor | None, dims: RotatedDims) -> Tensor | None:
+    def arrive(self, task: int, grad: Tensor, matrix: Tensor | None) -> Tensor | None:
         """Return the part of the gradient of ``task`` that is passed on to z now; None if nothing is.
 
         Autograd calls the hook on z only if a gradient arrives there: for the first gradient that is collected, one
@@ -119,9 +133,8 @@ class Fork:
             task: k.
             grad: The gradient at R_k z.
             matrix: R_k; None for I.
-            dims: The rotated dimensions.
         """
-        this = self._running()
+        this, dims = self._running(), self.dims
         if self.reached and self._number != this.number:
             this.measures |= this.returns or self._returned
         self.reached, self._number, self._returned = True, this.number, this.returns
@@ -168,24 +181,22 @@ class Rotate(torch.autograd.Function):
     """Forward: R_k z. Backward: passes the gradient R_k^T g_k, in float32 or float64, to the fork."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rep: Tensor, matrix: Tensor | None, dims: RotatedDims, fork: Fork, key: tuple[int, Place]
-    ) -> Tensor:
+    def forward(ctx: Any, rep: Tensor, matrix: Tensor | None, fork: Fork, key: tuple[int, Place]) -> Tensor:
         """Return R_k z; z itself for a task that is not rotated."""
         ctx.save_for_backward(matrix)
         ctx.set_materialize_grads(False)
-        ctx.dims, ctx.fork, (ctx.task, ctx.place) = dims, fork, key
+        ctx.fork, (ctx.task, ctx.place) = fork, key
         # Detached, so that autograd does not treat it as a view, and a head may begin with an in-place ReLU.
-        return rep.view_as(rep) if matrix is None else rotated(rep, matrix, dims).detach()
+        return rep.view_as(rep) if matrix is None else rotated(rep, matrix, fork.dims).detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         """Return the gradient that the fork passes on."""
         if grad is None:  # the output was not used, but is returned by a function such as DistributedDataParallel's
-            return None, None, None, None, None
+            return None, None, None, None
         if torch.is_grad_enabled():
             raise RuntimeError(SECOND_ORDER)
         (matrix,) = ctx.saved_tensors
         is_wide = grad.dtype in (torch.float32, torch.float64)
-        goes_on = ctx.fork.arrive(ctx.task, plain(grad if is_wide else grad.float()), matrix, ctx.dims)
-        return goes_on if goes_on is None or is_wide else goes_on.to(grad.dtype), None, None, None, None
+        goes_on = ctx.fork.arrive(ctx.task, plain(grad if is_wide else grad.float()), matrix)
+        return goes_on if goes_on is None or is_wide else goes_on.to(grad.dtype), None, None, None

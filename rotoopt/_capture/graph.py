@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from rotoopt._capture.fork import Fork
 from rotoopt._torch.private import num_outputs
@@ -73,12 +73,12 @@ def behind_taps(loss: Tensor) -> set[Node]:
 
 def is_tap(node: Node) -> bool:
     """Whether ``node`` is the tap of a head; it then has the attributes ``task`` and ``fork``."""
-    return isinstance(getattr(node, "fork", None), Fork)
+    return isinstance(node, BackwardCFunction) and isinstance(getattr(node, "fork", None), Fork)
 
 
 def is_opaque(node: Node) -> bool:
     """Whether it is unknown which outputs of ``node`` depend on which inputs, as for a graph compiled as a whole."""
-    return num_outputs(node) > 1 and isinstance(node, torch.autograd.function.BackwardCFunction)
+    return isinstance(node, BackwardCFunction) and num_outputs(node) > 1
 
 
 def is_leaf(node: Node) -> bool:
@@ -134,7 +134,7 @@ def made_by(loss: Tensor) -> Edge:
 
 def source(node: Node | None, output: int) -> tuple[Node | None, int]:
     """Return ``node`` and the index ``output``, or those of the input if the node only passes tensors through."""
-    while node is not None and operation(node) in HANDED_ON:
+    while isinstance(node, BackwardCFunction) and operation(node) in HANDED_ON:
         node, output = node.next_functions[output]
     return node, output
 

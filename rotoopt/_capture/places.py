@@ -85,9 +85,13 @@ class Places:
             fits = self._with_the_most(rep, task, place)
         if not fits:
             return None
-        if self._rotations.size is None or rep.device != self._rotations.device:
+        if self._rotations.size is None:
             self._settle(self._dims.size(rep.shape), rep.device)
-        return self._rotations[task]
+        matrix = self._rotations[task]
+        if matrix.device != rep.device:
+            self._settle(self._dims.size(rep.shape), rep.device)
+            matrix = self._rotations[task]
+        return matrix
 
     @not_compiled
     def _with_the_most(self, rep: Tensor, task: int, place: Place) -> bool | None:

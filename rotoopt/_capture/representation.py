@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rotoopt._torch.autocast import without_autocast
+from rotoopt._torch.autocast import is_autocast_on, without_autocast
 
 
 class RotatedDims:
@@ -132,12 +132,14 @@ def rotated(rep: Tensor, matrix: Tensor, dims: RotatedDims, out: Tensor | None =
         stored, inner = rep.permute(order), [places[i] for i in dims.resolve(rep.shape)]
         if stored.is_contiguous() and inner == sorted(inner):
             return rotated(stored, matrix, RotatedDims(inner), back=back).permute(places)
+    if is_autocast_on(rep.device):
+        with without_autocast(rep.device):
+            return rotated(rep, matrix, dims, out, back=back)
     matrix = matrix if matrix.dtype == rep.dtype else matrix.to(rep.dtype)
-    with without_autocast(rep.device):
-        if dims.are_last and matrix.shape[-1] == rep.shape[-1]:
-            return torch.matmul(rep, matrix if back else matrix.mT, out=out)  # the same, in the usual case
-        into = None if out is None else dims.view(out)
-        return dims.restore(_apply(matrix.mT if back else matrix, dims.view(rep), into), rep)
+    if dims.are_last and matrix.shape[-1] == rep.shape[-1]:
+        return torch.matmul(rep, matrix if back else matrix.mT, out=out)  # the same, in the usual case
+    into = None if out is None else dims.view(out)
+    return dims.restore(_apply(matrix.mT if back else matrix, dims.view(rep), into), rep)
 
 
 @torch.no_grad()

@@ -210,8 +210,10 @@ class Engine:
 
     def _running_pass(self) -> BackwardPass:
         """Return the current backward pass; if the user called ``backward()``, the first gradient opens it."""
+        if self._running is not None and self._running.number is None:
+            return self._running
         number = backward_pass_id()
-        if self._running is None or self._running.number not in (None, number):
+        if self._running is None or self._running.number != number:
             self.close()
             self._foreign_steps.observe(len(self._passes))
             try:

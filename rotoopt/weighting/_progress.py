@@ -95,16 +95,16 @@ class ProgressWeighting(Weighting):
         """Update the running means, and return w."""
         (latest_norms, _), (mean_norms, mean_losses) = self._remember(measured)
         norms = self._bounded(latest_norms, mean_norms)
-        rates = (mean_losses / self.state["first_losses"]).clamp(*RATES).log()  # NaN where unknown
+        rates = (mean_losses / self.state["first_losses"]).clamp_(*RATES).log_()  # NaN where unknown
         if measured.agreement is not None:
             self._renew(measured.agreement, rates)
         # Relative to the mean, which the softmax cancels; zero where unknown.
-        rates = (rates - self._remembered("mean_rate", norms)).nan_to_num(0.0)
+        rates = (rates - self._remembered("mean_rate", norms)).nan_to_num_(0.0)
         clear = self._remembered("clear", norms, 1.0)
         logits = torch.addcmul(self._remembered("signal", norms), rates, clear, value=self.alpha)
-        shares = logits.masked_fill(norms == 0, -torch.inf).softmax(0)
+        shares = logits.masked_fill_(norms.logical_not(), -torch.inf).softmax(0)
         # NaN (0 / 0) for a task that has had no gradient yet; infinite if norms nearly overflow.
-        return (shares * (norms.sum() / norms)).nan_to_num(1.0)
+        return (shares * (norms.sum() / norms)).nan_to_num_(1.0)
 
     @property
     def remaining(self) -> Tensor | None:
@@ -118,14 +118,14 @@ class ProgressWeighting(Weighting):
         if losses is None:
             latest, learned = torch.stack([norms, before[1]]), torch.stack([seen, torch.zeros_like(seen)])
         else:  # a negative loss makes the mean NaN permanently
-            latest = threshold(torch.stack([norms, losses.to(norms.dtype)]), -torch.finfo(norms.dtype).tiny, torch.nan)
-            learned = seen
+            latest, learned = torch.stack([norms, losses.to(norms.dtype)]), seen
+            threshold(latest, -torch.finfo(norms.dtype).tiny, torch.nan, inplace=True)
         latest = torch.where(seen, latest, before)
         count = self._remembered("count", latest) + learned
         if not measured.burnt_in:
             count[1].zero_()  # the mean of the losses starts after the burn-in
         length = 1 / (1 - self.decay)
-        means = torch.lerp(before, latest, count.clamp(1.0, length).reciprocal())
+        means = torch.lerp(before, latest, count.clamp(1.0, length).reciprocal_())
         first = torch.where(count[1] <= round(length), means[1], self._remembered("first_losses", norms))
         self.state["means"], self.state["count"], self.state["first_losses"] = means, count, first
         return latest, means
