@@ -13,6 +13,11 @@ from rotoopt._capture.fork import LOSSES_AS_HEADS, SPENT
 from rotoopt._capture.graph import AreOwn, Edge, Node, inputs, leaves, reached, taps_of, tasks_surely_behind
 from rotoopt.weighting import Weighting
 
+TWO_OPTIMIZERS = (
+    "Gradients would be weighted by both. If the loss trains something else through a head, as a generator through its "
+    "discriminator, run that forward pass under paused() of the optimizer of this head."
+)
+
 
 def check_losses(
     dependence: Dependence,
@@ -39,6 +44,12 @@ def check_losses(
         are_own: Returns whether parameters belong to a task alone, and nothing else reads them.
         backbone: The node of a loss that must not pass through any head.
     """
+    for task, (node, _) in losses.items():
+        if not all(fed.has(tap.fork) for tap in taps_of([node])):
+            raise RuntimeError(
+                "A loss must pass through heads of the optimizer that it is given to, got that of "
+                f"{names[task]}, which passes through a head of another RotoGradOptimizer. {TWO_OPTIMIZERS}"
+            )
     for task, loss in losses.items():
         through = dependence.tasks(loss)
         if through and task not in through and fed.is_frozen([task]):  # a probe beside others, in one tensor
@@ -98,6 +109,11 @@ def check_heads_apart(taps: set[Node], names: Sequence[str], are_own: AreOwn) ->
 
     What a compiled graph computes between two heads may be part of the one and of the other, and is then unknown.
     """
+    if not all(below.fork.is_with(tap.fork) for tap in taps for below in taps_of(inputs(tap))):
+        raise RuntimeError(
+            "Heads must read the backbone, got one that reads the output of a head of another RotoGradOptimizer. "
+            f"{TWO_OPTIMIZERS}"
+        )
     sources = [(tap.task, node) for tap in taps for node in inputs(tap)]
     pairs = [(task, other) for task, node in sources for other in tasks_surely_behind(node, are_own)]
     if not pairs:

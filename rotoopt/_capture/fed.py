@@ -67,6 +67,10 @@ class Fed:
         unused = [fork for fork in self.forks if not fork.used]
         return unused[0] if len(unused) == 1 else None
 
+    def has(self, fork: Fork) -> bool:
+        """Whether ``fork`` is of these heads: not all that were reached are known."""
+        return fork.reached or fork in self.forks or fork in self.earlier
+
     def may_be_all(self) -> bool:
         """Whether no fork from before the latest backward pass still waits for gradients."""
         return all(fork.reached for fork in self.earlier)

@@ -114,6 +114,10 @@ class Fork:
         self._is_repeated |= task in self._tasks
         self._tasks.add(task)
 
+    def is_with(self, other: Fork) -> bool:
+        """Whether both are of one optimizer."""
+        return self._running == other._running
+
     @property
     def tasks(self) -> Set[int]:
         """The tasks whose heads z enters."""

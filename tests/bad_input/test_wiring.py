@@ -14,7 +14,7 @@ from rotoopt import RotoGradOptimizer, RotoGradWeighting
 from rotoopt._capture.hooks import attach
 from rotoopt._capture.wiring import LOOK_EVERY
 from tests.bad_input.cases import Case, check, left, losses_of, parametrize, representation, right
-from tests.contract.models import TwoTasks, back_propagate, wrap
+from tests.contract.models import TwoTasks, back_propagate, sgd, wrap
 
 BYPASSED = (
     r"^The loss of right must pass through its rotated head, got one that passes through: none.* \(b\) the head was "
@@ -119,6 +119,35 @@ def reentrant(model: TwoTasks) -> list[Tensor]:
     return losses_of(*outputs)
 
 
+def other_optimizer(model: TwoTasks, optimizer: RotoGradOptimizer) -> Callable[[], object]:
+    """The first task of another optimizer has the number of the first task of this one."""
+    others = [nn.Linear(6, 1), nn.Linear(6, 2)]
+    other = RotoGradOptimizer(sgd([param for head in others for param in head.parameters()]), others)
+    losses, rep = model.losses(5)
+    losses[0] = losses[0] + others[0](rep).square().mean()
+
+    def step() -> None:
+        assert other.last_step is None
+        optimizer.step(losses)
+
+    return step
+
+
+def through_another_optimizer(model: TwoTasks, optimizer: RotoGradOptimizer) -> Callable[[], object]:
+    """As a generator through its discriminator, both with several tasks."""
+    others = [nn.Linear(2, 1), nn.Linear(2, 2)]
+    other = RotoGradOptimizer(sgd([param for head in others for param in head.parameters()]), others)
+    rep = representation(model)
+    first, second = left(model)(rep), right(model)(rep)
+    losses = [first.square().mean(), others[0](second).square().mean()]
+
+    def back() -> None:
+        assert other.last_step is None
+        back_propagate(losses)
+
+    return back
+
+
 def before_wrapping(model: TwoTasks, optimizer: RotoGradOptimizer) -> Callable[[], object]:
     capture = optimizer._core.engine.capture
     for handle in capture.handles:
@@ -178,6 +207,17 @@ CASES = {
         steps_on(evaluated),
     ),
     "paused": Case(RuntimeError, r"passes through: none.*under paused\(\)", in_pause),
+    "head of another optimizer": Case(
+        RuntimeError,
+        "^A loss must pass through heads of the optimizer that it is given to, got that of left, which passes through",
+        other_optimizer,
+    ),
+    "through a head of another optimizer": Case(
+        RuntimeError,
+        "^Heads must read the backbone, got one that reads the output of a head of another RotoGradOptimizer",
+        through_another_optimizer,
+        later=False,
+    ),
     "before wrapping": Case(RuntimeError, "passes through: none.*before the optimizer was built", before_wrapping),
     "backbone_loss through a head": Case(
         RuntimeError,
