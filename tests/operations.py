@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from typing import Any
 
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Views, uninitialized allocations and profiler records launch nothing.
@@ -24,6 +25,7 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.found: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        self.found[name] += FREE.fullmatch(name) is None
-        return func(*args, **(kwargs or {}))
+        name, result = func.overloadpacket.__name__, func(*args, **(kwargs or {}))
+        is_empty = isinstance(result, Tensor) and not result.numel()  # nothing to compute
+        self.found[name] += FREE.fullmatch(name) is None and not is_empty
+        return result

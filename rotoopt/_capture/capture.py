@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rotoopt._capture.agreement import Sketch
 from rotoopt._capture.backward_pass import BackwardPass
 from rotoopt._capture.fed import Fed
+from rotoopt._capture.first_weight import FirstWeight
 from rotoopt._capture.fork import Fork, Rotate
 from rotoopt._capture.graph import parameters_of, tasks_surely_behind
 from rotoopt._capture.in_place import InPlaceHeads
@@ -189,6 +190,7 @@ class Capture:
         rep: Tensor,
         task: int,
         place: Place = (0, Z),
+        first: FirstWeight | None = None,
         *,
         alone: bool = True,
         training: bool = True,
@@ -200,14 +202,16 @@ class Capture:
             rep: z, which enters head k.
             task: k.
             place: Where it enters.
+            first: The weight that may be rotated instead.
             alone: Whether no other floating-point tensor enters.
             training: Whether the head is in training mode.
             own: Whether the head may change its input in place, and must then get a copy.
         """
         if rep.layout != torch.strided or rep.is_nested:
             return self._not_dense(rep, task, place)
-        captures = training and torch.is_grad_enabled()
-        return (self._capture if captures else self._rotate)(rep, task, place, alone, own)
+        if training and torch.is_grad_enabled():
+            return self._capture(rep, task, place, first, alone, own)
+        return self._rotate(rep, task, place, alone, own)
 
     def _not_dense(self, rep: Tensor, task: int, place: Place) -> Tensor:
         """Accept ``rep``, such as the adjacency matrix of a graph; raise if it would have to be rotated or measured."""
@@ -228,17 +232,21 @@ class Capture:
         return with_attributes_of(rep, rep.clone()) if copies else rep
 
     @not_compiled
-    def _capture(self, rep: Tensor, task: int, place: Place, alone: bool, own: bool) -> Tensor:
+    def _capture(
+        self, rep: Tensor, task: int, place: Place, first: FirstWeight | None, alone: bool, own: bool
+    ) -> Tensor:
         """Return R_k z and capture its gradient, unless no backward pass of this optimizer can follow.
 
         A graph break: a fork is filled in the backward pass, which torch.compile cannot trace.
         """
         if is_transformed():
             return self._rotate(rep, task, place, alone, own)
-        out = self._captured(rep, task, place, alone, own)
+        out = self._captured(rep, task, place, first, alone, own)
         return with_attributes_of(rep, out) if vars(rep) else out
 
-    def _captured(self, rep: Tensor, task: int, place: Place, alone: bool, own: bool) -> Tensor:
+    def _captured(
+        self, rep: Tensor, task: int, place: Place, first: FirstWeight | None, alone: bool, own: bool
+    ) -> Tensor:
         key = task, place
         if key in self.inside or (key not in self.shapes and self._begins_inside(rep, key)):
             self.places.noted[task][place] = False
@@ -260,11 +268,15 @@ class Capture:
             return self._in_place.own_copy(out, key) if own else out
         fork = self._fork(rep)
         fork.enter(task)
-        if matrix is not None and not fork.rotated:
-            fork.rotated = True
-            if self._measures():
-                fork.second_moment = second_moment(plain(rep), matrix, self.dims)
         self.shapes[key] = rep.shape
+        if matrix is not None:
+            measures = self._measures()
+            if measures and not fork.rotated:
+                fork.second_moment = second_moment(plain(rep), matrix, self.dims)
+            fork.rotated = True
+            # When rotations are updated, R^T g is written to where the gradients meet, without a copy.
+            if first is not None and not measures and first.can_rotate(rep, matrix, self.dims):
+                return first.defer(Rotate.apply(rep, None, fork, key), matrix)  # type: ignore[no-untyped-call]
         out = Rotate.apply(rep, matrix, fork, key)  # type: ignore[no-untyped-call]
         return self._in_place.own_copy(out, key) if own and matrix is None else out
 

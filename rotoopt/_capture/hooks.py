@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rotoopt._capture.capture import Capture
 from rotoopt._capture.first_layer import FirstLayer
+from rotoopt._capture.first_weight import FirstWeight
 from rotoopt._capture.inputs import Inputs, is_floating
 from rotoopt._capture.paths import Arguments
 from rotoopt._capture.whereabouts import ENTRY, STALE, Origin, checksums, is_here
@@ -37,6 +38,7 @@ class HeadHook:
         lost: The warning if weights were loaded without the rotation that they need.
         origin: The original, if this is a copy that is not trained itself; otherwise None.
         writes: What the head writes to its inputs.
+        first_weight: The weight that may be rotated instead of the input; None if there is none.
     """
 
     def __init__(self, capture: Capture, task: int, part: int, arguments: Arguments) -> None:
@@ -49,6 +51,7 @@ class HeadHook:
         self.origin: Origin | None = None
         self._awaits_gradients = False
         self.writes = Writes()
+        self.first_weight: FirstWeight | None = None
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Inputs:
         """Rotate the inputs of the head."""
@@ -66,7 +69,8 @@ class HeadHook:
         if len(args) == 1 and not kwargs and is_floating(args[0]):
             self.writes.clear()
             place = self.part, self.arguments.first
-            return (self.capture.feed(args[0], self.task, place, training=head.training, own=True),), kwargs
+            first = None if torch.compiler.is_compiling() else self.first_weight
+            return (self.capture.feed(args[0], self.task, place, first, training=head.training, own=True),), kwargs
         fed = self.capture.feed_all(args, kwargs, self.task, self.part, self.arguments, training=head.training)
         return self.writes.note((args, kwargs), fed)
 
@@ -198,6 +202,9 @@ def attach(capture: Capture, head: nn.Module, task: int, part: int, name: str) -
         # Before all other hooks: wrappers such as FSDP's pass another tensor than z to every head.
         hook.handles.append(head.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
         hook.handles.append(head.register_forward_hook(hook.writes, prepend=True))
+        hook.first_weight = first = FirstWeight.of(head, (hook, hook.writes))
+        if first is not None:
+            hook.handles.append(first.layer.register_forward_hook(first, prepend=True))
         # Partial, because torch sets an attribute of the hook.
         hook.handles += [
             inner.register_state_dict_post_hook(partial(hook.save)),  # type: ignore[no-untyped-call]

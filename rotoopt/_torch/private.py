@@ -6,7 +6,7 @@ Not here: methods that torch asks modules to override (``_apply``, ``_load_from_
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
@@ -104,6 +104,17 @@ def run_load_state_dict_hooks(
 def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """Return the forward pre-hooks of ``module``. They can be added and removed publicly, but not listed."""
     return list(module._forward_pre_hooks.values())
+
+
+def is_observed(modules: Iterable[nn.Module], own: Sequence[Callable[..., Any]]) -> bool:
+    """Whether anything but the hooks ``own`` sees the inputs of ``modules``: another hook, or a compiled graph."""
+    return torch.nn.modules.module._has_any_global_hook() or any(  # type: ignore[no-untyped-call]
+        module._compiled_call_impl is not None
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or any(hook not in own for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()))
+        for module in modules
+    )
 
 
 @contextmanager
