@@ -187,14 +187,18 @@ def vectors(
     return Case(title, shape, num_tasks, backbone, head, dense, variants or ALL)
 
 
+def activated(case: Case) -> Case:
+    """Return ``case`` with heads that begin with a ReLU, so that R is applied to z instead of their weights."""
+    return replace(
+        case,
+        description=f"{case.description}, behind a ReLU",
+        head=lambda: nn.Sequential(nn.ReLU(), case.head()),
+        variants=OURS,
+    )
+
+
 RESNET18 = vectors("ResNet-18 on 64 x 64 images", (64, 3, 64, 64), 5, resnet18, 512)
 STRESS = vectors("MLP 128-1024-1024", (128, 128), 5, partial(mlp, 128, 1024, 1024), 1024)
-ACTIVATED = replace(
-    STRESS,
-    description=STRESS.description.replace("linear heads", "heads of a ReLU and a linear layer"),
-    head=lambda: nn.Sequential(nn.ReLU(), nn.Linear(1024, OUTPUTS)),
-    variants=OURS,
-)
 GROWTH = {d: vectors(f"MLP 128-{d}", (64, 128), 4, partial(mlp, 128, d), d, *OURS) for d in (512, 1024, 2048)}
 MANY = vectors("MLP 128-1024-512", (256, 128), 40, partial(mlp, 128, 1024, 512), 512)
 MAPS = Case(
@@ -220,9 +224,12 @@ TOKENS = Case(
 NAMED = {
     "ResNet-18, d = 512": RESNET18,
     "MLP, d = 1024": STRESS,
-    "MLP, ReLU in heads": ACTIVATED,
     **{f"growth, d = {d}": case for d, case in GROWTH.items()},
     "K = 40, d = 512": MANY,
     "maps, d = 64": MAPS,
     "tokens, d = 256": TOKENS,
+    "ReLU heads, d = 1024": activated(STRESS),
+    "ReLU heads, d = 512": activated(GROWTH[512]),
+    "ReLU heads, maps": activated(MAPS),
+    "ReLU heads, tokens": activated(TOKENS),
 }

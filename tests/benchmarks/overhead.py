@@ -35,6 +35,7 @@ CASES: dict[str, list[Case]] = {
     "many": [cases.MANY],
     "maps": [cases.MAPS],
     "tokens": [cases.TOKENS],
+    "relu": [case for name, case in cases.NAMED.items() if name.startswith("ReLU")],
 }
 OFFICIAL = "rotograd 0.1.6.0"
 OFFICIAL_ROUNDS = 3  # of one step: it takes seconds

@@ -41,15 +41,17 @@ def main() -> None:
     mpl.use("Agg")
 
     by_case = ratios(args.page.read_text())
-    figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for variant, (color, marker) in SHOWN.items():
         points = [(of_case[variant], row) for row, of_case in enumerate(by_case.values()) if variant in of_case]
         label = "rotoopt, default" if variant == ROTOOPT else variant
         axis.plot(*zip(*points, strict=True), marker, color=color, label=label)
     axis.axvline(1.0, color="black", linewidth=1)
-    axis.axvspan(1.0, LIMIT, color="tab:green", alpha=0.15)
     axis.set_xscale("log")
-    axis.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
+    axis.set_xlim(left=0.2)
+    axis.axvspan(0.2, LIMIT, color="tab:green", alpha=0.15)
+    ticks = [0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.set_yticks(range(len(by_case)), list(by_case))
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
