@@ -121,6 +121,12 @@ def aggregator() -> None:
     model.step(model.a(z), model.b(z * 2))
 
 
+def discriminator() -> None:
+    model, other = Model(), Model()
+    a, b = model.a(model.z()), model.b(model.z())
+    model.step(other.a(a), b)
+
+
 def recurrent() -> None:
     model = Model()
     z = model.z()
@@ -140,6 +146,7 @@ REFUSED: dict[str, Callable[[], object]] = {
         consistency
     ),
     "Heads must read the backbone, got b, which reads an output of the head of a": cascade,
+    "A loss must pass through heads of the optimizer that it is given to": discriminator,
     "A parameter that tasks share must be reached through their heads, got backbone.0.weight": bypass,
     "The loss of a must be computed from the output of its own head": picked,
     "The representation must be a dense tensor": sparse,
