@@ -26,6 +26,33 @@ from rotoopt._capture.graph import (
 )
 from rotoopt._torch.modules import is_trained, names_of, trained_with
 
+OTHER_MODULES = (
+    "the task has other modules that read shared tensors, such as an auxiliary classifier or one head per level: list "
+    "all, heads={'task': (first, second)}"
+)
+NOT_CALLED = "a head is called as head.forward(z), or is missing in `heads`"
+SOMETHING_ELSE = (
+    "the loss trains something else, as an actor through its critics: run its forward pass under optimizer.paused()"
+)
+ADDED = (
+    "It is read by a term that is added to the loss. Either (a) it is a penalty: pass it as backbone_loss, (b) "
+    f"{OTHER_MODULES}, (c) {NOT_CALLED}, (d) {SOMETHING_ELSE}, or (e) the term was computed from gradients, as in "
+    "MAML: run its forward and backward pass under optimizer.paused(), and then optimizer.step() without losses."
+)
+AROUND = (
+    "Either (a) a skip connection goes around a head, or the loss compares an output with a shared tensor: move it "
+    f"into the head, pass it to the head as an input, or detach() it, (b) {OTHER_MODULES}, also for an output layer "
+    f"that shares its weight with an embedding, (c) {NOT_CALLED}, (d) a head reads something that is stored in it, is "
+    "complex, or is inside an object of a custom class: pass it as an input, "
+    f"(e) {SOMETHING_ELSE}, or (f) outputs of several heads are combined with shared tensors: {LOSSES_AS_HEADS}."
+)
+BEHIND = (
+    "Either (a) a layer is applied to the outputs of several heads: list only later modules as heads, give every task "
+    f"its own copy of the layer, or {LOSSES_AS_HEADS}, (b) the parameter belongs to one task: list it there, "
+    "heads={'task': (head, parameter)}, or (c) it weights losses: multiply the losses by it, not their errors, outside "
+    "of compiled graphs."
+)
+
 
 def check_shared(
     dependence: Dependence,
@@ -69,7 +96,9 @@ def check_shared(
             if key not in own and (key in shared or (key in read and own and each.is_shared)) and is_trained(each.param)
         ]
         if around:
-            raise RuntimeError(_around_the_heads(around, names))
+            keys = {id(each.param) for each in around} & read.keys()
+            causes = ADDED if not keys else AROUND if keys & shared else BEHIND
+            raise RuntimeError(_around_the_heads(around, names, causes))
 
 
 def check_not_bypassed(
@@ -165,26 +194,14 @@ class _Read:
         return len(self.tasks) > 1 and (None in read or len(set(read)) < len(read))
 
 
-def _around_the_heads(reads: Sequence[_Read], names: Sequence[str]) -> str:
+def _around_the_heads(reads: Sequence[_Read], names: Sequence[str], causes: str) -> str:
     tasks = sorted({names[task] for read in reads for task in read.tasks})
     who = f"the {'losses' if len(tasks) > 1 else 'loss'} of {' and '.join(tasks)}"
     return (
         "A parameter that tasks share must be reached through their heads, got "
         f"{names_of([read.param for read in reads])}, which "
         f"{who} {'reach' if len(tasks) > 1 else 'reaches'} without passing through a head: gradients are not weighted "
-        "there. Likely causes: (a) a skip connection goes around a head: move it into the head, or pass it to the "
-        "head as an input, (b) the task has other modules that read shared tensors, such as an auxiliary classifier or "
-        "one head per level, or that share a weight with the backbone, as an output layer with an embedding: list all, "
-        "heads={'task': (first, second)}, (c) a head is called as head.forward(z), or is missing in `heads`, (d) a "
-        "head reads something that is stored in it, is complex, or is inside an object of a custom class: pass it as "
-        "an input, (e) a penalty on the backbone is part of a loss: pass it as backbone_loss, or (f) a layer is "
-        "applied to the outputs of several heads, or these are combined with other shared tensors: list only later "
-        f"modules as heads, give every task its own copy of the layer, or {LOSSES_AS_HEADS}. "
-        "A loss that was computed from gradients, as in MAML, cannot be weighted: "
-        "run its forward and backward pass under optimizer.paused(), and then optimizer.step() without losses. If the "
-        "loss trains something else, as an actor through its critics, run its forward pass under paused(). If the "
-        "parameter belongs to one task, list it there: heads={'task': (head, parameter)}. To weight losses by it, "
-        "multiply the losses, not their errors, outside of compiled graphs."
+        f"there. {causes}"
     )
 
 

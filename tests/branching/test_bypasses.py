@@ -67,7 +67,12 @@ def test_shared_parameters_behind_the_heads_are_named(name: str, own: bool) -> N
     if own and name == "norm of the backbone":
         back_propagate([torch.stack(losses).sum()])  # there, a penalty is treated like any other term
         return
-    with pytest.raises(RuntimeError, match=rf"{PAST} .*, which the losses of left and right reach without passing"):
+    causes = {
+        "weights of the backbone": r"Either \(a\) a skip connection",
+        "norm of the backbone": r"It is read by a term that is added to the loss. Either \(a\) it is a penalty",
+    }.get(name, r"Either \(a\) a layer is applied to the outputs of several heads")
+    message = rf"{PAST} .*, which the losses of left and right reach without passing .*not weighted there\. {causes}"
+    with pytest.raises(RuntimeError, match=message):
         back_propagate([torch.stack(losses).sum()]) if own else optimizer.step(losses)
 
 
