@@ -8,7 +8,7 @@ Nothing but the layer must see that batch: z is rotated if there are other hooks
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,9 +45,7 @@ class FirstWeight:
     def of(cls, head: nn.Module, own: Sequence[Callable[..., Any]]) -> FirstWeight | None:
         """Return that of ``head``, None if it does not begin with a linear layer or a convolution."""
         *_, layer = path = _first_modules(head)
-        if not isinstance(layer, nn.Linear | Convolution) or type(layer) not in (nn.Linear, *CONVOLUTIONS):
-            return None  # subclasses may use the weight in another way
-        return cls(path, layer, own)
+        return cls(path, layer, own) if _is_plain(layer) else None
 
     def can_rotate(self, rep: Tensor, matrix: Tensor, dims: RotatedDims) -> bool:
         """Whether R is applied to the weight instead of ``rep``, which enters the head."""
@@ -59,7 +57,7 @@ class FirstWeight:
             fits = dims.resolve(rep.shape) == (rep.ndim - 1,)
         else:
             fits = dims.resolve(rep.shape) == (1,) and rep.ndim == weight.ndim and layer.padding_mode == "zeros"
-        is_plain = type(rep) is Tensor and not rep.__dict__ and type(weight) is nn.Parameter
+        is_plain = _is_plain(layer) and type(rep) is Tensor and not rep.__dict__ and type(weight) is nn.Parameter
         return (
             fits and is_plain and self._path == _first_modules(self._path[0]) and not is_observed(self._path, self._own)
         )
@@ -81,6 +79,11 @@ class FirstWeight:
             return F.linear(rep, weight, layer.bias)
         convolution = CONVOLUTIONS[type(layer)]
         return convolution(rep, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear | Convolution]:
+    """Whether ``layer`` is of a known class; a subclass, which may be assigned later, may use its weight otherwise."""
+    return type(layer) is nn.Linear or type(layer) in CONVOLUTIONS
 
 
 def _first_modules(head: nn.Module) -> tuple[nn.Module, ...]:

@@ -107,9 +107,13 @@ def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 
 
 def is_observed(modules: Iterable[nn.Module], own: Sequence[Callable[..., Any]]) -> bool:
-    """Whether anything but the hooks ``own`` sees the inputs of ``modules``: another hook, or a compiled graph."""
+    """Whether anything but the hooks ``own`` sees the inputs of ``modules``.
+
+    That is another hook, a compiled graph, or a method ``forward`` of one module alone, as added by Accelerate.
+    """
     return torch.nn.modules.module._has_any_global_hook() or any(  # type: ignore[no-untyped-call]
         module._compiled_call_impl is not None
+        or "forward" in module.__dict__
         or module._backward_hooks
         or module._backward_pre_hooks
         or any(hook not in own for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()))

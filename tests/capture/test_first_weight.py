@@ -214,6 +214,26 @@ def test_inputs_that_somebody_may_see_are_rotated() -> None:
         assert len(found) == 2
 
 
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_layers_that_compute_something_else_get_a_rotated_input() -> None:
+    """As libraries do that cast, quantize or adapt a layer after the optimizer was built."""
+    torch.manual_seed(0)
+    model, x = Model(in_sequential), torch.randn(64, 4)
+    optimizer = model.wrap(turn_every=1000)
+    optimizer.step(model.losses(x))
+    first, second = (head[0] for head in model.heads)  # type: ignore[index]
+    own = first.forward
+    first.forward = lambda z: 2 * own(z)
+    second.__class__ = Doubled
+    with applied(to_weights=True) as found:
+        model.losses(x)
+    assert not found
+
+
 def test_layers_that_are_called_by_themselves_do_not_rotate() -> None:
     torch.manual_seed(0)
     model, x = Model(in_sequential), torch.randn(64, 6)
