@@ -134,7 +134,7 @@ def early_exit(self: Any, z: Tensor) -> Any:
 
 
 LATER, PASSED, OWNED = (
-    "it uses z not only in its first layers",
+    "an activation, a skip connection or the like uses z",
     "no layer reads z directly",
     "its .* shares its weight with other modules",
 )

@@ -93,7 +93,9 @@ def find_first_layers(head: nn.Module, shape: torch.Size, dims: RotatedDims, lik
             raise UnfoldableError("no layer reads z directly")
         folded = {names[id(layer.weight)]: layer.folded(wide(layer.weight), matrix) for layer in layers}
         if not _agree(_run(head, {**tensors, **folded}, z), expected):
-            raise UnfoldableError("it uses z not only in its first layers")
+            raise UnfoldableError(
+                "an activation, a skip connection or the like uses z before or beside its first layers"
+            )
     idle = [name for name, tensor in tensors.items() if id(tensor) not in used.ids and name in names.values()]
     idle = [name for name in idle if any(size % dims.size(z.shape) == 0 for size in tensors[name].shape)]
     if idle:
