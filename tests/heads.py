@@ -36,6 +36,12 @@ def tied() -> nn.Module:
     return layer
 
 
+def tied_later() -> nn.Module:
+    head = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    head[3].weight = head[1].weight
+    return head
+
+
 class Quantized(Tensor):
     """A tensor subclass, as in quantization and sharding."""
 
@@ -115,6 +121,8 @@ FOLDABLE = {
             c=nn.Linear(5, 2),
         )
     ),
+    "a later layer in two places": Case(lambda: nn.Sequential(nn.Linear(6, 4), *[nn.Linear(4, 4)] * 2)),
+    "tied later": Case(tied_later),
     "counts": Case(lambda: Head(count, a=nn.Linear(6, 2), b=nn.BatchNorm1d(2))),
     "draws numbers": Case(lambda: Head(lambda self, z: self.a(z) * torch.rand(()), a=nn.Linear(6, 2))),
 }
@@ -142,6 +150,7 @@ UNFOLDABLE = {
     "activation": Case(lambda: nn.Sequential(nn.ReLU(), nn.Linear(6, 2)), reason=LATER),
     "functional activation": Case(lambda: Head(lambda self, z: self.a(z.tanh()), a=nn.Linear(6, 2)), reason=PASSED),
     "maxima": Case(lambda: nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(6, 2, 1)), MAPS, 1, LATER),
+    "the first layer in two places": Case(lambda: nn.Sequential(*[nn.Linear(6, 6)] * 2), reason=LATER),
     "layer norm": Case(lambda: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 2)), reason="it begins with LayerNorm"),
     "batch norm": Case(
         lambda: nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)), MAPS, 1, "it begins with BatchNorm2"

@@ -79,11 +79,9 @@ def find_first_layers(head: nn.Module, shape: torch.Size, dims: RotatedDims, lik
     generator = torch.Generator().manual_seed(0)  # the same result in all processes of a group
     z = wide(torch.randn(shape, generator=generator, device="cpu").to(like.device))
     matrix = wide(torch.randn(like.shape, generator=generator, device="cpu").to(like.device)) / len(like) ** 0.5
-    tensors = {
-        name: wide(tensor) if tensor.is_floating_point() else tensor.clone()
-        for name, tensor in (*head.named_parameters(), *head.named_buffers())
-    }
-    names = {id(param): name for name, param in head.named_parameters()}
+    named = _named_tensors(head)
+    tensors = {name: wide(each) if each.is_floating_point() else each.clone() for name, each in named.items()}
+    names = {id(each): name for name, each in named.items() if isinstance(each, nn.Parameter)}
     with _unrotated(head):
         rotated_z = rotated(z, matrix, dims).contiguous()  # nn.Flatten keeps storage
         with _Used() as used:
@@ -122,6 +120,15 @@ class _Used(TorchFunctionMode):
         if func.__name__ != "__get__":  # reading a shape or a dtype does not count
             self.ids |= {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         return func(*args, **(kwargs or {}))
+
+
+def _named_tensors(head: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of every module in ``head``, also of one that is in several places, once."""
+    return {
+        f"{path}.{name}".removeprefix("."): tensor
+        for path, module in head.named_modules()
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    }
 
 
 def _is_sharded(head: nn.Module) -> bool:
@@ -205,7 +212,8 @@ def _run(head: nn.Module, tensors: dict[str, Tensor], rep: Tensor) -> list[Any]:
     device = rep.device
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            return tree_leaves(functional_call(head, tensors, (rep,)))
+            # With tie_weights=True, torch would leave a copy behind in a module that is in several places.
+            return tree_leaves(functional_call(head, tensors, (rep,), tie_weights=False))
     except Exception as error:
         raise UnfoldableError(f"it does not run on z alone in {rep.dtype} ({type(error).__name__}: {error})") from error
 
