@@ -165,6 +165,22 @@ def by_hand(optimizer: RotoGradOptimizer) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda weight, rep: rep @ R.mT @ weight.mT
 
 
+def test_symbolic_tracing_needs_a_folded_model() -> None:
+    model, optimizer = wrap()
+    optimizer.remove()
+    model.heads["left"] = nn.Sequential(nn.Linear(6, 2), nn.Tanh())  # torch.fx calls single layers as usual
+    optimizer = RotoGradOptimizer(sgd(model.parameters()), model.heads, init="haar")
+    train(model, optimizer, 0, 1)
+    left_behind = noticed(optimizer)
+    with pytest.raises(TypeError, match=r"got Proxy.*Before torch.fx traces a model, call optimizer.fold\(\)"):
+        torch.fx.symbolic_trace(model)
+    assert noticed(optimizer) == left_behind
+    x = model.inputs(5)
+    expected = model(x)
+    optimizer.fold()
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+
+
 def test_functional_call_takes_other_parameters() -> None:
     model, optimizer = trained()
     weight, rep = torch.arange(12.0).view(2, 6), torch.ones(2, 6)
