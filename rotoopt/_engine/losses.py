@@ -30,7 +30,10 @@ def check_losses(losses: Losses, names: Sequence[str]) -> dict[int, Tensor]:
     if isinstance(losses, Mapping):
         unknown = [name for name in losses if name not in names]
         if unknown:
-            raise ValueError(f"`losses` must be named after the tasks {list(names)}, got {unknown} as well.")
+            raise ValueError(
+                f"`losses` must be named after the tasks {list(names)}, got {unknown} as well. To name tasks, give "
+                "`heads` as a mapping: heads={'task': module}."
+            )
         by_task = [losses.get(name) for name in names]
     else:
         by_task = list(losses)

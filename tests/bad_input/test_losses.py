@@ -27,7 +27,7 @@ LOSSES = {
     "no names": Case(ValueError, "must have at least one loss", lambda m, o: lambda: o.step({})),
     "unknown names": Case(
         ValueError,
-        r"`losses` must be named after the tasks \['left', 'right'\], got \['lfet'\] as well",
+        r"`losses` must be named after the tasks \['left', 'right'\], got \['lfet'\] as well. To name tasks",
         lambda m, o: lambda: o.step({"lfet": m.losses(5)[0][0], "right": m.losses(5)[0][1]}),
     ),
     "numbered": Case(
