@@ -34,17 +34,21 @@ NOT_CALLED = "a head is called as head.forward(z), or is missing in `heads`"
 SOMETHING_ELSE = (
     "the loss trains something else, as an actor through its critics: run its forward pass under optimizer.paused()"
 )
+FROM_GRADIENTS = (
+    "the loss was computed from gradients, as in MAML: run its forward and backward pass under optimizer.paused(), and "
+    "then optimizer.step() without losses"
+)
 ADDED = (
     "It is read by a term that is added to the loss. Either (a) it is a penalty: pass it as backbone_loss, (b) "
-    f"{OTHER_MODULES}, (c) {NOT_CALLED}, (d) {SOMETHING_ELSE}, or (e) the term was computed from gradients, as in "
-    "MAML: run its forward and backward pass under optimizer.paused(), and then optimizer.step() without losses."
+    f"{OTHER_MODULES}, (c) {NOT_CALLED}, (d) {SOMETHING_ELSE}, or (e) {FROM_GRADIENTS}."
 )
 AROUND = (
     "Either (a) a skip connection goes around a head, or the loss compares an output with a shared tensor: move it "
     f"into the head, pass it to the head as an input, or detach() it, (b) {OTHER_MODULES}, also for an output layer "
     f"that shares its weight with an embedding, (c) {NOT_CALLED}, (d) a head reads something that is stored in it, is "
     "complex, or is inside an object of a custom class: pass it as an input, "
-    f"(e) {SOMETHING_ELSE}, or (f) outputs of several heads are combined with shared tensors: {LOSSES_AS_HEADS}."
+    f"(e) {SOMETHING_ELSE}, (f) outputs of several heads are combined with shared tensors: {LOSSES_AS_HEADS}, or (g) "
+    f"{FROM_GRADIENTS}."
 )
 BEHIND = (
     "Either (a) a layer is applied to the outputs of several heads: list only later modules as heads, give every task "

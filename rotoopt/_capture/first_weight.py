@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rotoopt._capture.representation import RotatedDims, rotated
-from rotoopt._torch.private import is_observed
+from rotoopt._torch.private import is_observed, not_compiled
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -71,14 +71,17 @@ class FirstWeight:
     def __call__(self, layer: nn.Linear | Convolution, args: tuple[Any, ...], output: Any) -> Any:
         """Return the output of the layer for R z."""
         deferred = getattr(args[0], "deferred", None) if args and isinstance(args[0], Tensor) else None
-        if deferred is None:
-            return output
-        rep, matrix = deferred
-        weight = rotated(layer.weight, matrix.mT, RotatedDims(1))
-        if isinstance(layer, nn.Linear):
-            return F.linear(rep, weight, layer.bias)
-        convolution = CONVOLUTIONS[type(layer)]
-        return convolution(rep, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return output if deferred is None else _output(layer, *deferred)
+
+
+@not_compiled
+def _output(layer: nn.Linear | Convolution, rep: Tensor, matrix: Tensor) -> Tensor:
+    """Return the output of ``layer`` for R z."""
+    weight = rotated(layer.weight, matrix.mT, RotatedDims(1))
+    if isinstance(layer, nn.Linear):
+        return F.linear(rep, weight, layer.bias)
+    convolution = CONVOLUTIONS[type(layer)]
+    return convolution(rep, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear | Convolution]:
