@@ -25,8 +25,8 @@ def check_optimizer(optimizer: object) -> Optimizer:
         )
     if isinstance(optimizer, OptimizerWrapper):
         raise TypeError(
-            "`optimizer` must be the optimizer to wrap, got a RotoGradOptimizer. Wrap a new torch optimizer, and call "
-            "remove() on this one if it is no longer used."
+            "`optimizer` must be the optimizer to wrap, got a RotoGradOptimizer, as when a notebook cell runs again. "
+            "Wrap its `optimizer.optimizer`, or a new torch optimizer: the rotations of the heads are taken over."
         )
     if not any(group["params"] for group in optimizer.param_groups):
         raise ValueError("`optimizer` must have at least one parameter, got none. Pass it model.parameters().")

@@ -56,7 +56,7 @@ CASES: Cases = {
     "optimizer is the model": (TypeError, f"{BUILT} a TwoTasks.", around(lambda model: model)),
     "optimizer is wrapped": (
         TypeError,
-        "`optimizer` must be the optimizer to wrap, got a RotoGradOptimizer. Wrap a new torch optimizer, and call",
+        "`optimizer` must be the optimizer to wrap, got a RotoGradOptimizer, as when",
         around(lambda model: RotoGradOptimizer(optimizer_of(model), num_tasks=2)),
     ),
     "optimizer is None": (TypeError, f"{BUILT} a NoneType.", around(lambda model: None)),

@@ -16,7 +16,7 @@ from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel
 
 from rotoopt import RotoGradOptimizer
-from tests.contract.models import TwoTasks, assert_same, sgd, train, wrap
+from tests.contract.models import TwoTasks, assert_same, sgd, snapshot, train, wrap
 
 # Rotations far from I, updated in every step.
 OPTIONS: dict[str, Any] = {"init": "haar", "rotation_optimizer": partial(SGD, lr=1.0)}
@@ -210,6 +210,19 @@ def test_a_new_optimizer_takes_over_the_rotations(heads: list[str], copied: bool
     second.zero_grad()
     losses = dict(zip(model.heads, model.losses(2)[0], strict=True))
     second.step({name: losses[name] for name in heads})
+
+
+def test_wrapping_the_same_optimizer_again_is_like_wrapping_one_with_its_state() -> None:
+    runs = []
+    for again in (True, False):
+        model, optimizer = wrap()
+        train(model, optimizer, 0, 1)
+        inner = optimizer.optimizer if again else sgd(model.parameters())
+        inner.load_state_dict(copy.deepcopy(optimizer.optimizer.state_dict()))
+        second = RotoGradOptimizer(inner, model.heads)
+        train(model, second, 2, 3)
+        runs.append(snapshot(model, second))
+    assert_same(*runs)
 
 
 @pytest.mark.parametrize("kept", ["both heads", "one head"])
