@@ -63,9 +63,12 @@ class RotoGradCore(Core):
         elif engine.capture.fed.tasks:
             if not engine.capture.fed.trained():  # else their losses were not back-propagated
                 engine.frozen_representation.observe()
+        elif engine.frozen_representation.in_step:
+            self.idle_steps.end()
         # torch.distributed.checkpoint creates the optimizer's state in a step with a learning rate of zero.
         elif any(group.get("lr", 1.0) for group in self.optimizer.param_groups):
             self.idle_steps.observe(trained_before=bool(engine.capture.shapes))
+        engine.frozen_representation.in_step = False
         engine.capture.latest_weights.end_step(self.optimizer, self.heads, engine.names, engine.memory.total_angles)
 
     def state_dict(self) -> dict[str, Any]:

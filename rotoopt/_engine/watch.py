@@ -85,13 +85,18 @@ class IdleSteps:
 
 
 class FrozenRepresentation:
-    """Warns once if no input of the heads requires grad."""
+    """Warns once if no input of the heads requires grad.
+
+    Attributes:
+        in_step: Whether the current step had such losses.
+    """
 
     def __init__(self) -> None:
-        self._warned = False
+        self.in_step = self._warned = False
 
     def observe(self) -> None:
-        """Record such a step."""
+        """Record such losses."""
+        self.in_step = True
         if not self._warned:
             self._warned = True
             warn_user(

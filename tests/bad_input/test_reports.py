@@ -137,14 +137,17 @@ def test_step_after_a_rejected_one_does_not_report_a_frozen_backbone() -> None:
         optimizer.step()
 
 
-def test_backbone_that_is_frozen_from_the_start_in_the_users_own_backward() -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_backbone_that_is_frozen_from_the_start(own: bool) -> None:
     model, optimizer = wrap()
     model.backbone.requires_grad_(False)
 
     def step(batch: int) -> None:
         optimizer.zero_grad()
-        back_propagate(model.losses(batch)[0])
-        optimizer.step()
+        losses = model.losses(batch)[0]
+        if own:
+            back_propagate(losses)
+        optimizer.step(None if own else losses)
 
     assert_warns_once([partial(step, batch) for batch in range(3)], FROZEN)
 
