@@ -365,9 +365,7 @@ def test_a_tied_output_layer_that_is_not_listed_is_named() -> None:
     words.weight = embedding.weight
     optimizer = RotoGradOptimizer(SGD([embedding.weight, *other.parameters()], lr=1e-3), [transform, other])
     z = embedding(torch.arange(5))
-    with pytest.raises(
-        RuntimeError, match="list all, .* also for an output layer that shares its weight with an embedding"
-    ):
+    with pytest.raises(RuntimeError, match="also for an output layer that shares its weight with an embedding"):
         optimizer.step([words(transform(z)).square().mean(), other(z).square().mean()])
 
 
