@@ -47,6 +47,7 @@ class Places:
         self.own: set[tuple[int, Place]] = set()
         self._proposed: int | None = None
         self._sizes: dict[tuple[int, Place], int] = {}  # of inputs with a gradient, by task and place
+        self._frozen_sizes: dict[tuple[int, Place], int] = {}  # of others, which count while there are none
         self._fresh: int | None = None  # version of the rotations when the first z determined their size
         self._warned = False
         self.noted: list[dict[Place, bool | None]] = [{} for _ in range(len(rotations))]
@@ -79,6 +80,7 @@ class Places:
             fits = self._fits(rep, alone=alone) if alone else None
             if trains:
                 noted[place] = fits or None
+                fits = self._with_the_most(rep, task, place) if alone else None
         elif fits and self._rotations.size is not None and not self._has_size(rep):
             raise ValueError(self._misfit(rep))
         elif fits and self._fresh is not None and trains and rep.requires_grad:  # after steps with a frozen backbone
@@ -99,12 +101,15 @@ class Places:
         noted, m = self.noted, self._rotations.size
         if not self._rotations.covers_all or not self._dims.exist_in(rep.shape):
             return noted[task].get(place)
-        self._sizes[task, place] = self._dims.size(rep.shape)
+        sizes = self._sizes if rep.requires_grad else self._frozen_sizes
+        sizes[task, place] = self._dims.size(rep.shape)
+        if self._sizes and not rep.requires_grad:
+            return noted[task].get(place)
         readers: dict[int, set[int]] = {}
-        for (reader, _), size in self._sizes.items():
+        for (reader, _), size in sizes.items():
             readers.setdefault(size, set()).add(reader)
         most = max(readers, key=lambda size: len(readers[size]))
-        if m is None and noted[task].get(place) and len(readers[most]) > len(readers[self._sizes[task, place]]):
+        if m is None and noted[task].get(place) and len(readers[most]) > len(readers[sizes[task, place]]):
             del noted[task][place]  # more heads have read another size, beside others: it is decided after this pass
         if m is None or len(readers[most]) <= len(readers.get(m, ())):
             return noted[task].get(place)
@@ -113,8 +118,8 @@ class Places:
             self._fresh = version(self._rotations.matrices)
             for each in noted:  # inputs of the other size without a gradient, such as those of a gate
                 each.clear()
-            for (reader, read), size in self._sizes.items():
-                noted[reader][read] = size == most
+            for (reader, read), size in sizes.items():
+                noted[reader][read] = size == most or (False if rep.requires_grad else None)
         elif not self._warned and readers.get(m):
             self._warned = True
             warn_user(
@@ -192,6 +197,11 @@ class Places:
         if self._rotations.size is None and self._proposed is not None:
             self._settle(self._proposed, self._rotations.device)
         self._fresh = None  # the rotation step has their size from now on
+
+    def keep(self) -> None:
+        """Keep random rotations, with which heads were trained in a step with a frozen backbone."""
+        if any(seed is not None for seed in self._rotations.seeds):
+            self._fresh = None
 
     def _misfit(self, rep: Tensor) -> str:
         m = self._rotations.size

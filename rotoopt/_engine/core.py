@@ -68,6 +68,8 @@ class RotoGradCore(Core):
         # torch.distributed.checkpoint creates the optimizer's state in a step with a learning rate of zero.
         elif any(group.get("lr", 1.0) for group in self.optimizer.param_groups):
             self.idle_steps.observe(trained_before=bool(engine.capture.shapes))
+        if engine.frozen_representation.in_step:
+            engine.capture.places.keep()
         engine.frozen_representation.in_step = False
         engine.capture.latest_weights.end_step(self.optimizer, self.heads, engine.names, engine.memory.total_angles)
 

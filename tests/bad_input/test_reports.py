@@ -257,3 +257,15 @@ def test_non_finite_gradient_of_a_finite_loss_is_reported() -> None:
     assert record.losses.isfinite().all()
     assert not record.finite
     assert_same(optimizer.rotations.matrices, torch.eye(6).expand(2, 6, 6))
+
+
+def test_backbone_that_is_frozen_from_the_start_in_steps_with_losses() -> None:
+    """Its heads ran: no warning says that none did."""
+    model, optimizer = wrap()
+    model.backbone.requires_grad_(False)
+
+    def step(batch: int) -> None:
+        optimizer.zero_grad()
+        optimizer.step(model.losses(batch)[0])
+
+    assert_warns_once([partial(step, batch) for batch in range(3)], FROZEN)

@@ -55,6 +55,27 @@ def test_rotations_have_the_size_that_most_tasks_read(names: tuple[str, ...], in
         assert_close(head(z_new), head.forward(expected))
 
 
+@pytest.mark.parametrize("names", list(permutations(SIZES)))
+@pytest.mark.filterwarnings("ignore:The representation should require grad")
+def test_predictions_do_not_change_when_a_frozen_backbone_is_trained(names: tuple[str, ...]) -> None:
+    """Heads keep the random rotations that they were trained with, whichever head ran first."""
+    backbones, heads, optimizer = pyramid(names, init="haar")
+    x = torch.randn(4, 5)
+
+    def outputs() -> dict[str, Tensor]:
+        z = {name: backbone(x) for name, backbone in backbones.items()}
+        return {name: heads[name](z[min(name, "first")]) for name in names}
+
+    nn.ModuleDict(backbones).requires_grad_(False)
+    for _ in range(2):
+        step(optimizer, list(outputs().values()))
+    before = outputs()
+    nn.ModuleDict(backbones).requires_grad_(True)
+    assert_close(outputs(), before)
+    assert_close(outputs(), before)
+    assert optimizer.rotations.size == D
+
+
 @pytest.mark.parametrize("init", ["identity", "haar"])
 def test_gates_that_read_the_inputs_do_not_determine_the_size_of_the_rotations(init: str) -> None:
     """They run first, but their inputs have no gradient."""
