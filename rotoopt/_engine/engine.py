@@ -88,7 +88,7 @@ class Engine:
         self.frozen_representation = FrozenRepresentation()
         self._silent_heads = SilentHeads(self.names)
         self._foreign_steps = ForeignSteps(heads)
-        self.borrowed_heads = BorrowedHeads()
+        self.borrowed_heads = BorrowedHeads(heads)
         self._record: StepRecord | None = None
         self._running: BackwardPass | None = None
         self._passes: list[BackwardPass] = []  # since the latest step

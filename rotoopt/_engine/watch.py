@@ -181,12 +181,16 @@ class ForeignSteps:
 class BorrowedHeads:
     """Warns of backward passes that train something else through the heads, such as a generator or an actor.
 
-    These are discarded, by ``zero_grad()`` of the optimizer or of the model, after another optimizer has updated some
-    parameters behind the heads. If it has updated all of them, they may be a backbone that this optimizer does not
-    train; but not if other parameters were behind the heads in steps of this optimizer.
+    These are discarded, by ``zero_grad()`` of the optimizer, the model or the heads, after another optimizer has
+    updated some parameters behind the heads. If it has updated all of them, they may be a backbone that this optimizer
+    does not train; but not if other parameters were behind the heads in steps of this optimizer.
+
+    Args:
+        heads: The parts of the K heads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heads: Sequence[Parts]) -> None:
+        self._own = [param for parts in heads for _, param in _named_parameters(parts, "")]
         self._noted: list[tuple[Tensor, int]] = []  # parameters behind the heads, and their version counters
         self._stepped: set[int] = set()  # ids of those that were behind the heads in steps
         self._count = 0
@@ -196,8 +200,11 @@ class BorrowedHeads:
 
     def begin(self, shared: Sequence[Tensor]) -> None:
         """Record a backward pass, with the parameters behind the heads if its graph was searched."""
-        kept = [param for param, old in self._noted if version(param) == old]
-        if kept and len(kept) < len(self._noted) and all(param.grad is None for param in kept):
+        moved = {id(param) for param, old in self._noted if version(param) != old}
+        kept = [param for param, _ in self._noted if id(param) not in moved]
+        is_other = bool(moved and self._stepped and not moved & self._stepped)
+        own = [param for param in self._own if is_other and param.requires_grad]
+        if moved and (kept or own) and all(param.grad is None for param in kept or own):
             self._noted = []
             self._count_discarded()
         if shared:
