@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rotoopt._capture.representation import RotatedDims, rotated
+from rotoopt._torch.modules import ForwardHook
 from rotoopt._torch.private import is_observed, not_compiled
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -25,7 +26,7 @@ CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
 LEAST = 2**22  # multiplications in R z, below which the hooks cost more
 
 
-class FirstWeight:
+class FirstWeight(ForwardHook):
     """The forward hook of the first layer of a head, which applies R to its weight.
 
     Args:

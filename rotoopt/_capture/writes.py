@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from rotoopt._capture.inputs import Inputs
+from rotoopt._torch.modules import ForwardHook
 
 
 class Copy(NamedTuple):
@@ -26,7 +27,7 @@ class Copy(NamedTuple):
     before: Any
 
 
-class Writes:
+class Writes(ForwardHook):
     """A forward hook that shows the caller what a head has written to the dicts and lists that it got."""
 
     def __init__(self) -> None:

@@ -16,6 +16,18 @@ from rotoopt._torch.private import compiled_module, without_compiled_prefixes
 MOST_NAMED = 3
 
 
+class ForwardHook:
+    """A forward hook, which torch.jit.script cannot compile."""
+
+    @property
+    def __name__(self) -> str:
+        """Missing, and read by torch.jit.script only."""
+        raise AttributeError(
+            "torch.jit.script() does not support the hooks of heads. Call optimizer.fold() first, to merge the "
+            "rotations into the weights, or use torch.export.export()."
+        )
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return ``module`` without torch.compile and DistributedDataParallel around it, which change its names."""
     inner = compiled_module(module)
