@@ -11,22 +11,25 @@ from torch.optim import Optimizer
 
 from rotoopt._capture.whereabouts import is_here
 from rotoopt._rotation.rotations import Rotations
-from rotoopt._torch.private import is_transformed, not_compiled
+from rotoopt._torch.private import is_transformed, named_parameter, not_compiled
 from rotoopt._torch.warn import warn_user
 
 NUM_VALUES = 16  # of each head
 LOOK_EVERY = 16
 
+# A parameter, and the module and the name under which functional_call() puts others in its place.
+Watched = tuple[nn.Parameter, nn.Module | None, str]
 Values = tuple[list[Any], list[Tensor]]  # what must be equal to compare them, and the values, a tensor per device
 
 WRITTEN = (
     "Weights of a head should be replaced together with its rotation, got other weights of {names} than after the "
     "latest step. The rotations have been updated in training: earlier weights give wrong predictions with those of "
     "today. Either (a) weights that were kept as a list or vector, or averages of weights, were written into the "
-    "model: keep copy.deepcopy(model.state_dict()) and load it with model.load_state_dict(...), or use AveragedModel "
-    "and optimizer.refresh(averaged), (b) the weights were changed after that step, for instance pruned, "
-    "constrained or updated by another optimizer, which is fine, or (c) they were initialized again, as for a new fold "
-    "of a cross-validation: call optimizer.remove() before, and build a new optimizer."
+    "model, or given to functional_call(): keep copy.deepcopy(model.state_dict()) and load it with "
+    "model.load_state_dict(...), or use AveragedModel and optimizer.refresh(averaged), (b) the weights were changed "
+    "after that step, for instance pruned, constrained or updated by another optimizer, which is fine, or (c) they "
+    "were initialized again, as for a new fold of a cross-validation: call optimizer.remove() before, and build a new "
+    "optimizer."
 )
 
 
@@ -46,7 +49,7 @@ class LatestWeights:
     def __init__(self, rotations: Rotations) -> None:
         self.is_noted = False
         self._rotations = rotations
-        self._watched: dict[int, nn.Parameter] | None = None  # by task
+        self._watched: dict[int, Watched] | None = None  # by task
         self._names: Sequence[str] = ()
         self._noted: Values | None = None
         self._between: tuple[Values, Values] | None = None  # after a step, and before the next one
@@ -118,7 +121,7 @@ class LatestWeights:
 
     def _waits(self) -> bool:
         """Whether reading values synchronizes with a device."""
-        return any(param.device.type != "cpu" for param in (self._watched or {}).values())
+        return any(param.device.type != "cpu" for param, _, _ in (self._watched or {}).values())
 
     def _report(self) -> None:
         assert self._angles is not None  # there was a step
@@ -129,17 +132,17 @@ class LatestWeights:
             self._warned, self.is_noted = True, False
             warn_user(WRITTEN.format(names=", ".join(names)))
 
-    def _largest(
-        self, optimizer: Optimizer, heads: Sequence[Sequence[nn.Module | nn.Parameter]]
-    ) -> dict[int, nn.Parameter]:
+    def _largest(self, optimizer: Optimizer, heads: Sequence[Sequence[nn.Module | nn.Parameter]]) -> dict[int, Watched]:
         """Return the largest parameter of each rotated head that ``optimizer`` updates, by task."""
         updated = {id(param) for group in optimizer.param_groups for param in group["params"]}
         found = {}
         for task, parts in enumerate(heads):
-            params = [p for part in parts for p in ([part] if isinstance(part, nn.Parameter) else part.parameters())]
-            usable = [p for p in params if id(p) in updated and p.requires_grad and is_here(p) and p.is_contiguous()]
+            watched = [each for part in parts for each in _parameters(part)]
+            usable = [
+                each for each in watched if id(each[0]) in updated and each[0].requires_grad and _is_read(each[0])
+            ]
             if usable and self._rotations.rotate[task]:
-                found[task] = max(usable, key=torch.numel)
+                found[task] = max(usable, key=lambda each: each[0].numel())
         return found
 
     @torch.no_grad()
@@ -147,12 +150,30 @@ class LatestWeights:
         """Return some values of each head, with one operation per device."""
         kinds: list[Any] = []
         parts: dict[torch.device, list[Tensor]] = {}
-        for param in (self._watched or {}).values():
+        for param in map(_present, (self._watched or {}).values()):
             size, device = param.numel(), param.device
             kinds.append((size, param.dtype, device))
             part = param.as_strided((min(size, NUM_VALUES),), (max(size // NUM_VALUES, 1),))
             parts.setdefault(device, []).append(part)
         return kinds, [torch.cat(each) for each in parts.values()]
+
+
+def _parameters(part: nn.Module | nn.Parameter) -> list[Watched]:
+    if isinstance(part, nn.Parameter):
+        return [(part, None, "")]
+    return [(p, module, name) for module in part.modules() for name, p in module.named_parameters(recurse=False)]
+
+
+def _present(watched: Watched) -> Tensor:
+    """Return the parameter, or what functional_call() has put in its place."""
+    param, module, name = watched
+    now = param if module is None else named_parameter(module, name)
+    return param if now is param or now is None or not _is_read(now) else now
+
+
+def _is_read(param: Tensor) -> bool:
+    """Whether some values of ``param`` can be read without moving it."""
+    return is_here(param) and param.is_contiguous()
 
 
 def _are_equal(first: Values, second: Values) -> bool:

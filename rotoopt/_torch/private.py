@@ -143,6 +143,11 @@ def own_parameters(module: nn.Module) -> list[nn.Parameter | None]:
     return list(vars(module).get("_parameters", {}).values())
 
 
+def named_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """Return the parameter ``name`` of ``module`` itself, without computing it if it is parametrized by now."""
+    return module._parameters.get(name)
+
+
 def backward_pass_id() -> int:
     """Return the number of the current backward pass, -1 outside of one.
 

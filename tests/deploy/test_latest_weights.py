@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils import vector_to_parameters
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel
@@ -137,6 +138,20 @@ def test_the_predictions_of_reported_weights_are_wrong() -> None:
     with pytest.warns(UserWarning, match=WRITTEN):
         found = evaluate(model)
     assert not torch.allclose(found[0], expected[0], rtol=1e-2)
+
+
+@pytest.mark.parametrize("of", ["model", "left"])
+def test_weights_of_earlier_steps_that_are_given_to_functional_call_are_reported(of: str) -> None:
+    model, optimizer = wrap(**TURNING)
+    train(model, optimizer, *range(3))
+    names = [name for name, _ in model.named_parameters() if of in ("model", name.split(".")[1])]
+    present: dict[str, Tensor] = dict(model.named_parameters())
+    kept = {name: present[name].detach().clone() for name in names}
+    train(model, optimizer, *range(3, 6))
+    with torch.no_grad():
+        assert not warned(lambda: functional_call(model, present, X))
+        (message,) = warned(lambda: functional_call(model, kept, X))
+    assert message.startswith(WRITTEN)
 
 
 def test_weights_that_were_cast_are_compared_with_those_of_the_first_evaluation_afterwards() -> None:
