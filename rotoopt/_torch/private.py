@@ -106,14 +106,22 @@ def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     return list(module._forward_pre_hooks.values())
 
 
+FORWARDS = {"forward", "_conv_forward"}
+TORCH_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward for kind in (nn.Sequential, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+}
+
+
 def is_observed(modules: Iterable[nn.Module], own: Sequence[Callable[..., Any]]) -> bool:
     """Whether anything but the hooks ``own`` sees the inputs of ``modules``.
 
-    That is another hook, a compiled graph, or a method ``forward`` of one module alone, as added by Accelerate.
+    That is another hook, a compiled graph, or a method ``forward`` other than torch's, of one module alone, as added by
+    Accelerate, or of its class.
     """
     return torch.nn.modules.module._has_any_global_hook() or any(  # type: ignore[no-untyped-call]
         module._compiled_call_impl is not None
-        or "forward" in module.__dict__
+        or not FORWARDS.isdisjoint(module.__dict__)
+        or type(module).forward is not TORCH_FORWARDS.get(type(module))
         or module._backward_hooks
         or module._backward_pre_hooks
         or any(hook not in own for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()))
@@ -145,7 +153,8 @@ def own_parameters(module: nn.Module) -> list[nn.Parameter | None]:
 
 def named_parameter(module: nn.Module, name: str) -> Tensor | None:
     """Return the parameter ``name`` of ``module`` itself, without computing it if it is parametrized by now."""
-    return module._parameters.get(name)
+    found: Tensor | None = vars(module).get("_parameters", {}).get(name)  # scripted modules keep them elsewhere
+    return found
 
 
 def backward_pass_id() -> int:

@@ -234,6 +234,36 @@ def test_layers_that_compute_something_else_get_a_rotated_input() -> None:
     assert not found
 
 
+def test_convolutions_that_pad_in_another_way_get_a_rotated_input() -> None:
+    """As in libraries that replace ``_conv_forward``, for images without seams."""
+    torch.manual_seed(0)
+    model, x = Model(MAPS["same"], dim=1), torch.randn(8, 5, 5, 4)
+    optimizer = model.wrap(turn_every=1000)
+    optimizer.step(model.losses(x))
+    for head in model.heads:
+        assert isinstance(head, nn.Conv2d)
+        convolve = head._conv_forward
+        head._conv_forward = lambda z, *weights, own=convolve: own(z.roll(1, 3), *weights)  # type: ignore[method-assign]
+    with optimizer.paused():
+        expected = model.losses(x)
+    with applied(to_weights=True) as found:
+        assert_close(model.losses(x), expected)
+    assert not found
+
+
+def test_layers_whose_class_has_another_forward_get_a_rotated_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x, forward = Model(in_sequential), torch.randn(64, 4), nn.Linear.forward
+    optimizer = model.wrap(turn_every=1000)
+    optimizer.step(model.losses(x))
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, z: forward(self, z) + z.sum(1, keepdim=True))
+    with optimizer.paused():
+        expected = model.losses(x)
+    with applied(to_weights=True) as found:
+        assert_close(model.losses(x), expected)
+    assert not found
+
+
 def test_layers_that_are_called_by_themselves_do_not_rotate() -> None:
     torch.manual_seed(0)
     model, x = Model(in_sequential), torch.randn(64, 6)
