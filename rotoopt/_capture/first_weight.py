@@ -23,6 +23,7 @@ CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv2d: F.conv2d,
     nn.Conv3d: F.conv3d,
 }
+LAST, CHANNELS = RotatedDims(-1), RotatedDims(1)
 LEAST = 2**22  # multiplications in R z, below which the hooks cost more
 
 
@@ -78,9 +79,9 @@ class FirstWeight(ForwardHook):
 @not_compiled
 def _output(layer: nn.Linear | Convolution, rep: Tensor, matrix: Tensor) -> Tensor:
     """Return the output of ``layer`` for R z."""
-    weight = rotated(layer.weight, matrix.mT, RotatedDims(1))
     if isinstance(layer, nn.Linear):
-        return F.linear(rep, weight, layer.bias)
+        return F.linear(rep, rotated(layer.weight, matrix.mT, LAST), layer.bias)
+    weight = rotated(layer.weight, matrix.mT, CHANNELS)
     convolution = CONVOLUTIONS[type(layer)]
     return convolution(rep, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
