@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rotoopt._capture.representation import RotatedDims
+from rotoopt._torch.warn import warn_user
 
 CHANNEL_LAYERS = {
     **dict.fromkeys((nn.Conv1d, nn.ConvTranspose1d), "in_channels"),
@@ -42,6 +43,8 @@ class FirstLayer:
     def check(self, shape: torch.Size, dims: RotatedDims, *, alone: bool) -> None:
         """Raise if ``dim`` was not given, and the features of a representation of ``shape`` are elsewhere.
 
+        If it was given, warn.
+
         Args:
             shape: The shape of the input of the head.
             dims: The rotated dimensions.
@@ -54,4 +57,14 @@ class FirstLayer:
                 f"shape {tuple(shape)} and a head that begins with {self.name}, which takes {self.size} features. Use "
                 "dim=1 for the channels of maps (B, C, T), and dim=-1 if this is (B, T, C). All other dimensions "
                 "count as samples."
+            )
+        if dims.assumed or not dims.exist_in(shape) or not 1 < len(shape) <= 3 or (self.needs_z and not alone):
+            return
+        features = -1 if self.needs_z else 1
+        is_elsewhere = features % len(shape) not in dims.resolve(shape) and dims.size(shape) != self.size
+        if is_elsewhere and shape[features] == self.size:
+            warn_user(
+                f"`dim` should be the dimension of the features, got dim={dims.dim} for a representation of shape "
+                f"{tuple(shape)} and a head that begins with {self.name}, which takes {self.size} features: samples or "
+                f"positions are mixed. Use dim={features}."
             )

@@ -1,6 +1,7 @@
 """Representations that cannot be rotated."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -133,6 +134,24 @@ def test_channels_before_time_need_dim(first: str, options: dict[str, Any]) -> N
     assert_reads_well(str(raised.value))
     assert trained(make, (4, 8, 20), dim=1).rotations.size == 8
     assert trained(make, (4, 8, 20), rotate=False).last_step.finite
+
+
+ELSEWHERE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int | None]] = {
+    "samples of vectors": (lambda: nn.Linear(8, 2), (4, 8), 0, -1),
+    "positions of tokens": (lambda: nn.Sequential(nn.ReLU(), nn.Linear(8, 2)), (4, 5, 8), 1, -1),
+    "steps of a signal": (lambda: nn.Conv1d(8, 2, 3), (4, 8, 20), -1, 1),
+    "features": (lambda: nn.Linear(8, 2), (4, 5, 8), -1, None),
+    "channels that are pooled": (CHANNELS["Linear"], (4, 8, 8), 1, None),
+    "other layers": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(160, 2)), (4, 8, 20), 1, None),
+}
+
+
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_dim_of_something_else_than_the_features_is_reported(kind: str) -> None:
+    make, shape, dim, features = ELSEWHERE[kind]
+    message = rf"`dim` should be the dimension of the features, got dim=\({dim},\).*8 features.*Use dim={features}\."
+    with nullcontext() if features is None else pytest.warns(UserWarning, match=message):
+        trained(make, shape, dim=dim)
 
 
 class Beside(nn.Module):
