@@ -1,4 +1,4 @@
-"""Which operations take the time of a training with ``RotoGradOptimizer``, by ``torch.profiler``: a Markdown table.
+"""Which operations, and which code, take the time of a training with ``RotoGradOptimizer``: two Markdown tables.
 
 python -m tests.benchmarks.shares "K = 40, d = 512" [--threads 2]
 """
@@ -6,14 +6,19 @@ python -m tests.benchmarks.shares "K = 40, d = 512" [--threads 2]
 from __future__ import annotations
 
 import argparse
+import cProfile
+import pstats
 from collections import Counter
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import rotoopt
 from rotoopt.optimizer import TURN_EVERY
-from tests.benchmarks.cases import NAMED, ROTOOPT, Case, Training
+from tests.benchmarks.cases import NAMED, PLAIN, ROTOOPT, SCALE_ONLY, Case, Training
 
+PACKAGE = Path(rotoopt.__file__).parent
 CPU = torch.device("cpu")
 Times = Counter[tuple[str, str]]  # milliseconds by the operation and the shapes of its inputs
 
@@ -44,8 +49,35 @@ def table(case: Case, rows: int) -> str:
     return "\n".join([*lines, f"| all | | 100.0% | {whole:.1%} in the step with an update |"])
 
 
+def by_code(training: Training) -> Counter[str]:
+    """Return the microseconds per step between two updates by kind of code, from ``cProfile``, which adds some."""
+    for _ in range(TURN_EVERY + 1):
+        training.step()
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(TURN_EVERY - 1):
+        training.step()
+    profiler.disable()
+    found: Counter[str] = Counter()
+    for (file, _, _), (_, _, seconds, _, _) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
+        path = Path(file)
+        kind = f"`{path.relative_to(PACKAGE).parts[0]}`" if PACKAGE in path.parents else "Python of torch"
+        found["operations" if file == "~" else kind] += 1e6 * seconds / (TURN_EVERY - 1)
+    return found
+
+
+def code_table(case: Case) -> str:
+    """Return what ``rotoopt`` adds to a plain step, by kind of code."""
+    variants = (PLAIN, SCALE_ONLY, ROTOOPT)
+    plain, *others = (by_code(Training(case, variant, CPU)) for variant in variants)
+    kinds = sorted(others[-1], key=lambda kind: plain[kind] - others[-1][kind])
+    lines = [f"| added, us | {' | '.join(variants[1:])} |", "|---|---:|---:|"]
+    lines += [f"| {kind} | {' | '.join(f'{of[kind] - plain[kind]:.0f}' for of in others)} |" for kind in kinds]
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("case", nargs="?", choices=NAMED, default="K = 40, d = 512")
     parser.add_argument("--threads", type=int, default=2)
@@ -53,6 +85,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(table(NAMED[args.case], args.rows))
+    print(f"\n{code_table(NAMED[args.case])}")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def test_weights_are_rounded_once(dtype: torch.dtype) -> None:
     assert_same(head.weight.detach(), expected)
 
 
+@pytest.mark.filterwarnings("ignore:`dim` should be the dimension of the features")  # rotated samples
 @pytest.mark.parametrize("name", UNFOLDABLE)
 def test_other_heads_keep_their_rotation(name: str) -> None:
     case = UNFOLDABLE[name]
@@ -84,6 +85,7 @@ def traces(head: nn.Module) -> list[Any]:
     return [weights_of(head), [module.training for module in modules], hooks, torch.get_rng_state()]
 
 
+@pytest.mark.filterwarnings("ignore:`dim` should be the dimension of the features")  # rotated samples
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, torch.float32) for name in [*FOLDABLE, *UNFOLDABLE]), *((name, torch.float64) for name in FOLDABLE)],
