@@ -123,7 +123,7 @@ def check_not_bypassed(
 
 
 def unlisted_layers(losses: Sequence[Node], taps: Iterable[Node], own: Mapping[int, int]) -> list[Tensor]:
-    """Return the parameters of layers that read something shared and are not in `heads`.
+    """Return the parameters of layers that read something shared and are neither in `heads` nor in the backbone.
 
     Such a layer may be the head of a task that is missing there. Layers with an optimizer of their own, as a
     discriminator, are not.
@@ -133,14 +133,29 @@ def unlisted_layers(losses: Sequence[Node], taps: Iterable[Node], own: Mapping[i
         taps: The taps of other losses.
         own: The tasks by the ids of their parameters.
     """
-    shared = {id(param) for param in leaves(behind(taps))} - own.keys()
+    backbone = behind(taps)
+    shared = {id(param) for param in leaves(backbone)} - own.keys()
     nodes = reached(losses)
     if any(operation(node) == "CompiledFunction" for node in nodes):  # a penalty looks like a layer there
         return []
     others = {id(param) for param in leaves(nodes)} - own.keys() - shared
     found = _applied_to_shared(losses, others, shared) if others else []
     together = trained_with(shared) if found else set()
-    return [param for param in found if id(param) in together]
+    return [*_tied(nodes, backbone, shared), *(param for param in found if id(param) in together)]
+
+
+def _tied(nodes: Set[Node], backbone: Set[Node], shared: Set[int]) -> list[Tensor]:
+    """Return the shared parameters that layers outside of the backbone apply to what it computes.
+
+    Such a layer may be an output layer that shares its weight with an embedding.
+    """
+    of_backbone = reaching(nodes, [node for node in nodes & backbone if not is_leaf(node)])
+    found: dict[int, Tensor] = {}
+    for node in of_backbone - backbone:
+        if not is_sum(node) and not is_of_each(node):
+            weights = [leaves(reached([part])) for part in inputs(node) if part not in of_backbone]
+            found |= {id(params[0]): params[0] for params in weights if len(params) == 1 and id(params[0]) in shared}
+    return list(found.values())
 
 
 def _applied_to_shared(losses: Iterable[Node], params: Set[int], shared: Set[int]) -> list[Tensor]:

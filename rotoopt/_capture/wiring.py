@@ -39,8 +39,9 @@ MEASURED = (
 )
 UNLISTED = (
     "Every task should have a head in `heads`, got a term of a loss that passes through none of these, but applies a "
-    "layer of its own to something shared, {params}: its gradient is not weighted. If it is the loss of a task, list "
-    "its head, or, if heads are functions, let it read optimizer.rotate(z). If it is a regularizer, ignore this."
+    "layer outside of the backbone to something shared, {params}: its gradient is not weighted. If it is the loss of a "
+    "task, list its head, or, if heads are functions, let it read optimizer.rotate(z). If it is a regularizer, ignore "
+    "this."
 )
 
 

@@ -239,6 +239,7 @@ class Extra(nn.Module):
 
     def __init__(self, model: TwoTasks) -> None:
         super().__init__()
+        self.shared = [next(model.backbone.parameters())]  # in a list: not a parameter of this module
         self.head, self.discriminator = nn.Linear(6, 1), nn.Linear(6, 1)
         self.trained = [*model.parameters(), *self.head.parameters()]
 
@@ -246,6 +247,9 @@ class Extra(nn.Module):
 TERMS: dict[str, Callable[[Extra, Tensor], Tensor]] = {
     "head": lambda extra, z: extra.head(z.tanh()).square().mean(),
     "head of a copy": lambda extra, z: extra.head((z * 1).relu()).mean(),
+    "head with a shared weight": lambda extra, z: (z.tanh() @ extra.shared[0]).square().mean(),
+    "penalty on products of weights": lambda extra, z: (extra.shared[0] @ extra.shared[0].T).mean(),
+    "another pass": lambda extra, z: F.linear(F.linear(torch.ones(2, 3), extra.shared[0]), extra.shared[0].T).mean(),
     "discriminator": lambda extra, z: extra.discriminator(z).mean(),
     "penalty on z": lambda extra, z: z.square().mean(),
     "penalty on parameters": lambda extra, z: torch.stack([each.square().sum() for each in extra.trained]).sum(),
@@ -269,4 +273,6 @@ def test_a_head_that_is_not_listed_is_reported_once_in_the_users_own_backward(na
             optimizer.step()
     messages = [str(warning.message) for warning in found]
     assert len(messages) == name.startswith("head")
-    assert all("applies a layer of its own to something shared, head." in message for message in messages)
+    of = "backbone.0.weight" if "shared" in name else "head."
+    message = f"applies a layer outside of the backbone to something shared, {of}"
+    assert all(message in each for each in messages)
