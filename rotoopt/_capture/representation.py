@@ -137,7 +137,9 @@ def rotated(rep: Tensor, matrix: Tensor, dims: RotatedDims, out: Tensor | None =
             return rotated(rep, matrix, dims, out, back=back)
     matrix = matrix if matrix.dtype == rep.dtype else matrix.to(rep.dtype)
     if dims.are_last and matrix.shape[-1] == rep.shape[-1]:
-        return torch.matmul(rep, matrix if back else matrix.mT, out=out)  # the same, in the usual case
+        return torch.matmul(
+            rep, matrix if back else matrix.t(), out=out
+        )  # the same, in the usual case; ONNX has t(), not mT
     into = None if out is None else dims.view(out)
     return dims.restore(_apply(matrix.mT if back else matrix, dims.view(rep), into), rep)
 
@@ -165,7 +167,7 @@ def _apply(matrix: Tensor, features: Tensor, out: Tensor | None) -> Tensor:
     m, d = matrix.shape[-1], features.shape[1]
     first, whole = features[:, :m], out if m == d else None
     if features.shape[2] == 1:  # vectors and tokens: one large product instead of L small ones
-        first = torch.mm(first.squeeze(2), matrix.mT, out=None if whole is None else whole.squeeze(2)).unsqueeze(2)
+        first = torch.mm(first.squeeze(2), matrix.t(), out=None if whole is None else whole.squeeze(2)).unsqueeze(2)
     else:
         first = torch.matmul(matrix, first, out=whole)
     return first if m == d else torch.cat([first, features[:, m:]], dim=1, out=out)

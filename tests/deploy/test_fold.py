@@ -204,6 +204,21 @@ def test_export(make: type[TwoTasks], strict: bool) -> None:
     torch.testing.assert_close(list(exported.module()(X)), predict(model, X))
 
 
+@pytest.mark.filterwarnings(
+    f"ignore:{KEEPS}", "ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_traced_operators_are_those_that_the_older_onnx_exporter_knows(wrapped: bool) -> None:
+    """``torch.onnx.export(dynamo=False)`` rejects ``aten::mT``, unless its input is a constant."""
+    model = Normed()
+    optimizer = trained(model)
+    if not wrapped:
+        optimizer.fold()
+    traced: Any = torch.jit.trace(model.eval(), X)  # type: ignore[no-untyped-call]
+    assert "aten::mT" not in str(traced.inlined_graph)
+    assert_same(list(traced(X)), predict(model, X))
+
+
 @pytest.mark.filterwarnings(f"ignore:{KEEPS}")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile looks at it
 @pytest.mark.parametrize("around", ["model", "heads", "heads in place"])
