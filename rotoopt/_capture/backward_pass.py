@@ -61,6 +61,7 @@ class BackwardPass:
             for each tensor. Shape ``(K,)``.
         measured: The measurements, after the pass.
         met: Collected gradients.
+        lone_moments: Second moments of the rotated tensors that single tasks read, if they were measured.
         sample_sums: Sums over samples, one for each tensor whose agreement is measured.
     """
 
@@ -82,6 +83,7 @@ class BackwardPass:
     norms: list[Tensor] = field(default_factory=list)
     measured: Measurements | None = None
     met: list[Met] = field(default_factory=list)
+    lone_moments: list[Tensor] = field(default_factory=list)
     sample_sums: list[SampleSums] = field(default_factory=list)
 
     def pass_on(self, task: int, grad: Tensor, sketch: Sketch | None, *, in_place: bool) -> Tensor:

@@ -143,6 +143,8 @@ class Fork:
             this.measures |= this.returns or self._returned
         self.reached, self._number, self._returned = True, this.number, this.returns
         if not self._waits(this):
+            if self.second_moment is not None:
+                this.lone_moments.append(self.second_moment)
             at_rep = grad if matrix is None else rotated(grad, matrix, dims, back=True)
             return this.pass_on(task, at_rep, self.sketch, in_place=matrix is not None)
         waiting = self._rows(this, grad)

@@ -177,6 +177,8 @@ class Engine:
         lagged = self.weighting.lagged and self.memory.num_steps >= self.weighting.num_waiting
         if lagged or self.processes.count == 1:
             return lagged or not one_tensor
+        if self.weighting.lagged:  # in the first steps
+            return not self.processes.all(one_tensor, self.memory.weights.device)
         if self._one_tensor_on_all is None:  # in the first pass; later ones exchange norms only if all expect it
             self._one_tensor_on_all = self.processes.all(one_tensor, self.memory.weights.device)
         if self._one_tensor_on_all and not one_tensor:
@@ -277,13 +279,14 @@ class Engine:
             return
         # A training loop may call step() under autocast.
         with without_autocast(self.rotations.device):
-            measured, latest = self._weighing.learn(self._passes), self._passes[-1]
+            tasks = self._weighing.joint_tasks(self._passes)
+            measured, latest = self._weighing.learn(self._passes, tasks), self._passes[-1]
             joined = self.processes.count > 1 or len(self._passes) > 1
             if joined and any(this.lagged for this in self._passes):
                 self._record = StepRecord.of(
                     replace(latest, measured=measured), self.memory, self.rotations, self._record
                 )
-            angles = turn(self._rotation_gradients(measured), self.weighting.remaining)
+            angles = turn(self._rotation_gradients(measured, tasks), self.weighting.remaining)
         memory = self.memory
         if angles is not None:
             memory.total_angles = memory.total_angles + angles
@@ -300,12 +303,13 @@ class Engine:
         self.borrowed_heads.forget()
         self.clear()
 
-    def _rotation_gradients(self, measured: Measurements) -> list[RotationGradient]:
+    def _rotation_gradients(self, measured: Measurements, tasks: Sequence[set[int]]) -> list[RotationGradient]:
         """Return the gradients of the rotations; none in a step without an update."""
-        gradients = rotation_gradients(self._passes, measured, self.capture.dims)
         size = self.rotations.size
+        gradients = rotation_gradients(self._passes, measured, tasks, self.capture.dims, size)
         # If one process updates its rotations, all do.
-        if not gradients and self._weighing.turns_are_due and self.processes.count > 1 and size is not None:
+        all_turn = self._weighing.joint_turns_are_due and any(len(each) > 1 for each in tasks)
+        if not gradients and all_turn and size is not None:
             return [RotationGradient.none(len(self.names), size, like=measured.norms)]
         return gradients
 

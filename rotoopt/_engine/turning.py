@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,11 @@ from rotoopt.weighting import Measurements
 
 
 def rotation_gradients(
-    passes: Sequence[BackwardPass], measured: Measurements, dims: RotatedDims
+    passes: Sequence[BackwardPass],
+    measured: Measurements,
+    tasks: Sequence[set[int]],
+    dims: RotatedDims,
+    size: int | None,
 ) -> list[RotationGradient]:
     """Return the gradients of the rotations in a step, to be added.
 
@@ -24,15 +29,22 @@ def rotation_gradients(
     Args:
         passes: The backward passes of the step.
         measured: Their joint measurements.
+        tasks: The tasks of each, on any process. A single one has nothing to align with.
         dims: The rotated dimensions.
+        size: m. Tensors of another size were rotated before it was known.
     """
     num_usable = _num_usable([this for this in passes if not this.lagged])
-    return [
-        _of_batch(met, this, measured, dims) if this.lagged else _of_pass(met, this, num_usable, dims)
-        for this in passes
-        for met in this.met
-        if met.turns
-    ]
+    gradients = []
+    for this, together in zip(passes, tasks, strict=False):
+        if len(together) > 1:
+            gradients += [
+                _of_batch(met, this, measured, dims) if this.lagged else _of_pass(met, this, num_usable, dims)
+                for met in this.met
+                if met.turns
+            ]
+            moments = [moment for moment in this.lone_moments if len(moment) == size]
+            gradients += [_of_lone(moment, this, len(measured.norms)) for moment in moments]
+    return gradients
 
 
 def _num_usable(passes: Sequence[BackwardPass]) -> Tensor | None:
@@ -58,6 +70,12 @@ def _of_pass(met: Met, this: BackwardPass, num_usable: Tensor | None, dims: Rota
     target = directions.sum(0) / met.gradients.num_present
     target = target if num_usable is None else target / num_usable
     return _factors(directions, target, unusable, met, this, dims)
+
+
+def _of_lone(moment: Tensor, this: BackwardPass, num_tasks: int) -> RotationGradient:
+    """Return the gradient for a tensor that a single task reads: zero, but its input is part of the metric."""
+    none = RotationGradient.none(num_tasks, len(moment), like=moment)
+    return replace(none, second_moment=moment.masked_fill(_unusable(this), 0.0))
 
 
 def _factors(

@@ -64,15 +64,16 @@ class Weighing:
         return self._memory.num_steps % self._turn_every == 0
 
     @property
+    def joint_turns_are_due(self) -> bool:
+        """Whether several processes update the rotations in this step."""
+        return self._processes.count > 1 and self.turns_are_due and any(self._rotations.rotate)
+
+    @property
     def agreement_is_due(self) -> bool:
         """Whether the agreement is measured: when rotations are updated, and afterwards for tasks absent then."""
         memory, since = self._memory, self._memory.num_steps % self._turn_every
-        if not self._weighting.needs_agreement:
-            return False
-        if since == 0:
-            return True
         is_open = since < self._rotations.num_tasks and len(memory.agreement_tasks) < self._rotations.num_tasks
-        return is_open and self._processes.count == 1  # absent tasks of other processes are unknown
+        return self._weighting.needs_agreement and (since == 0 or is_open)
 
     @torch.no_grad()
     def combine(self, this: BackwardPass, grads: Tensor, tasks: tuple[int, ...], fork: Fork) -> Tensor:
@@ -91,12 +92,17 @@ class Weighing:
             if fork.sketch is not None:
                 scaled = gradients.scaled.view(len(grads), *fork.shape)
                 this.sample_sums.append(fork.sketch.sums(scaled).scaled(gradients.scale))
-            # The target of a single task is its own gradient. The tasks of other processes are unknown on the host.
-            alone = len(tasks) == 1 and self._processes.count == 1
-            turns = self.turns_are_due and fork.rotated
-            if not alone and (turns or this.lagged):
+            turns = self.turns_are_due and fork.rotated and self._has_size(fork)
+            if len(tasks) > 1 and (turns or this.lagged):
                 this.met.append(Met(gradients, fork.shape, turns, fork.second_moment))
+            elif fork.second_moment is not None:  # the target of a single task is its own gradient
+                this.lone_moments.append(fork.second_moment)
         return vector.reshape(fork.shape)
+
+    def _has_size(self, fork: Fork) -> bool:
+        """Whether the tensor has the size of the rotations: in the first pass, another one may have been rotated."""
+        m = self._rotations.size
+        return m is not None and fork.dims.fit(fork.shape, m, all_of_them=self._rotations.covers_all)
 
     def _joined_batch(self, this: BackwardPass, own: TaskGradients) -> TaskGradients:
         """Return the gradients of the losses of the joined batch, with the samples of ``own`` on this process."""
@@ -166,8 +172,20 @@ class Weighing:
         references = this.norm_reference.values, this.loss_reference.values
         return Measurements(norms, present, finite, this.losses, cosines, *references, burnt_in=self.burnt_in)
 
-    def learn(self, passes: Sequence[BackwardPass]) -> Measurements:
-        """Compute the weights of a lagged weighting; return the joint measurements of all ``passes`` of a step."""
+    def joint_tasks(self, passes: Sequence[BackwardPass]) -> list[set[int]]:
+        """Return the tasks of each backward pass of a step, on any process if rotations or agreement need these."""
+        own = [this.tasks for this in passes]
+        if self._processes.count > 1 and (self.agreement_is_due or self.joint_turns_are_due):
+            return self._processes.tasks(own, self._rotations.num_tasks, self._memory.weights.device)
+        return own
+
+    def learn(self, passes: Sequence[BackwardPass], tasks: Sequence[set[int]]) -> Measurements:
+        """Compute the weights of a lagged weighting; return the joint measurements of all ``passes`` of a step.
+
+        Args:
+            passes: The backward passes.
+            tasks: Those of :meth:`joint_tasks`.
+        """
         memory, latest, count = self._memory, passes[-1], self._processes.count
         assert latest.measured is not None  # it is closed
         assert latest.weights is not None
@@ -183,7 +201,8 @@ class Weighing:
         if count > 1 and not waited:
             self._check_processes()
             measured = joined_across(measured, self._processes)
-        seen = replace(measured, present=measured.present & measured.finite, agreement=self._agreement(passes))
+        agreement = self._agreement(passes, tasks)
+        seen = replace(measured, present=measured.present & measured.finite, agreement=agreement)
         if self._weighting.needs_references:
             seen = self._with_old_norms(seen)
         weights = self._weighting(seen).to(memory.weights)
@@ -204,19 +223,19 @@ class Weighing:
             norms, present = known, present & (known > 0)
         return replace(measured, norms=norms, present=present, norm_references=reference.values)
 
-    def _agreement(self, passes: Sequence[BackwardPass]) -> Tensor | None:
+    def _agreement(self, passes: Sequence[BackwardPass], tasks: Sequence[set[int]]) -> Tensor | None:
         """Return how much the samples of the step before agreed, if it was measured, and keep the sums of this one.
 
         One step later, so that no step computes both the updates of the rotations and the signal.
         """
-        before, self._memory.sample_sums = self._memory.sample_sums, self._joined_sums(passes)
+        before, self._memory.sample_sums = self._memory.sample_sums, self._joined_sums(passes, tasks)
         return None if before is None else before.agreement()
 
-    def _joined_sums(self, passes: Sequence[BackwardPass]) -> SampleSums | None:
+    def _joined_sums(self, passes: Sequence[BackwardPass], tasks: Sequence[set[int]]) -> SampleSums | None:
         """Return the sums over the samples of all ``passes``; None if agreement is not measured in this step."""
         if not self.agreement_is_due:
             return None
-        measured = {task for this in passes for task in this.tasks}
+        measured = set[int]().union(*tasks)
         self._memory.agreement_tasks = measured if self.turns_are_due else self._memory.agreement_tasks | measured
         parts = []
         for this in passes:

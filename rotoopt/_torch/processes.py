@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+MAX_PASSES = 64  # of a step: the tasks of later ones count as those of the last
 
 
 class Processes:
@@ -45,6 +48,25 @@ class Processes:
     def all(self, own: bool, device: torch.device) -> bool:
         """Return whether ``own`` is true on all processes; synchronizes with the device."""
         return bool(self.gather(torch.tensor(own, dtype=torch.uint8, device=device)).all())
+
+    def tasks(self, own: Sequence[Set[int]], num_tasks: int, device: torch.device) -> list[set[int]]:
+        """Return the tasks of each backward pass of a step on any process.
+
+        Synchronizes with the device unless ``own`` has all tasks in all passes.
+
+        Args:
+            own: The tasks of each backward pass on this process.
+            num_tasks: K.
+            device: The device that the group exchanges tensors of.
+        """
+        present = torch.zeros(MAX_PASSES, num_tasks, dtype=torch.uint8)
+        for i, tasks in enumerate(own):
+            present[min(i, MAX_PASSES - 1), list(tasks)] = 1
+        gathered = self.gather(present.to(device))
+        if own and all(len(tasks) == num_tasks for tasks in own):
+            return [set(tasks) for tasks in own]
+        joint = [{task for task in range(num_tasks) if row[task]} for row in gathered.amax(0).tolist()]
+        return joint + joint[-1:] * (len(own) - MAX_PASSES)
 
     def mean(self, losses: Tensor, present: Tensor) -> Tensor:
         """Return the mean losses of the tasks over all processes, NaN for a task that is absent on all.

@@ -71,8 +71,8 @@ def joined(parts: Sequence[Measurements]) -> Measurements:
     present = torch.stack([part.present for part in usable])
     losses, cosines = _stacked([part.losses for part in usable]), _stacked([part.cosines for part in usable])
     total = root_sum_square(norms)
-    if losses is not None:
-        losses = torch.where(present.any(0), torch.where(present, losses, 0.0).sum(0), torch.nan)
+    if losses is not None:  # NaN for a task that is absent on all processes
+        losses = torch.where(losses.isnan().all(0), torch.nan, losses.nansum(0))
     if cosines is not None:
         cosines = _joint_cosines(cosines, norms, total)
     finite = torch.stack([part.finite for part in usable]).any()

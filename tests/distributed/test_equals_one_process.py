@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.distributed.ranks import Ranks
-from tests.distributed.training import OPTIONS, Result, Setup, train
+from tests.distributed.training import ALONE, OPTIONS, PLANS, Result, Setup, train
 
 pytestmark = pytest.mark.distributed
 
@@ -15,7 +15,6 @@ BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
 def assert_equal(actual: Result, expected: Result, bound: float) -> None:
-    assert not torch.equal(expected[1], torch.eye(expected[1].shape[-1]).expand_as(expected[1]))
     torch.testing.assert_close(actual[:2], expected[:2], rtol=0.0, atol=bound)
     torch.testing.assert_close(actual[2], expected[2], rtol=bound, atol=0.0, equal_nan=True)  # weights may be large
 
@@ -23,7 +22,10 @@ def assert_equal(actual: Result, expected: Result, bound: float) -> None:
 def check(ranks: Ranks, setup: Setup) -> None:
     first, second = ranks.run(train, setup)
     assert_equal(first, second, 0.0)
-    assert_equal(first, train(None, setup), BOUNDS[setup.dtype])
+    expected = train(None, setup)
+    assert_equal(first, expected, BOUNDS[setup.dtype])
+    turns = setup.options != "rotate=False" and setup.plan not in ALONE
+    assert turns != torch.equal(expected[1], torch.eye(expected[1].shape[-1]).expand_as(expected[1]))
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
@@ -39,12 +41,29 @@ def test_every_way_to_wrap(ranks: Ranks, wrapper: str) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_task_absent_on_one_rank(ranks: Ranks, options: str) -> None:
-    check(ranks, Setup(options, wrapper="find_unused_parameters", absent=1))
+    check(ranks, Setup(options, wrapper="find_unused_parameters", plan="one absent on a rank"))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["backward(losses)", "sum(losses).backward()"])
+@pytest.mark.parametrize("options", ["default", "every second step", "RotoGradWeighting", "rotate=False"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_whatever_a_batch_holds(ranks: Ranks, plan: str, options: str, own: bool) -> None:
+    check(ranks, Setup(options, wrapper="find_unused_parameters", plan=plan, own=own, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("plan", sorted(PLANS.keys() - ALONE))  # Adam would enlarge rounding errors
+def test_rotation_optimizer_whatever_a_batch_holds(ranks: Ranks, plan: str) -> None:
+    check(ranks, Setup("Adam", wrapper="find_unused_parameters", plan=plan))
+
+
+@pytest.mark.parametrize("plan", ["all", "one absent on a rank", "one absent on both", "accumulation"])
+def test_heads_at_two_depths(ranks: Ranks, plan: str) -> None:
+    check(ranks, Setup("every second step", wrapper="find_unused_parameters", plan=plan, deep=True))
 
 
 @pytest.mark.parametrize("options", ["default", "EqualWeighting, as it ships", "GradNorm", "UPGrad"])
 def test_accumulation_without_synchronization(ranks: Ranks, options: str) -> None:
-    check(ranks, Setup(options, micro_batches=2))
+    check(ranks, Setup(options, plan="accumulation"))
 
 
 @pytest.mark.parametrize("options", ["default", "GradNorm", "UPGrad"])

@@ -15,16 +15,36 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torchjd.aggregation import UPGrad
 
-from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer
+from rotoopt import EqualWeighting, GradNorm, RotoGradOptimizer, RotoGradWeighting
 
 K, INPUTS, FEATURES = 3, 5, 8
 STEPS = 35
 
+Tasks = Sequence[int]
+ALL = range(K)
+# By step, the tasks of both ranks in each backward pass.
+PLANS: dict[str, Callable[[int], list[tuple[Tasks, Tasks]]]] = {
+    "all": lambda step: [(ALL, ALL)],
+    "one absent on a rank": lambda step: [(ALL, [0, 2] if step % 2 else ALL)],
+    "one absent on each rank in turn": lambda step: [([0, 2], ALL) if step % 2 else (ALL, [1, 2])],
+    "one absent on both": lambda step: [([1, 2], [1, 2]) if step % 3 else (ALL, ALL)],
+    "one left on a rank": lambda step: [(ALL, [0])],
+    "another one on each rank": lambda step: [([step % K], [(step + 1) % K])],
+    "one per step": lambda step: [([step // 2 % K], [step // 2 % K])],
+    "one per pass": lambda step: [([task], [task]) for task in ALL if (step + task) % 4],
+    "another one per pass on each rank": lambda step: [([task], [K - 1 - task]) for task in ALL],
+    "others in each pass": lambda step: [(ALL, [1, 2]), ([0], ALL)],
+    "accumulation": lambda step: [(ALL, ALL), (ALL, ALL)],
+}
+ALONE = {name for name in PLANS if "another" in name or "per" in name}  # rotations have nothing to align
 OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "default": dict,
     "as it ships": lambda: {"turn_every": None},
     "EqualWeighting, as it ships": lambda: {"weighting": EqualWeighting(), "turn_every": None},
     "GradNorm, mean of norms": lambda: {"weighting": GradNorm(common_norm="mean_of_norms"), "turn_every": None},
+    "every second step": lambda: {"turn_every": 2},
+    "RotoGradWeighting": lambda: {"weighting": RotoGradWeighting()},
+    "rotate=False": lambda: {"rotate": False},
     "EqualWeighting": lambda: {"weighting": EqualWeighting()},
     "GradNorm": lambda: {"weighting": GradNorm(alpha=0.5)},
     "UPGrad": lambda: {"weighting": UPGrad()},
@@ -35,16 +55,18 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 class Model(nn.Module):
-    """A backbone and K heads; ``tasks`` are the heads to run."""
+    """A backbone and K heads; ``tasks`` are the heads to run. If ``deep``, the last one reads another tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, deep: bool = False) -> None:
         super().__init__()
+        self.deep = nn.Linear(FEATURES, FEATURES) if deep else None
         self.backbone = nn.Sequential(nn.Linear(INPUTS, FEATURES), nn.Tanh(), nn.Linear(FEATURES, FEATURES))
         self.heads = nn.ModuleList(nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh(), nn.Linear(6, 2)) for _ in range(K))
 
-    def forward(self, x: Tensor, tasks: Sequence[int] = range(K)) -> tuple[list[Tensor], Tensor]:
+    def forward(self, x: Tensor, tasks: Tasks = ALL) -> tuple[list[Tensor], Tensor]:
         rep = self.backbone(x)
-        return [self.heads[task](rep) for task in tasks], rep
+        last = rep if self.deep is None else self.deep(rep.tanh())
+        return [self.heads[task](last if task == K - 1 else rep) for task in tasks], rep
 
 
 @dataclass(frozen=True)
@@ -55,16 +77,18 @@ class Setup:
         options: Key of ``OPTIONS``.
         wrapper: Option of DistributedDataParallel to enable; ``"fsdp"``: FSDP2 instead.
         sizes: Samples of each rank.
-        absent: Task that is absent on the second rank, in every other step.
-        micro_batches: Backward passes per step, all but the last without synchronization.
+        plan: Key of ``PLANS``. All backward passes of a step but the last are without synchronization.
+        own: Whether to call ``sum(losses).backward()``.
+        deep: Whether one of the heads reads another tensor.
         scaled: Whether to scale the losses by a GradScaler that grows in every step.
     """
 
     options: str = "default"
     wrapper: str = ""
     sizes: tuple[int, int] = (4, 4)
-    absent: int | None = None
-    micro_batches: int = 1
+    plan: str = "all"
+    own: bool = False
+    deep: bool = False
     scaled: bool = False
     dtype: torch.dtype = torch.float32
 
@@ -81,10 +105,10 @@ def train(rank: int | None, setup: Setup, steps: int = STEPS) -> Result:
         steps: Number of steps.
     """
     torch.manual_seed(0)
-    model = Model().to(setup.dtype)
+    model = Model(setup.deep).to(setup.dtype)
     wrapped: Any = model
     if rank is not None and setup.wrapper == "fsdp":
-        for module in (model.backbone, *model.heads):
+        for module in (model.backbone, *model.heads, *([model.deep] if model.deep else [])):
             fully_shard(module)
         wrapped = fully_shard(model)
     elif rank is not None:
@@ -98,14 +122,17 @@ def train(rank: int | None, setup: Setup, steps: int = STEPS) -> Result:
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         optimizer.zero_grad()
-        for micro_batch in range(setup.micro_batches):
-            last = micro_batch == setup.micro_batches - 1
-            synchronize: AbstractContextManager[Any] = nullcontext() if last or rank is None else wrapped.no_sync()
+        passes = PLANS[setup.plan](step)
+        for number, tasks in enumerate(passes):
+            waits = number < len(passes) - 1 and rank is not None
+            synchronize: AbstractContextManager[Any] = wrapped.no_sync() if waits else nullcontext()
             batches = [_draw(size, generator, setup.dtype) for size in setup.sizes]
-            absent = setup.absent if step % 2 else None
             with synchronize:
-                losses, rep = _losses(wrapped, batches, rank, absent)
-                optimizer.backward(losses, rep, scaler=scaler)
+                losses, rep = _losses(wrapped, batches, rank, tasks)
+                if setup.own:
+                    torch.stack([loss for loss in losses if loss is not None]).sum().backward()  # type: ignore[no-untyped-call]
+                else:
+                    optimizer.backward(losses, rep, scaler=scaler)
         scaler.step(optimizer)
         scaler.update()
     parameters = [param.full_tensor() if isinstance(param, DTensor) else param for param in model.parameters()]
@@ -118,21 +145,21 @@ def _draw(size: int, generator: torch.Generator, dtype: torch.dtype) -> tuple[Te
 
 
 def _losses(
-    model: nn.Module, batches: list[tuple[Tensor, Tensor]], rank: int | None, absent: int | None
+    model: nn.Module, batches: list[tuple[Tensor, Tensor]], rank: int | None, tasks: tuple[Tasks, Tasks]
 ) -> tuple[list[Tensor | None], Tensor]:
     """Return the losses of one rank, or of the joined batch: the mean over the ranks, zero where a task is absent."""
+    losses: list[Tensor | None] = [None] * K
     if rank is not None:
-        tasks = [task for task in range(K) if not (rank == 1 and task == absent)]
         x, targets = batches[rank]
-        outputs, rep = model(x, tasks)
-        losses: list[Tensor | None] = [None] * K
-        for task, output in zip(tasks, outputs, strict=True):
+        outputs, rep = model(x, tasks[rank])
+        for task, output in zip(tasks[rank], outputs, strict=True):
             losses[task] = (output - targets[task]).square().mean() * 0.1**task
         return losses, rep
-    outputs, rep = model(torch.cat([x for x, _ in batches]))
-    joined: list[Tensor | None] = []
-    for task, output in enumerate(outputs):
+    joined = sorted({*tasks[0], *tasks[1]})
+    outputs, rep = model(torch.cat([x for x, _ in batches]), joined)
+    for task, output in zip(joined, outputs, strict=True):
         errors = torch.split(output, [len(x) for x, _ in batches])
         means = [(error - targets[task]).square().mean() for error, (_, targets) in zip(errors, batches, strict=True)]
-        joined.append(torch.stack(means[: 1 if task == absent else 2]).sum() / 2 * 0.1**task)
-    return joined, rep
+        present = [mean for mean, own in zip(means, tasks, strict=True) if task in own]
+        losses[task] = torch.stack(present).sum() / len(tasks) * 0.1**task
+    return losses, rep
