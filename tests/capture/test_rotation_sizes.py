@@ -55,6 +55,21 @@ def test_rotations_have_the_size_that_most_tasks_read(names: tuple[str, ...], in
         assert_close(head(z_new), head.forward(expected))
 
 
+@pytest.mark.parametrize("options", [{}, {"rotation_optimizer": torch.optim.Adam}], ids=["built-in", "Adam"])
+@pytest.mark.parametrize("sizes", [[4, 4, D, D, D], [D, D, 4, 4, 4], [4, D, D, 4, D]], ids=str)
+def test_several_heads_may_read_each_size(sizes: list[int], options: dict[str, Any]) -> None:
+    backbones, heads = {m: nn.Linear(5, m) for m in set(sizes)}, [nn.Linear(m, 2) for m in sizes]
+    params = nn.ModuleList([*backbones.values(), *heads]).parameters()
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), heads, turn_every=1, **options)
+    for _ in range(3):
+        x = torch.randn(4, 5)
+        z = {m: backbone(x) for m, backbone in backbones.items()}
+        step(optimizer, [head(z[m]) for head, m in zip(heads, sizes, strict=True)])
+    most = max(sizes, key=sizes.count)
+    assert optimizer.rotations.size == most
+    assert [optimizer._core.engine.rotations.is_turned(task) for task in range(5)] == [m == most for m in sizes]
+
+
 @pytest.mark.parametrize("names", list(permutations(SIZES)))
 @pytest.mark.filterwarnings("ignore:The representation should require grad")
 def test_predictions_do_not_change_when_a_frozen_backbone_is_trained(names: tuple[str, ...]) -> None:
