@@ -178,9 +178,9 @@ class Engine:
         if lagged or self.processes.count == 1:
             return lagged or not one_tensor
         if self.weighting.lagged:  # in the first steps
-            return not self.processes.all(one_tensor, self.memory.weights.device)
+            return not self.processes.all(one_tensor)
         if self._one_tensor_on_all is None:  # in the first pass; later ones exchange norms only if all expect it
-            self._one_tensor_on_all = self.processes.all(one_tensor, self.memory.weights.device)
+            self._one_tensor_on_all = self.processes.all(one_tensor)
         if self._one_tensor_on_all and not one_tensor:
             raise RuntimeError(
                 "All heads must continue to read one tensor under distributed training, got several after steps with "

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -155,6 +156,11 @@ def named_parameter(module: nn.Module, name: str) -> Tensor | None:
     """Return the parameter ``name`` of ``module`` itself, without computing it if it is parametrized by now."""
     found: Tensor | None = vars(module).get("_parameters", {}).get(name)  # scripted modules keep them elsewhere
     return found
+
+
+def default_store() -> Any:
+    """Return the store that the processes of the default group share. The public way: every user passes one."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def backward_pass_id() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence, Set
 from typing import Any
 
@@ -9,14 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rotoopt._torch.private import default_store
+
 MAX_PASSES = 64  # of a step: the tasks of later ones count as those of the last
+asked: Counter[str] = Counter()  # number of questions to these ranks
 
 
 class Processes:
     """The processes that train one model on different data, as DistributedDataParallel and FSDP2 do.
 
-    Every method is a collective: all processes call it, in the same order, whatever their data. The results are
-    bit-identical on all of them.
+    All processes call every method, in the same order, whatever their data. The results are bit-identical on all of
+    them.
 
     Args:
         group: The process group. ``None``: the default group if it exists at that time, otherwise this process alone.
@@ -45,9 +49,20 @@ class Processes:
         """Add the tensors of all processes, in place."""
         dist.all_reduce(tensor, group=self.group)
 
-    def all(self, own: bool, device: torch.device) -> bool:
-        """Return whether ``own`` is true on all processes; synchronizes with the device."""
-        return bool(self.gather(torch.tensor(own, dtype=torch.uint8, device=device)).all())
+    def all(self, own: bool) -> bool:
+        """Return whether ``own`` is true on all processes, without a collective.
+
+        In the middle of a backward pass, processes with different tasks have begun different numbers of those of
+        DistributedDataParallel, and each would wait for the other one.
+        """
+        ranks = str(dist.get_process_group_ranks(self.group))
+        asked[ranks] += 1
+        store, key = default_store(), f"rotoopt {ranks} {asked[ranks]}"
+        store.add(f"{key} false", 1 - own)
+        if store.add(f"{key} count", 1) == self.count:
+            store.set(f"{key} done", "")
+        store.wait([f"{key} done"])
+        return bool(store.add(f"{key} false", 0) == 0)
 
     def tasks(self, own: Sequence[Set[int]], num_tasks: int, device: torch.device) -> list[set[int]]:
         """Return the tasks of each backward pass of a step on any process.

@@ -51,6 +51,13 @@ def test_whatever_a_batch_holds(ranks: Ranks, plan: str, options: str, own: bool
     check(ranks, Setup(options, wrapper="find_unused_parameters", plan=plan, own=own, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("options", ["default", "RotoGradWeighting"])
+@pytest.mark.parametrize("plan", ["one left on a rank", "one absent on each rank in turn", "others in each pass"])
+def test_own_backward_with_many_collectives(ranks: Ranks, plan: str, options: str) -> None:
+    """Those of the heads begin at different times if a rank lacks some tasks."""
+    check(ranks, Setup(options, wrapper="a bucket for each parameter", plan=plan, own=True, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("plan", sorted(PLANS.keys() - ALONE))  # Adam would enlarge rounding errors
 def test_rotation_optimizer_whatever_a_batch_holds(ranks: Ranks, plan: str) -> None:
     check(ranks, Setup("Adam", wrapper="find_unused_parameters", plan=plan))

@@ -37,6 +37,12 @@ PLANS: dict[str, Callable[[int], list[tuple[Tasks, Tasks]]]] = {
     "accumulation": lambda step: [(ALL, ALL), (ALL, ALL)],
 }
 ALONE = {name for name in PLANS if "another" in name or "per" in name}  # rotations have nothing to align
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "": {},
+    "static_graph": {"static_graph": True},
+    "find_unused_parameters": {"find_unused_parameters": True},
+    "a bucket for each parameter": {"find_unused_parameters": True, "bucket_cap_mb": 1e-6},
+}
 OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "default": dict,
     "as it ships": lambda: {"turn_every": None},
@@ -75,7 +81,7 @@ class Setup:
 
     Attributes:
         options: Key of ``OPTIONS``.
-        wrapper: Option of DistributedDataParallel to enable; ``"fsdp"``: FSDP2 instead.
+        wrapper: Key of ``WRAPPERS``, the options of DistributedDataParallel; ``"fsdp"``: FSDP2 instead.
         sizes: Samples of each rank.
         plan: Key of ``PLANS``. All backward passes of a step but the last are without synchronization.
         own: Whether to call ``sum(losses).backward()``.
@@ -112,8 +118,7 @@ def train(rank: int | None, setup: Setup, steps: int = STEPS) -> Result:
             fully_shard(module)
         wrapped = fully_shard(model)
     elif rank is not None:
-        options: dict[str, Any] = {setup.wrapper: True} if setup.wrapper else {}
-        wrapped = DistributedDataParallel(model, **options)
+        wrapped = DistributedDataParallel(model, **WRAPPERS[setup.wrapper])
     bare = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     optimizer = RotoGradOptimizer(
         bare, heads=model.heads, burn_in_period=5, rotation_lr=0.05, **{"turn_every": 1, **OPTIONS[setup.options]()}
