@@ -39,6 +39,7 @@ def same_data_on_all() -> Iterator[None]:
         patch.setattr(Processes, "count", property(lambda self: COUNT[0]))
         patch.setattr(Processes, "gather", gather)
         patch.setattr(Processes, "sum_", sum_)
+        patch.setattr(Processes, "all", lambda self, own: own)
         yield
 
 
@@ -78,7 +79,10 @@ def test_two_processes_with_the_same_data_are_one_with_the_data_twice(
 
 
 def test_rotations_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Processes, "gather", lambda self, local: torch.stack([local, local + 1]))
+    def gather(self: Processes, local: Tensor) -> Tensor:
+        return torch.stack([local, local + local.is_floating_point()])  # sizes are the same
+
+    monkeypatch.setattr(Processes, "gather", gather)
     monkeypatch.setattr(Processes, "count", 2)
     bench = Bench((3, 4), 2, torch.float64, rotation_size=4)
     with pytest.raises(RuntimeError, match="rotations must be the same on all processes, got different ones"):
