@@ -192,6 +192,12 @@ class Places:
             sizes = [size for size, tasks in readers.items() if tasks]
             self._proposed = max(sizes, key=lambda size: (len(readers[size]), together[size], size), default=None)
 
+    def resize(self, size: int) -> None:
+        """Use rotations of ``size``, as other processes do."""
+        self._rotations.create(size)
+        for (task, place), read in self._sizes.items():
+            self.noted[task][place] = read == size
+
     def decide(self) -> None:
         """Create the proposed rotations. Not in a backward pass, in which checkpointing reruns heads."""
         if self._rotations.size is None and self._proposed is not None:

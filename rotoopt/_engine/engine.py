@@ -279,6 +279,7 @@ class Engine:
             return
         # A training loop may call step() under autocast.
         with without_autocast(self.rotations.device):
+            self._weighing.agree(self.capture.places)
             tasks = self._weighing.joint_tasks(self._passes)
             measured, latest = self._weighing.learn(self._passes, tasks), self._passes[-1]
             joined = self.processes.count > 1 or len(self._passes) > 1
@@ -306,7 +307,7 @@ class Engine:
     def _rotation_gradients(self, measured: Measurements, tasks: Sequence[set[int]]) -> list[RotationGradient]:
         """Return the gradients of the rotations; none in a step without an update."""
         size = self.rotations.size
-        gradients = rotation_gradients(self._passes, measured, tasks, self.capture.dims, size)
+        gradients = rotation_gradients(self._passes, measured, tasks, self.capture.dims, self.rotations)
         # If one process updates its rotations, all do.
         all_turn = self._weighing.joint_turns_are_due and any(len(each) > 1 for each in tasks)
         if not gradients and all_turn and size is not None:

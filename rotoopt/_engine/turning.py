@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rotoopt._capture.backward_pass import BackwardPass, Met
 from rotoopt._capture.representation import RotatedDims
+from rotoopt._rotation.rotations import Rotations
 from rotoopt._rotation.step import RotationGradient
 from rotoopt.weighting import Measurements
 
@@ -19,7 +20,7 @@ def rotation_gradients(
     measured: Measurements,
     tasks: Sequence[set[int]],
     dims: RotatedDims,
-    size: int | None,
+    rotations: Rotations,
 ) -> list[RotationGradient]:
     """Return the gradients of the rotations in a step, to be added.
 
@@ -31,8 +32,11 @@ def rotation_gradients(
         measured: Their joint measurements.
         tasks: The tasks of each, on any process. A single one has nothing to align with.
         dims: The rotated dimensions.
-        size: m. Tensors of another size were rotated before it was known.
+        rotations: The rotations. In the first step, tensors of another size may have been rotated before.
     """
+    size = rotations.size
+    if size is None:
+        return []
     num_usable = _num_usable([this for this in passes if not this.lagged])
     gradients = []
     for this, together in zip(passes, tasks, strict=False):
@@ -40,7 +44,7 @@ def rotation_gradients(
             gradients += [
                 _of_batch(met, this, measured, dims) if this.lagged else _of_pass(met, this, num_usable, dims)
                 for met in this.met
-                if met.turns
+                if met.turns and dims.fit(met.shape, size, all_of_them=rotations.covers_all)
             ]
             moments = [moment for moment in this.lone_moments if len(moment) == size]
             gradients += [_of_lone(moment, this, len(measured.norms)) for moment in moments]

@@ -11,6 +11,7 @@ from torch import Tensor
 from rotoopt._capture.agreement import SampleSums
 from rotoopt._capture.backward_pass import BackwardPass, Met
 from rotoopt._capture.fork import Fork
+from rotoopt._capture.places import Places
 from rotoopt._engine.memory import Memory
 from rotoopt._rotation.rotations import Rotations
 from rotoopt._torch.autocast import without_autocast
@@ -92,17 +93,12 @@ class Weighing:
             if fork.sketch is not None:
                 scaled = gradients.scaled.view(len(grads), *fork.shape)
                 this.sample_sums.append(fork.sketch.sums(scaled).scaled(gradients.scale))
-            turns = self.turns_are_due and fork.rotated and self._has_size(fork)
+            turns = self.turns_are_due and fork.rotated
             if len(tasks) > 1 and (turns or this.lagged):
                 this.met.append(Met(gradients, fork.shape, turns, fork.second_moment))
             elif fork.second_moment is not None:  # the target of a single task is its own gradient
                 this.lone_moments.append(fork.second_moment)
         return vector.reshape(fork.shape)
-
-    def _has_size(self, fork: Fork) -> bool:
-        """Whether the tensor has the size of the rotations: in the first pass, another one may have been rotated."""
-        m = self._rotations.size
-        return m is not None and fork.dims.fit(fork.shape, m, all_of_them=self._rotations.covers_all)
 
     def _joined_batch(self, this: BackwardPass, own: TaskGradients) -> TaskGradients:
         """Return the gradients of the losses of the joined batch, with the samples of ``own`` on this process."""
@@ -139,10 +135,31 @@ class Weighing:
         weighting.state.update(remembered)
         return weights
 
+    def agree(self, places: Places) -> None:
+        """Give the rotations of all processes one size, until all have some: that of the first that has.
+
+        On the others, no head has run yet, only heads that are not rotated, or heads that read another size.
+        """
+        if self._processes.count > 1 and not self._processes_checked and any(self._rotations.rotate):
+            agreed = next(filter(None, self._sizes()), None)
+            if agreed is not None and agreed != self._rotations.size:
+                places.resize(agreed)
+            self._check_processes()
+
     def _check_processes(self) -> None:
-        if not self._processes_checked and self._rotations.size is not None:
-            self._processes.check_same(self._rotations.matrices)
-            self._processes_checked = True
+        """Check once, as soon as all processes have rotations of one size, that these are the same."""
+        if not self._processes_checked and any(self._rotations.rotate):
+            sizes = set(self._sizes())
+            if len(sizes) == 1 and sizes != {0}:
+                self._processes.check_same(self._rotations.matrices)
+                self._processes_checked = True
+
+    def _sizes(self) -> list[int]:
+        """Return the sizes of the rotations of all processes, zero where there are none; synchronizes."""
+        sizes: list[int] = self._processes.gather(
+            torch.tensor(self._rotations.size or 0, device=self._rotations.device)
+        ).tolist()
+        return sizes
 
     def loss_reference(self, this: BackwardPass) -> Reference:
         """Return |L_k(t0)| with the losses of ``this``, before it is known whether its gradients are finite."""
@@ -199,7 +216,6 @@ class Weighing:
         # A single lagged pass is the joined batch: its norms are zero for absent tasks.
         measured = parts[0] if latest.lagged and len(parts) == count == 1 else joined(parts)
         if count > 1 and not waited:
-            self._check_processes()
             measured = joined_across(measured, self._processes)
         agreement = self._agreement(passes, tasks)
         seen = replace(measured, present=measured.present & measured.finite, agreement=agreement)

@@ -115,6 +115,40 @@ def test_different_rotations_are_an_error_on_all_ranks(ranks: Ranks) -> None:
         assert "must be the same on all processes, got different ones. Either (a) a checkpoint was loaded" in message
 
 
+class TwoSizes(torch.nn.Module):
+    """Two tasks with tensors of different sizes; one of them runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbones = torch.nn.ModuleList([torch.nn.Linear(INPUTS, 8), torch.nn.Linear(INPUTS, 6)])
+        self.heads = torch.nn.ModuleList([torch.nn.Linear(8, 2), torch.nn.Linear(6, 2)])
+
+    def forward(self, x: Tensor, task: int) -> Tensor:
+        out: Tensor = self.heads[task](self.backbones[task](x))
+        return out
+
+
+def train_on_two_sizes(rank: int, rotate: Any) -> list[Any]:
+    torch.manual_seed(0)
+    model = TwoSizes()
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = RotoGradOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.heads, rotate=rotate, turn_every=1)
+    for step in range(4):
+        task = (rank + step // 2) % 2
+        optimizer.zero_grad()
+        optimizer.step({f"heads[{task}]": parallel(torch.randn(4, INPUTS), task).square().mean()})
+    return [list(model.state_dict().values()), optimizer.task_weights, optimizer.rotations.matrices]
+
+
+@pytest.mark.parametrize("rotate", [True, [True, False], [False, True], False], ids=str)
+def test_ranks_may_begin_with_tensors_of_different_sizes(ranks: Ranks, rotate: Any) -> None:
+    first, second = ranks.run(train_on_two_sizes, rotate)
+    torch.testing.assert_close(first[:2], second[:2], rtol=0.0, atol=0.0)
+    if rotate is not False:
+        torch.testing.assert_close(first[2], second[2], rtol=0.0, atol=0.0)
+        assert len(first[2][0]) == (6 if rotate == [False, True] else 8)
+
+
 def shard_too_late(rank: int) -> bool:
     model, optimizer = wrap()
     for head in model.heads:
