@@ -80,16 +80,23 @@ def joined(parts: Sequence[Measurements]) -> Measurements:
 
 
 def joined_across(own: Measurements, processes: Processes) -> Measurements:
-    """Return the joint measurements of all processes; the losses in ``own`` already are those of all."""
-    K, cosines = len(own.norms), own.norms.new_zeros(0) if own.cosines is None else own.cosines.flatten()
-    gathered = processes.gather(torch.cat([own.norms, own.present, own.finite[None], cosines]))
-    norms, present, finite, parts = torch.split(gathered, [K, K, 1, len(cosines)], dim=1)
+    """Return the joint measurements of all processes.
+
+    The losses already are those of all, but a backward pass may be left out on a process where a gradient was not
+    finite: all use those of the first process.
+    """
+    K, none = len(own.norms), own.norms.new_zeros(0)
+    losses = none if own.losses is None else own.losses
+    cosines = none if own.cosines is None else own.cosines.flatten()
+    gathered = processes.gather(torch.cat([own.norms, own.present, own.finite[None], losses, cosines]))
+    norms, present, finite, values, parts = torch.split(gathered, [K, K, 1, len(losses), len(cosines)], dim=1)
     total = root_sum_square(norms)
     return replace(
         own,
         norms=total,
         present=present.any(0),
         finite=finite.all(),
+        losses=None if own.losses is None else values[0],
         cosines=None if own.cosines is None else _joint_cosines(parts.view(-1, K, K), norms, total),
     )
 

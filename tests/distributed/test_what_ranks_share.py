@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -61,6 +62,31 @@ def test_bad_batch_on_one_rank_changes_nothing_on_any(ranks: Ranks, factor: floa
         else:
             torch.testing.assert_close(after, before, rtol=0.0, atol=0.0, equal_nan=True)
     assert not torch.equal(first[-1]["matrices"], first[0]["matrices"])
+
+
+def meet_a_bad_gradient(rank: int) -> list[Any]:
+    model, optimizer = wrap()
+    parallel = DistributedDataParallel(model)
+    for step in range(4):
+        optimizer.zero_grad()
+        for number in range(2):
+            with nullcontext() if number else parallel.no_sync():
+                losses, rep = losses_of(parallel, 10 * step + 2 * number + rank)
+                if rank == 1 and step == 3 and number == 0:
+                    losses[0].register_hook(lambda grad: grad * float("nan"))  # type: ignore[no-untyped-call]
+                optimizer.backward(losses, rep)
+        for param in model.parameters():
+            assert param.grad is not None
+            param.grad.nan_to_num_(0.0)
+        optimizer.step()
+    state = optimizer.state_dict()["rotograd"]
+    return [list(model.state_dict().values()), state["weighting"], state["weights"], state["matrices"]]
+
+
+def test_gradient_that_is_not_finite_in_one_of_several_passes_on_one_rank(ranks: Ranks) -> None:
+    """Its loss is finite."""
+    first, second = ranks.run(meet_a_bad_gradient)
+    torch.testing.assert_close(first, second, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def train_in_a_group_of_one(rank: int) -> Tensor:
