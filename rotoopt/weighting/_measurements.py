@@ -96,7 +96,7 @@ def joined_across(own: Measurements, processes: Processes) -> Measurements:
         norms=total,
         present=present.any(0),
         finite=finite.all(),
-        losses=None if own.losses is None else values[0],
+        losses=None if own.losses is None else values[0].to(own.losses),
         cosines=None if own.cosines is None else _joint_cosines(parts.view(-1, K, K), norms, total),
     )
 

@@ -101,8 +101,9 @@ def test_processes_measure_their_joined_batch(drawn: list[Pass], meets: bool) ->
             assert measured.cosines is None
         assert torch.equal(measured.present, expected.present)
         assert bool(measured.finite) == all(each.finite for each in drawn)
-        for name in ("losses", "norm_references", "loss_references"):  # the losses already include all processes
-            assert_same_bits(getattr(measured, name), getattr(own[rank], name))
+        known = {"losses": own[0], "norm_references": own[rank], "loss_references": own[rank]}
+        for name, source in known.items():  # the losses already include all processes
+            assert_same_bits(getattr(measured, name), getattr(source, name))
 
 
 def test_unknown_references_divide_by_one() -> None:
