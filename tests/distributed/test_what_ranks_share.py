@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.join import Join
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -87,6 +88,44 @@ def test_gradient_that_is_not_finite_in_one_of_several_passes_on_one_rank(ranks:
     """Its loss is finite."""
     first, second = ranks.run(meet_a_bad_gradient)
     torch.testing.assert_close(first, second, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def train_on_loaders_of_different_lengths(rank: int) -> tuple[int, list[Tensor]]:
+    model, optimizer = wrap()
+    parallel = DistributedDataParallel(model)
+    begun = []
+
+    def run() -> None:
+        with Join([parallel], throw_on_early_termination=True):
+            for step in range(3 + 2 * rank):
+                begun.append(step)
+                optimizer.zero_grad()
+                optimizer.step(*losses_of(parallel, 10 * step + rank))
+
+    with pytest.raises(RuntimeError, match="exhausted"):
+        run()
+    return len(begun), list(model.state_dict().values())
+
+
+def test_join_ends_with_the_shortest_loader(ranks: Ranks) -> None:
+    (short, first), (stopped, second) = ranks.run(train_on_loaders_of_different_lengths)
+    assert (short, stopped) == (3, 4)  # in the forward pass of the fourth step
+    torch.testing.assert_close(first, second, rtol=0.0, atol=0.0)
+
+
+def run_without_tasks(rank: int) -> list[Tensor]:
+    model, optimizer = wrap()
+    parallel = DistributedDataParallel(model)
+    for step in range(3):
+        optimizer.zero_grad()
+        losses, rep = losses_of(parallel, 10 * step + rank)
+        optimizer.step([loss * (1 - rank) for loss in losses], rep)
+    return [*model.state_dict().values(), optimizer.rotations.matrices]
+
+
+def test_rank_without_tasks_multiplies_its_losses_by_zero(ranks: Ranks) -> None:
+    first, second = ranks.run(run_without_tasks)
+    torch.testing.assert_close(first, second, rtol=0.0, atol=0.0)
 
 
 def train_in_a_group_of_one(rank: int) -> Tensor:
