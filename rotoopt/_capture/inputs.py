@@ -1,9 +1,10 @@
-"""Inputs of a head: the tensors in nested lists, tuples and dicts."""
+"""Inputs of a head: the tensors in nested lists, tuples, dicts and dataclasses."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -30,9 +31,9 @@ def paths_and_leaves(inputs: Inputs, arguments: Arguments) -> list[tuple[Path, A
 
 
 def _collect(value: Any, path: Path, found: list[tuple[Path, Any]]) -> None:
-    if isinstance(value, dict):
-        for key in value:
-            _collect(value[key], (*path, str(key)), found)
+    if has_items(value):
+        for key, item in items_of(value).items():
+            _collect(item, (*path, str(key)), found)
     elif isinstance(value, list | tuple):
         for index, each in enumerate(value):
             _collect(each, (*path, index), found)
@@ -41,6 +42,36 @@ def _collect(value: Any, path: Path, found: list[tuple[Path, Any]]) -> None:
     else:  # a class that is registered with torch's pytree
         for keys, leaf in tree_flatten_with_path(value)[0]:
             found.append(((*path, *[_entry(key) for key in keys]), leaf))
+
+
+def has_items(value: object) -> bool:
+    """Whether ``value`` is a dict, or of a dataclass."""
+    return isinstance(value, dict) or (is_dataclass(value) and not isinstance(value, type))
+
+
+def items_of(value: Any) -> dict[Any, Any]:
+    """Return the items of a dict, or the attributes of a dataclass by name."""
+    if isinstance(value, dict):
+        return {key: value[key] for key in value}
+    if hasattr(value, "__dict__"):
+        return dict(vars(value))
+    return {each.name: getattr(value, each.name) for each in fields(value)}  # it has slots
+
+
+def set_item(value: Any, key: Any, item: Any) -> None:
+    """Set what :func:`items_of` returns."""
+    if isinstance(value, dict):
+        value[key] = item
+    else:
+        object.__setattr__(value, key, item)  # also of a frozen dataclass
+
+
+def remove_item(value: Any, key: Any) -> None:
+    """Remove what :func:`items_of` returns."""
+    if isinstance(value, dict):
+        del value[key]
+    else:
+        object.__delattr__(value, key)
 
 
 def _entry(key: Any) -> str | int:
@@ -63,11 +94,11 @@ def _rebuilt(given: Any, rest: Iterator[Any]) -> tuple[Any, bool]:
     """Return ``given`` with its leaves replaced by the next ones of ``rest``, and whether nothing changed."""
     # Flags are returned, and lists are built from them, because torch.compile can neither compare tuples by identity
     # nor trace generators.
-    if isinstance(given, dict):
-        items = {key: _rebuilt(given[key], rest) for key in given}
+    if has_items(given):
+        items = {key: _rebuilt(item, rest) for key, item in items_of(given).items()}
         if all([same for _, same in items.values()]):  # noqa: C419
             return given, True
-        return _dict_like(given, {key: item for key, (item, _) in items.items()}), False
+        return _with_items(given, {key: item for key, (item, _) in items.items()}), False
     if isinstance(given, (list, tuple)):  # torch.compile before 2.9 cannot trace `A | B`
         parts = [_rebuilt(each, rest) for each in given]
         if all([same for _, same in parts]):  # noqa: C419
@@ -83,23 +114,23 @@ def _rebuilt(given: Any, rest: Iterator[Any]) -> tuple[Any, bool]:
     return (after[0] if not before[0][0] else tree_unflatten(after, structure)), False
 
 
-def _dict_like(given: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
+def _with_items(given: Any, items: dict[Any, Any]) -> Any:
     """Return a copy of ``given`` with other items."""
     if type(given) is dict:
         return items
     try:
         again = _copied(given)
         for key in items:
-            again[key] = items[key]
+            set_item(again, key, items[key])
     except Exception as error:
         raise TypeError(
-            "A dict with inputs of a head must support copy.copy() and setting items, got a "
-            f"{type(given).__name__} ({error}). Pass dict(...) of it to the head."
+            "A dict or dataclass with inputs of a head must support copy.copy() and setting items, got a "
+            f"{type(given).__name__} ({error}). Pass a dict of its items to the head."
         ) from error
     return again
 
 
-def _copied(given: dict[Any, Any]) -> dict[Any, Any]:
+def _copied(given: Any) -> Any:
     try:
         return copy.copy(given)
     except KeyError:  # before Python 3.11, of an attribute that is looked up as an item

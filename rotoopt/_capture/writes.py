@@ -1,18 +1,17 @@
-"""Dicts and lists that a head writes to: it gets copies with rotated tensors, and the caller must see what it wrote."""
+"""Containers that a head writes to: it gets copies with rotated tensors, and the caller must see what it wrote."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from rotoopt._capture.inputs import Inputs
+from rotoopt._capture.inputs import Inputs, has_items, items_of, remove_item, set_item
 from rotoopt._torch.modules import ForwardHook
 
 
 class Copy(NamedTuple):
-    """A dict or list that was copied for a head.
+    """A dict, list or dataclass that was copied for a head.
 
     Attributes:
         given: What the caller passed.
@@ -28,7 +27,7 @@ class Copy(NamedTuple):
 
 
 class Writes(ForwardHook):
-    """A forward hook that shows the caller what a head has written to the dicts and lists that it got."""
+    """A forward hook that shows the caller what a head has written to the containers that it got."""
 
     def __init__(self) -> None:
         self._copies: list[Copy] = []
@@ -37,7 +36,7 @@ class Writes(ForwardHook):
         return {"_copies": []}  # of a forward pass
 
     def note(self, given: Inputs, fed: Inputs) -> Inputs:
-        """Record which dicts and lists in ``given`` were copied in ``fed``, and return ``fed``."""
+        """Record which containers in ``given`` were copied in ``fed``, and return ``fed``."""
         found: list[Copy] = []
         for value, new in zip([*given[0], *given[1].values()], [*fed[0], *fed[1].values()], strict=True):
             _collect(value, new, found)
@@ -59,28 +58,24 @@ class Writes(ForwardHook):
 
 
 def _collect(given: Any, fed: Any, found: list[Copy]) -> None:
-    if not isinstance(given, (dict, list, tuple)):
+    named = has_items(given)
+    if not named and not isinstance(given, (list, tuple)):
         return
+    before, after = _entries(given), _entries(fed)
     if not isinstance(given, tuple):
         if given is fed:
             return
-        found.append(Copy(given, fed, _items(given), _items(fed)))
-    for value, new in _pairs(given, fed):
-        _collect(value, new, found)
+        found.append(Copy(given, fed, before, after))
+    for key in before if named else range(len(before)):
+        _collect(before[key], after[key], found)
 
 
-def _items(container: Any) -> Any:
-    return {key: container[key] for key in container} if isinstance(container, dict) else list(container)
-
-
-def _pairs(given: Any, fed: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(given, dict):
-        return iter([(given[key], fed[key]) for key in given])
-    return zip(given, fed, strict=True)
+def _entries(container: Any) -> Any:
+    return items_of(container) if has_items(container) else list(container)
 
 
 def _write_back(copies: list[Copy], output: Any) -> Any:
-    written = [_write_dict(each) if isinstance(each.given, dict) else _write_list(each) for each in copies]
+    written = [_write_items(each) if has_items(each.given) else _write_list(each) for each in copies]
     if not any(written):
         return output
     if type(output) is tuple:
@@ -90,18 +85,19 @@ def _write_back(copies: list[Copy], output: Any) -> Any:
 
 def _given(value: Any, copies: list[Copy]) -> Any:
     """Return the container of the caller if ``value`` is its copy, otherwise ``value``."""
-    if not isinstance(value, (dict, list)):
+    if not has_items(value) and not isinstance(value, list):
         return value
     return next((each.given for each in copies if each.fed is value), value)
 
 
-def _write_dict(copy: Copy) -> bool:
-    removed = [key for key in copy.before if key not in copy.fed]
-    written = [key for key in copy.fed if key not in copy.before or not _same(copy.fed[key], copy.before[key])]
+def _write_items(copy: Copy) -> bool:
+    after = items_of(copy.fed)
+    removed = [key for key in copy.before if key not in after]
+    written = [key for key in after if key not in copy.before or not _same(after[key], copy.before[key])]
     for key in removed:
-        del copy.given[key]
+        remove_item(copy.given, key)
     for key in written:
-        copy.given[key] = copy.fed[key]
+        set_item(copy.given, key, after[key])
     return bool(removed or written)
 
 

@@ -151,7 +151,9 @@ REFUSED: dict[str, Callable[[], object]] = {
     "The loss of a must be computed from the output of its own head": picked,
     "The representation must be a dense tensor": sparse,
     "A floating-point tensor must enter a head": lambda: container(lambda z: SimpleNamespace(z=z)),
-    "A dict with inputs of a head must support copy.copy() and setting items": lambda: container(lambda z: Fixed(z=z)),
+    "A dict or dataclass with inputs of a head must support copy.copy() and setting items": lambda: container(
+        lambda z: Fixed(z=z)
+    ),
     "Losses must reach shared parameters through their heads, got the output of a re-entrant checkpoint": reentrant,
     "The weighting UPGrad() must see the gradients of all tasks at one tensor": aggregator,
     "An input of a head must always be the representation, or never": recurrent,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import pytest
@@ -66,6 +66,23 @@ class Features:
 torch.export.register_dataclass(Features, serialized_type_name="tests.Features")
 
 
+@dataclass(frozen=True)
+class Record:
+    """A dataclass that torch does not know, with a field that may be missing."""
+
+    z: Any
+    scale: float = 2.0
+    made: Tensor = field(init=False)
+
+
+@dataclass(slots=True)
+class Slots:
+    """A dataclass without a dict of attributes."""
+
+    z: Tensor
+    scale: float = 2.0
+
+
 class OwnPair(Pair):
     """A named tuple with another constructor."""
 
@@ -94,6 +111,9 @@ CONTAINERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] =
     "easy dict": (lambda z: EasyDict(z=z), lambda x: x.z),
     "dataclass": (Features, lambda x: x.z * x.scale),
     "dict in a dataclass": (lambda z: Features({"a": z}), lambda x: x.z["a"] * x.scale),
+    "dataclass with slots": (Slots, lambda x: x.z * x.scale),
+    "frozen dataclass": (Record, lambda x: x.z * x.scale),
+    "dataclass in a dataclass": (lambda z: Record(Features([z])), lambda x: x.z.z[0] * x.scale),
     "deque": (lambda z: deque([z], maxlen=2), lambda x: x[0]),
     "nested": (lambda z: [{"a": (Output(last=z), 1)}], lambda x: x[0]["a"][0].last),
 }
@@ -146,7 +166,7 @@ def test_a_dict_that_cannot_be_copied_is_rejected_if_it_would_change() -> None:
     heads = [Head(lambda x: x["z"]), Head(lambda x: x["z"])]
     optimizer = RotoGradOptimizer(SGD(nn.ModuleList(heads).parameters(), lr=0.1), heads, init="haar", rotation_size=D)
     z = torch.randn(4, D, requires_grad=True)
-    with pytest.raises(TypeError, match=r"^A dict with .* got a Frozen \(it is frozen\)\. Pass dict") as raised:
+    with pytest.raises(TypeError, match=r"^A dict or .* got a Frozen \(it is frozen\)\. Pass a dict") as raised:
         heads[0](Frozen(z=z))
     assert_reads_well(str(raised.value))
     masks, names = Frozen(mask=torch.ones(4, 1)), [deque(["first"])]

@@ -1,8 +1,9 @@
-"""Heads that write to the dicts and lists that they get: the caller sees what they wrote, as without a rotation."""
+"""Heads that write to the containers that they get: the caller sees what they wrote, as without a rotation."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -36,6 +37,13 @@ LIST_WRITES = {
     "reverse": lambda x, out: x.reverse(),
     "nothing": lambda x, out: None,
 }
+OBJECT_WRITES = {
+    "new attribute": lambda x, out: setattr(x, "out", out),
+    "over z": lambda x, out: setattr(x, "z", out),
+    "remove another": lambda x, out: delattr(x, "other"),
+    "in a list": lambda x, out: x.nested.append(out),
+    "nothing": lambda x, out: None,
+}
 RETURNS = {
     "inputs": lambda inputs, out: inputs,
     "pair": lambda inputs, out: (out, inputs),
@@ -46,6 +54,15 @@ RETURNS = {
 }
 
 
+@dataclass
+class Batch:
+    """What goes through all modules of a model."""
+
+    z: Any
+    other: Any
+    nested: Any
+
+
 class Writer(nn.Module):
     """Writes to its input, and returns it or not."""
 
@@ -54,13 +71,15 @@ class Writer(nn.Module):
         self.layer, self.write, self.returned = nn.Linear(D, 2), write, returned
 
     def forward(self, inputs: Any) -> Any:
-        out = self.layer(inputs["z"] if isinstance(inputs, dict) else inputs[0])
+        z = inputs.z if isinstance(inputs, Batch) else inputs["z"] if isinstance(inputs, dict) else inputs[0]
+        out = self.layer(z)
         self.write(inputs, out)
         return self.returned(inputs, out)
 
 
 def described(value: Any, names: dict[int, str]) -> Any:
     """Return ``value`` with tensors replaced by names of the original ones, or by their values."""
+    value = vars(value) if isinstance(value, Batch) else value
     if isinstance(value, dict):
         return {key: described(each, names) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -70,10 +89,12 @@ def described(value: Any, names: dict[int, str]) -> Any:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("returned", RETURNS)
-@pytest.mark.parametrize("write", [*DICT_WRITES.items(), *LIST_WRITES.items()], ids=lambda each: each[0])
+@pytest.mark.parametrize(
+    "write", [*DICT_WRITES.items(), *LIST_WRITES.items(), *OBJECT_WRITES.items()], ids=lambda each: each[0]
+)
 def test_callers_see_what_heads_write(write: Any, returned: str, training: bool) -> None:
     name, change = write
-    is_dict = change in DICT_WRITES.values()
+    is_dict, is_object = change in DICT_WRITES.values(), change in OBJECT_WRITES.values()
     plain = Writer(change, RETURNS[returned])
     backbone, wrapped = nn.Linear(5, D), copy.deepcopy(plain)
     params = [*backbone.parameters(), *wrapped.parameters()]
@@ -83,7 +104,7 @@ def test_callers_see_what_heads_write(write: Any, returned: str, training: bool)
     found = []
     for head in (plain.train(training), wrapped.train(training)):
         more = {"z": z, "other": other, "x": x, "pair": (z, x), "nested": [{"z": z}, x]}
-        inputs: Any = more if is_dict else [z, other, x, (z, x)]
+        inputs: Any = more if is_dict else Batch(z, [other], [x, z]) if is_object else [z, other, x, (z, x)]
         output = head(inputs)
         same = output is inputs or (isinstance(output, tuple) and output[1] is inputs)
         writes = name != "nothing"
