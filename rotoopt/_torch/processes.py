@@ -55,7 +55,7 @@ class Processes:
         In the middle of a backward pass, processes with different tasks have begun different numbers of those of
         DistributedDataParallel, and each would wait for the other one.
         """
-        ranks = str(dist.get_process_group_ranks(self.group))
+        ranks = str(dist.get_process_group_ranks(self.group or dist.group.WORLD))
         asked[ranks] += 1
         store, key = default_store(), f"rotoopt {ranks} {asked[ranks]}"
         store.add(f"{key} false", 1 - own)
