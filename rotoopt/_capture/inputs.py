@@ -30,6 +30,13 @@ def paths_and_leaves(inputs: Inputs, arguments: Arguments) -> list[tuple[Path, A
     return found
 
 
+def leaves_of(value: Any) -> list[Any]:
+    """Return everything in nested containers."""
+    found: list[tuple[Path, Any]] = []
+    _collect(value, (), found)
+    return [leaf for _, leaf in found]
+
+
 def _collect(value: Any, path: Path, found: list[tuple[Path, Any]]) -> None:
     if has_items(value):
         for key, item in items_of(value).items():

@@ -15,9 +15,10 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from rotoopt._capture.hooks import HeadHook
+from rotoopt._capture.inputs import leaves_of
 from rotoopt._capture.representation import RotatedDims, rotated
 from rotoopt._torch.modules import in_eval_mode, living_modules
-from rotoopt._torch.private import own_parameters, tree_leaves, without_forward_pre_hooks
+from rotoopt._torch.private import own_parameters, without_forward_pre_hooks
 
 CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -118,7 +119,7 @@ class _Used(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func.__name__ != "__get__":  # reading a shape or a dtype does not count
-            self.ids |= {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            self.ids |= {id(leaf) for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)}
         return func(*args, **(kwargs or {}))
 
 
@@ -160,7 +161,7 @@ def _trace(head: nn.Module, tensors: dict[str, Tensor], rep: Tensor) -> tuple[li
     consumers: dict[nn.Module, Tensor] = {}
 
     def follow(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
         fed = next((followed[_storage(leaf)] for leaf in inputs if _storage(leaf) in followed), None)
         if fed is None:
             return
@@ -213,7 +214,7 @@ def _run(head: nn.Module, tensors: dict[str, Tensor], rep: Tensor) -> list[Any]:
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             # With tie_weights=True, torch would leave a copy behind in a module that is in several places.
-            return tree_leaves(functional_call(head, tensors, (rep,), tie_weights=False))
+            return leaves_of(functional_call(head, tensors, (rep,), tie_weights=False))
     except Exception as error:
         raise UnfoldableError(f"it does not run on z alone in {rep.dtype} ({type(error).__name__}: {error})") from error
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rotoopt._capture.fed import Fed, address
 from rotoopt._capture.fork import LOSSES_AS_HEADS
 from rotoopt._capture.graph import is_handed_on
-from rotoopt._torch.private import tree_leaves
+from rotoopt._capture.inputs import is_floating, leaves_of
 
 Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
 
@@ -87,7 +87,7 @@ def check_rep(rep: object, fed: Fed, names: Sequence[str]) -> None:
     """Check that ``rep`` entered the heads: a tensor, or several in nested containers."""
     if rep is None:
         return
-    tensors = [rep] if isinstance(rep, Tensor) else [leaf for leaf in tree_leaves(rep) if isinstance(leaf, Tensor)]
+    tensors = [rep] if isinstance(rep, Tensor) else [leaf for leaf in leaves_of(rep) if is_floating(leaf)]
     if not tensors:
         raise TypeError(
             f"`rep` must be the shared representation, a tensor or several in lists, tuples and dicts, got {kind(rep)}."

@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 
 # Tensors nested in lists, tuples and dicts. There is no public function; torch.utils.pytree needs another package.
 from torch.utils._pytree import tree_flatten_with_path as tree_flatten_with_path
-from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 ENGINE_FILE = torch.autograd.graph.__file__

@@ -15,8 +15,8 @@ from torch.testing import assert_close
 
 from rotoopt import ProgressWeighting, RotoGradOptimizer, RotoGradWeighting
 from rotoopt._capture import wiring
+from rotoopt._capture.inputs import leaves_of
 from rotoopt._torch.modules import is_trained
-from rotoopt._torch.private import tree_leaves
 from tests.asserts import eps
 from tests.contract.models import REP_SIZE, TwoTasks, back_propagate, wrap
 from tests.operations import Count
@@ -381,7 +381,7 @@ def test_tensors_that_enter_a_head_keep_their_class_and_attributes(kind: type[Te
     record = optimizer.last_step
     assert record is not None
     tensors = [each for each in vars(record).values() if isinstance(each, Tensor)]
-    assert {type(each) for each in [*tensors, *tree_leaves(optimizer.state_dict())] if isinstance(each, Tensor)} == {
+    assert {type(each) for each in [*tensors, *leaves_of(optimizer.state_dict())] if isinstance(each, Tensor)} == {
         Tensor
     }
     assert copy.deepcopy(optimizer.state_dict())

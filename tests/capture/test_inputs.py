@@ -155,6 +155,19 @@ def test_containers_keep_their_types(name: str, keyword: bool) -> None:
     assert_close(read(heads[0].got), z @ optimizer.rotations[0].mT)
 
 
+@pytest.mark.parametrize("name", [name for name in CONTAINERS if name not in ("deque", "tuple of torch")])
+def test_rep_may_be_what_the_heads_got(name: str) -> None:
+    make, read = CONTAINERS[name]
+    backbone, heads = nn.Linear(5, D), [Head(read), Head(read)]
+    params = [*backbone.parameters(), *nn.ModuleList(heads).parameters()]
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.01), heads, rotation_size=D)
+    inputs, others = make(backbone(torch.randn(4, 5))), make(torch.randn(4, D))
+    losses = [head(inputs).square().mean() for head in heads]
+    with pytest.raises(ValueError, match=r"^`rep` must be what entered the heads, got a tensor of shape"):
+        optimizer.step(losses, others)
+    optimizer.step(losses, inputs)
+
+
 class Frozen(dict[str, Tensor]):
     """A dict whose items cannot be set."""
 

@@ -5,6 +5,7 @@ import gc
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -252,6 +253,29 @@ def test_heads_called_by_keyword() -> None:
     before = [head(input=z) for head in model.heads.values()]
     optimizer.fold()
     torch.testing.assert_close([head(input=z) for head in model.heads.values()], before)
+
+
+@dataclass
+class Scores:
+    """What a head returns."""
+
+    logits: Any
+    name: str = "scores"
+
+
+def test_heads_that_return_a_dataclass() -> None:
+    class Head(nn.Linear):
+        def forward(self, z: torch.Tensor) -> Any:
+            return Scores({"main": super().forward(z)})
+
+    backbone, heads = nn.Linear(3, 5), nn.ModuleList([Head(5, 2), Head(5, 1)])
+    optimizer = RotoGradOptimizer(SGD([*backbone.parameters(), *heads.parameters()], lr=0.1), list(heads), init="haar")
+    z = backbone(X)
+    optimizer.step([head(z).logits["main"].square().mean() for head in heads], z)
+    before = [head(z).logits["main"].detach() for head in heads.eval()]
+    optimizer.fold()
+    torch.testing.assert_close([head(z).logits["main"].detach() for head in heads], before)
+    assert not hooks(heads)
 
 
 def test_first_layer_of_two_heads() -> None:
