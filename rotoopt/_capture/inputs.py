@@ -38,14 +38,14 @@ def leaves_of(value: Any) -> list[Any]:
 
 
 def _collect(value: Any, path: Path, found: list[tuple[Path, Any]]) -> None:
-    if has_items(value):
-        for key, item in items_of(value).items():
-            _collect(item, (*path, str(key)), found)
+    if value is None or isinstance(value, Tensor | int | float | str):
+        found.append((path, value))
     elif isinstance(value, list | tuple):
         for index, each in enumerate(value):
             _collect(each, (*path, index), found)
-    elif value is None or isinstance(value, Tensor | int | float | str):
-        found.append((path, value))
+    elif has_items(value):
+        for key, item in items_of(value).items():
+            _collect(item, (*path, str(key)), found)
     else:  # a class that is registered with torch's pytree
         for keys, leaf in tree_flatten_with_path(value)[0]:
             found.append(((*path, *[_entry(key) for key in keys]), leaf))
@@ -101,19 +101,19 @@ def _rebuilt(given: Any, rest: Iterator[Any]) -> tuple[Any, bool]:
     """Return ``given`` with its leaves replaced by the next ones of ``rest``, and whether nothing changed."""
     # Flags are returned, and lists are built from them, because torch.compile can neither compare tuples by identity
     # nor trace generators.
-    if has_items(given):
-        items = {key: _rebuilt(item, rest) for key, item in items_of(given).items()}
-        if all([same for _, same in items.values()]):  # noqa: C419
-            return given, True
-        return _with_items(given, {key: item for key, (item, _) in items.items()}), False
+    if given is None or isinstance(given, (Tensor, int, float, str)):
+        leaf = next(rest)
+        return leaf, leaf is given
     if isinstance(given, (list, tuple)):  # torch.compile before 2.9 cannot trace `A | B`
         parts = [_rebuilt(each, rest) for each in given]
         if all([same for _, same in parts]):  # noqa: C419
             return given, True
         return _list_like(given, [part for part, _ in parts]), False
-    if given is None or isinstance(given, (Tensor, int, float, str)):
-        leaf = next(rest)
-        return leaf, leaf is given
+    if has_items(given):
+        items = {key: _rebuilt(item, rest) for key, item in items_of(given).items()}
+        if all([same for _, same in items.values()]):  # noqa: C419
+            return given, True
+        return _with_items(given, {key: item for key, (item, _) in items.items()}), False
     before, structure = tree_flatten_with_path(given)
     after = [next(rest) for _ in before]
     if all([new is old for new, (_, old) in zip(after, before, strict=True)]):  # noqa: C419
