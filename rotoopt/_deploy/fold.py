@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rotoopt._capture.capture import Capture
-from rotoopt._capture.inputs import Inputs, paths_and_leaves, rebuilt
+from rotoopt._capture.inputs import Inputs, is_floating, paths_and_leaves, rebuilt
 from rotoopt._capture.paths import Arguments, Path, as_in_training
 from rotoopt._capture.places import Place
 from rotoopt._capture.representation import RotatedDims, rotated
@@ -53,7 +53,7 @@ class RotationHook:
 
         paths = as_in_training(pairs, self.noted, fits)
         leaves = [
-            rotated(leaf, matrix, self.dims) if self.noted.get(path) else leaf
+            rotated(leaf, matrix, self.dims) if is_floating(leaf) and self.noted.get(path) else leaf
             for path, (_, leaf) in zip(paths, pairs, strict=True)
         ]
         return self.writes.note((args, kwargs), rebuilt((args, kwargs), leaves))

@@ -255,6 +255,23 @@ def test_heads_called_by_keyword() -> None:
     torch.testing.assert_close([head(input=z) for head in model.heads.values()], before)
 
 
+@pytest.mark.filterwarnings(f"ignore:{KEEPS}")
+@pytest.mark.parametrize("other", [None, torch.tensor([True, False, True, False, True])])
+def test_heads_called_without_an_input_of_training(other: Tensor | None) -> None:
+    class Head(nn.Linear):
+        def forward(self, z: Tensor, other: Tensor | None = None) -> Tensor:
+            return super().forward(z if other is None else z * other)
+
+    backbone, heads = nn.Linear(3, 5), nn.ModuleList([Head(5, 2), Head(5, 1)])
+    optimizer = RotoGradOptimizer(SGD([*backbone.parameters(), *heads.parameters()], lr=0.1), list(heads), init="haar")
+    z = backbone(torch.randn(4, 3))
+    optimizer.step([head(z, z.tanh()).square().mean() for head in heads], z)
+    z = z.detach()
+    before = [head(z, other).detach() for head in heads.eval()]
+    optimizer.fold()
+    torch.testing.assert_close([head(z, other).detach() for head in heads], before)
+
+
 @dataclass
 class Scores:
     """What a head returns."""
