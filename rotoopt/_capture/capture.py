@@ -15,7 +15,7 @@ from rotoopt._capture.agreement import Sketch
 from rotoopt._capture.backward_pass import BackwardPass
 from rotoopt._capture.fed import Fed
 from rotoopt._capture.first_weight import FirstWeight
-from rotoopt._capture.fork import Fork, Rotate
+from rotoopt._capture.fork import Fork, Rotate, Turn
 from rotoopt._capture.graph import parameters_of, tasks_surely_behind
 from rotoopt._capture.in_place import InPlaceHeads
 from rotoopt._capture.inputs import Inputs, is_floating, paths_and_leaves, rebuilt
@@ -262,6 +262,11 @@ class Capture:
             self.fed.tasks.setdefault(task, False)
         elif not let_pass:
             self.fed.note(rep, task, place)
+        if let_pass and rep.requires_grad and matrix is not None:
+            if first is not None and not self._measures() and first.can_rotate(rep, matrix, self.dims):
+                return first.defer(rep, matrix)  # as below, where a checkpoint may compute it again
+            turned: Tensor = Turn.apply(rep, matrix, self.dims)  # type: ignore[no-untyped-call]
+            return turned
         if let_pass or not rep.requires_grad:
             out = rep if matrix is None else rotated(rep, matrix, self.dims)
             own = own and matrix is None and (alone or key in self.shapes)

@@ -206,3 +206,28 @@ class Rotate(torch.autograd.Function):
         is_wide = grad.dtype in (torch.float32, torch.float64)
         goes_on = ctx.fork.arrive(ctx.task, plain(grad if is_wide else grad.float()), matrix)
         return goes_on if goes_on is None or is_wide else goes_on.to(grad.dtype), None, None, None
+
+
+class Turn(torch.autograd.Function):
+    """R z under ``paused()``, with its true gradient.
+
+    Saves what :class:`Rotate` saves, since a checkpoint computes it again in a backward pass outside of ``paused()``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rep: Tensor, matrix: Tensor, dims: RotatedDims) -> Tensor:
+        """Return R z."""
+        ctx.save_for_backward(matrix)
+        ctx.matrix, ctx.dims = matrix, dims  # for jvp()
+        return rotated(rep, matrix, dims).detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient at z."""
+        (matrix,) = ctx.saved_tensors
+        return rotated(grad, matrix, ctx.dims, back=True), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        """Return the tangent at R z."""
+        return rotated(tangent, ctx.matrix, ctx.dims)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from rotoopt import RotoGradOptimizer, RotoGradWeighting
+from rotoopt._capture import first_weight
 from tests.contract.models import TwoTasks, assert_same, back_propagate, sgd, snapshot, wrap
 
 # The reason is given in test_compile.py.
@@ -107,6 +108,41 @@ def test_heads_run_again_in_the_backward_pass() -> None:
     assert runs == ["left"]
     optimizer.step(losses)
     assert runs == ["left", "left"]
+
+
+@pytest.mark.parametrize("least", [0, first_weight.LEAST], ids=["weight is rotated", "input is rotated"])
+def test_paused_forward_passes_of_which_heads_run_again_afterwards(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved must be the same: a checkpoint only compares shapes."""
+    monkeypatch.setattr(first_weight, "LEAST", least)
+    torch.manual_seed(0)
+    backbone, heads = nn.Linear(4, 6), nn.ModuleList([nn.Linear(6, 2), nn.Linear(6, 1)])
+    bare = torch.optim.SGD([*backbone.parameters(), *heads.parameters()], lr=0.01)
+    optimizer = RotoGradOptimizer(bare, list(heads), init="haar")
+    x = torch.randn(15, 4)
+    optimizer.step([head(backbone(x)).square().mean() for head in heads])
+    expected: list[Any] = []
+    found: list[Any] = []
+    for head in heads:
+        for grads, forward in ((expected, head), (found, partial(recomputed, head))):
+            with optimizer.paused():
+                loss = forward(backbone(x)).square().mean()
+            grads.append(torch.autograd.grad(loss, [*backbone.parameters(), *head.parameters()]))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch scripts its decompositions
+def test_forward_mode_under_paused() -> None:
+    model, optimizer = wrap(init="haar")
+    x, head = model.inputs(0), model.heads["left"]
+    optimizer.step([output.square().mean() for output in around()(model, x)])
+    z, tangent = (model.backbone(x).detach().requires_grad_() for x in (model.inputs(1), model.inputs(2)))
+    autograd: Any = torch.autograd
+    with optimizer.paused(), autograd.forward_ad.dual_level():
+        output = head(autograd.forward_ad.make_dual(z, tangent))
+        found = autograd.forward_ad.unpack_dual(output).tangent
+    with optimizer.paused():
+        _, expected = autograd.functional.jvp(head, z, tangent)
+    torch.testing.assert_close(found, expected)
 
 
 def test_functional_heads() -> None:
