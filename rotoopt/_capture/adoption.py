@@ -63,3 +63,5 @@ def adopt(hooks: Hooks, capture: Capture, names: Sequence[str]) -> None:
         new = hook_of(capture.whereabouts.heads[task, number])
         if new is not None and not previous.whereabouts.are_loaded():
             new.lost = hook.lost
+    for _, _, hook in hooks:
+        hook.capture.latest_weights.is_noted = False  # from now on, the new optimizer updates them

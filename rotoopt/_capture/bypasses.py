@@ -53,8 +53,9 @@ AROUND = (
 BEHIND = (
     "Either (a) a layer is applied to the outputs of several heads: list only later modules as heads, give every task "
     f"its own copy of the layer, or {LOSSES_AS_HEADS}, (b) the parameter belongs to one task: list it there, "
-    "heads={'task': (head, parameter)}, or (c) it weights losses: multiply the losses by it, not their errors, outside "
-    "of compiled graphs."
+    "heads={'task': (head, parameter)}, (c) it weights losses: multiply the losses by it, not their errors, outside "
+    "of compiled graphs, or (d) heads read its output inside an object of a custom class, or stored in them: pass it "
+    "as an input."
 )
 
 
@@ -237,7 +238,7 @@ def not_through_its_head(name: str, others: str, head: Sequence[nn.Module | nn.P
         f"The loss of {name} must pass through its rotated head, got one that passes through: {others or 'none'}. "
         "Either (a) the order of `losses` is not that of the heads, (b) the head was bypassed, as by head.forward(z), "
         "another method, a submodule of it (list that one) or the nn.Sequential that it is a slice of (list its "
-        "layers), or a functional head that did not read optimizer.rotate(z), "
+        "layers), or was replaced in the model, or a functional head that did not read optimizer.rotate(z), "
         "(c) it ran in eval mode, on z.detach(), under paused() (a gradient penalty: pass it as backbone_loss, or call "
         "its backward() by itself), no_grad(), torch.func.vmap() or re-entrant checkpointing (pass "
         "use_reentrant=False), before the optimizer was built, or after remove() or fold(), or (d) the model was "

@@ -160,7 +160,8 @@ class Capture:
                 "A floating-point tensor must enter a head, by position or keyword, alone or in lists, tuples and "
                 f"dicts, got {found or 'no input'}. Objects of other classes are not searched: list the "
                 "modules inside of the head that get tensors, or pass num_tasks=K instead of `heads`, and call the "
-                "heads on the tensors of optimizer.rotate(z). Before torch.fx traces a model, call optimizer.fold()."
+                "heads on the tensors of optimizer.rotate(z). Pass list(...) of an iterator, and torch.view_as_real(z) "
+                "of a complex z. Before torch.fx traces a model, call optimizer.fold()."
             )
         paths = self.places.as_in_training(pairs, task, part, trains=captures)
         fed: list[Any] = []

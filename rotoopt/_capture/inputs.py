@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -53,12 +54,12 @@ def _collect(value: Any, path: Path, found: list[tuple[Path, Any]]) -> None:
 
 def has_items(value: object) -> bool:
     """Whether ``value`` is a dict, or of a dataclass."""
-    return isinstance(value, dict) or (is_dataclass(value) and not isinstance(value, type))
+    return isinstance(value, (dict, UserDict)) or (is_dataclass(value) and not isinstance(value, type))
 
 
 def items_of(value: Any) -> dict[Any, Any]:
     """Return the items of a dict, or the attributes of a dataclass by name."""
-    if isinstance(value, dict):
+    if isinstance(value, (dict, UserDict)):
         return {key: value[key] for key in value}
     if hasattr(value, "__dict__"):
         return dict(vars(value))
@@ -67,7 +68,7 @@ def items_of(value: Any) -> dict[Any, Any]:
 
 def set_item(value: Any, key: Any, item: Any) -> None:
     """Set what :func:`items_of` returns."""
-    if isinstance(value, dict):
+    if isinstance(value, (dict, UserDict)):
         value[key] = item
     else:
         object.__setattr__(value, key, item)  # also of a frozen dataclass
@@ -75,7 +76,7 @@ def set_item(value: Any, key: Any, item: Any) -> None:
 
 def remove_item(value: Any, key: Any) -> None:
     """Remove what :func:`items_of` returns."""
-    if isinstance(value, dict):
+    if isinstance(value, (dict, UserDict)):
         del value[key]
     else:
         object.__delattr__(value, key)
@@ -155,5 +156,9 @@ def _list_like(given: list[Any] | tuple[Any, ...], entries: list[Any]) -> Any:
         return again
     if kind is tuple:
         return tuple(entries)
-    # Named tuples, including classes with another __new__; those of torch.
-    return tuple.__new__(kind, entries) if hasattr(kind, "_fields") else kind(entries)
+    if hasattr(kind, "n_sequence_fields"):  # of torch, such as torch.return_types.max
+        return kind(entries)
+    again = tuple.__new__(kind, entries)  # a class may have another __new__
+    if getattr(given, "__dict__", None):
+        vars(again).update(vars(given))
+    return again

@@ -48,7 +48,8 @@ class RotatedDims:
         if any(not -ndim <= i < ndim for i in self.dim):
             raise ValueError(
                 f"`dim` must name dimensions of the representation, got dim={self.dim} for shape {tuple(shape)}. "
-                "Use dim=-1 for vectors and token sequences, dim=1 for the channels of a (B, C, H, W) map."
+                "Use dim=-1 for vectors and token sequences, dim=1 for the channels of a (B, C, H, W) map, and "
+                "rotate=False for single numbers."
             )
         dims = tuple(sorted(i % ndim for i in self.dim))
         if len(set(dims)) < len(dims):

@@ -79,6 +79,11 @@ REPRESENTATIONS = {
         f"{FLOAT} SimpleNamespace. Objects of other classes are not searched: list the modules inside of the head",
         lambda m, o: lambda: left(m)(SimpleNamespace(z=representation(m))),
     ),
+    "iterator": Case(
+        TypeError,
+        rf"{FLOAT} zip\. Objects of .*\. Pass list\(\.\.\.\) of an iterator",
+        lambda m, o: lambda: left(m)(zip([torch.ones(5, 6)], strict=True)),
+    ),
     "no input": Case(TypeError, f"{FLOAT} no input. Objects of", lambda m, o: lambda: left(m)()),
     "list to rotate": Case(
         TypeError,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
@@ -90,6 +90,17 @@ class OwnPair(Pair):
         return super().__new__(cls, z, torch.ones(1))
 
 
+class Boxes(tuple[Tensor, ...]):
+    """A tuple with another constructor, and with an attribute."""
+
+    scale: float
+
+    def __new__(cls, first: Tensor, second: Tensor) -> Boxes:
+        made = super().__new__(cls, (first, second))
+        made.scale = 2.0
+        return made
+
+
 def levels(z: Tensor) -> Levels:
     made = Levels([z])
     made.names = ("p3",)
@@ -102,12 +113,14 @@ CONTAINERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] =
     "tuple": (lambda z: (z, None), lambda x: x[0]),
     "named tuple": (lambda z: Pair(z, torch.ones(1)), lambda x: x.z * x.other),
     "named tuple that is made otherwise": (OwnPair, lambda x: x.z * x.other),
+    "tuple that is made otherwise": (lambda z: Boxes(z, torch.ones(1)), lambda x: x[0] * x[1] * x.scale),
     "tuple of torch": (lambda z: z.topk(D), lambda x: x.values),
     "packed sequence": (lambda z: pack_sequence(list(z[:, None])), lambda x: x.data),
     "dict": (lambda z: {"z": z, 3: "three"}, lambda x: x["z"]),
     "ordered dict": (lambda z: OrderedDict(other=1, z=z), lambda x: x["z"]),
     "default dict": (lambda z: defaultdict(list, z=z), lambda x: x["z"] + sum(x["none"])),
     "model output": (lambda z: Output(last=z), lambda x: x.last),
+    "user dict": (lambda z: UserDict(z=z), lambda x: x["z"]),
     "easy dict": (lambda z: EasyDict(z=z), lambda x: x.z),
     "dataclass": (Features, lambda x: x.z * x.scale),
     "dict in a dataclass": (lambda z: Features({"a": z}), lambda x: x.z["a"] * x.scale),

@@ -313,7 +313,9 @@ def test_other_loops_are_not_reported(name: str, kind: str) -> None:
         evaluate(model, kind)
 
 
-@pytest.mark.parametrize("end", ["remove", "fold", "another optimizer", "a copy of both"])
+@pytest.mark.parametrize(
+    "end", ["remove", "fold", "another optimizer", "another optimizer for one head", "a copy of both"]
+)
 def test_weights_are_not_compared_after_the_training(end: str) -> None:
     model, optimizer = wrap(**TURNING)
     kept = kept_of(list(model.parameters()))
@@ -322,6 +324,8 @@ def test_weights_are_not_compared_after_the_training(end: str) -> None:
         getattr(optimizer, end)()
     elif end == "another optimizer":
         RotoGradOptimizer(sgd(model.parameters()), model.heads)
+    elif end == "another optimizer for one head":
+        RotoGradOptimizer(sgd(model.parameters()), {"left": model.heads["left"]})
     else:
         model, optimizer = copy.deepcopy((model, optimizer))
     by_data(list(model.parameters()), kept)
