@@ -79,8 +79,9 @@ class IdleSteps:
                 "ran. Either (a) the model is in eval mode, for example after a validation without model.train(), (b) "
                 "its heads are bypassed, as by head.forward(z), or run under torch.func, (c) the model that is trained "
                 "is not the one whose heads were given, (d) it was compiled and run before the optimizer was built: "
-                "build it first, or (e) remove() or fold() has ended the weighting: step the wrapped optimizer, "
-                "optimizer.optimizer, instead."
+                "build it first, (e) optimizer.zero_grad() comes between backward() and step(), and discards what was "
+                "measured: call it before backward(), or (f) remove() or fold() has ended the weighting: step the "
+                "wrapped optimizer, optimizer.optimizer, instead."
             )
 
 

@@ -81,7 +81,8 @@ class Weighing:
         """Return the gradient of a tensor, given the gradients of the tasks that were collected there."""
         this.tasks.update(tasks)
         with without_autocast(grads.device):
-            gradients = TaskGradients.of(grads.flatten(1), tasks, self._memory.mask(set(tasks)))
+            flat = grads.reshape(len(grads), fork.shape.numel())  # also of single numbers
+            gradients = TaskGradients.of(flat, tasks, self._memory.mask(set(tasks)))
             if this.lagged:
                 this.norms.append(gradients.norms)
                 assert this.weights is not None

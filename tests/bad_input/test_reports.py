@@ -124,6 +124,25 @@ def test_heads_that_stopped_running() -> None:
     step(2)
 
 
+def test_gradients_that_are_written_after_zero_grad() -> None:
+    """As in PCGrad, which replaces them: what the heads delivered is discarded."""
+    model, optimizer = wrap()
+    params = list(model.parameters())
+
+    def step(batch: int) -> None:
+        gradients = torch.autograd.grad(torch.stack(model.losses(batch)[0]).sum(), params)
+        optimizer.zero_grad()
+        for param, gradient in zip(params, gradients, strict=True):
+            param.grad = gradient
+        optimizer.step()
+
+    for batch in range(SILENT_STEPS - 1):
+        step(batch)
+    assert_warns_once(
+        [partial(step, 1)], r"no head that ran.*\(e\) optimizer\.zero_grad\(\) comes between backward\(\)"
+    )
+
+
 def test_step_after_a_rejected_one_does_not_report_a_frozen_backbone() -> None:
     """In a loop that continues after an error; warnings are errors here."""
     model, optimizer = wrap()

@@ -141,11 +141,34 @@ def test_channels_before_time_need_dim(first: str, options: dict[str, Any]) -> N
     assert trained(make, (4, 8, 20), rotate=False).last_step.finite
 
 
-ELSEWHERE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int | None]] = {
+def test_a_map_without_a_batch_needs_dim() -> None:
+    make = lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(8, 2, 3))  # noqa: E731
+    with pytest.raises(ValueError, match=r"begins with Conv2d, .* Use dim=0 for the channels of maps \(C, H, W\), and"):
+        trained(make, (8, 5, 6))
+    assert trained(make, (8, 5, 6), dim=0).rotations.size == 8
+    assert trained(lambda: nn.Sequential(nn.Unflatten(0, (1, 1)), nn.Conv2d(1, 2, 1)), (1, 5, 6)).rotations.size == 6
+
+
+def test_single_numbers_cannot_be_rotated() -> None:
+    message = r"`dim` must name dimensions of the representation, got dim=\(-1,\) for shape \(\)\. .* rotate=False for"
+    with pytest.raises(ValueError, match=message):
+        trained(nn.PReLU, ())
+    optimizer = trained(nn.PReLU, (), rotate=False)
+    assert optimizer.last_step.grad_norms.isfinite().all()
+
+
+ELSEWHERE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Any, int | None]] = {
     "samples of vectors": (lambda: nn.Linear(8, 2), (4, 8), 0, -1),
     "positions of tokens": (lambda: nn.Sequential(nn.ReLU(), nn.Linear(8, 2)), (4, 5, 8), 1, -1),
     "steps of a signal": (lambda: nn.Conv1d(8, 2, 3), (4, 8, 20), -1, 1),
+    "columns of maps": (lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(8, 2, 3)), (4, 8, 5, 6), -1, 1),
+    "rows of normalized maps": (lambda: nn.BatchNorm2d(8), (4, 8, 5, 6), 2, 1),
+    "depth of volumes": (lambda: nn.Conv3d(8, 2, 1), (4, 8, 3, 3, 3), 2, 1),
+    "columns of a map": (lambda: nn.Conv2d(8, 2, 3), (8, 5, 6), -1, 0),
     "features": (lambda: nn.Linear(8, 2), (4, 5, 8), -1, None),
+    "channels": (lambda: nn.Conv2d(8, 2, 3), (4, 8, 5, 6), (1, 2), None),
+    "features of windows": (lambda: nn.Sequential(nn.Linear(8, 2)), (4, 8, 5, 8), -1, None),
+    "features of spectra": (lambda: nn.Sequential(nn.Unflatten(0, (1, 1)), nn.Conv2d(1, 2, 1)), (1, 5, 8), -1, None),
     "channels that are pooled": (CHANNELS["Linear"], (4, 8, 8), 1, None),
     "other layers": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(160, 2)), (4, 8, 20), 1, None),
 }
