@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torchjd.aggregation import UPGrad
 
-from rotoopt import RotoGradOptimizer
+from rotoopt import ProgressWeighting, RotoGradOptimizer
 from tests.benchmarks.unseen import PROBLEMS
 
 PLAIN_SUM, UPGRAD = "plain sum", "TorchJD UPGrad"
@@ -15,6 +15,7 @@ METHODS: dict[str, dict[str, Any]] = {
     PLAIN_SUM: {"plain": True},
     "default": {},
     "default, rotate=False": {"rotate": False},
+    "default, alpha=1": {"weighting": ProgressWeighting(alpha=1.0)},
     UPGRAD: {"weighting": UPGrad(), "rotate": False},
 }
 
