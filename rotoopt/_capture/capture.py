@@ -80,7 +80,7 @@ class Capture:
         self._seed = seed
         self._are_own = are_own
         self._forks = WeakTensorKeyDictionary()
-        self._in_place = InPlaceHeads()
+        self.in_place = InPlaceHeads()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_forks": None, "fed": None}
@@ -229,7 +229,7 @@ class Capture:
         if matrix is not None:
             return with_attributes_of(rep, rotated(rep, matrix, self.dims))
         may_be_z = alone or (task, place) in self.shapes  # apparently neither a mask nor a condition
-        copies = own and may_be_z and self._in_place.may_change((task, place))
+        copies = own and may_be_z and self.in_place.may_change((task, place))
         return with_attributes_of(rep, rep.clone()) if copies else rep
 
     @not_compiled
@@ -271,7 +271,7 @@ class Capture:
         if let_pass or not rep.requires_grad:
             out = rep if matrix is None else rotated(rep, matrix, self.dims)
             own = own and matrix is None and (alone or key in self.shapes)
-            return self._in_place.own_copy(out, key) if own else out
+            return self.in_place.own_copy(out, key) if own else out
         fork = self._fork(rep)
         fork.enter(task)
         self.shapes[key] = rep.shape
@@ -284,7 +284,7 @@ class Capture:
             if first is not None and not measures and first.can_rotate(rep, matrix, self.dims):
                 return first.defer(Rotate.apply(rep, None, fork, key), matrix)  # type: ignore[no-untyped-call]
         out = Rotate.apply(rep, matrix, fork, key)  # type: ignore[no-untyped-call]
-        return self._in_place.own_copy(out, key) if own and matrix is None else out
+        return self.in_place.own_copy(out, key) if own and matrix is None else out
 
     def _begins_inside(self, rep: Tensor, key: tuple[int, Place]) -> bool:
         """Whether the head has computed ``rep`` itself, so that its gradient is weighted further back in the graph.

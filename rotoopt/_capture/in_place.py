@@ -27,6 +27,13 @@ class InPlaceHeads:
         """Whether the head changes its input, or it is not known yet."""
         return self._changes.get(key) is not False
 
+    @property
+    def tasks(self) -> set[int]:
+        """The tasks of heads that change an input."""
+        changed = {key for key, changes in self._changes.items() if changes}
+        changed |= {key for key, (probe, count) in self._probes.items() if version(probe) > count}
+        return {task for task, _ in changed}
+
     def own_copy(self, rep: Tensor, key: Key) -> Tensor:
         """Return a copy of ``rep`` for a head that changes its input, otherwise ``rep``; the first call detects it."""
         if key not in self._changes and key in self._probes:

@@ -120,6 +120,14 @@ def fold(capture: Capture, heads: Sequence[Sequence[nn.Module]], names: Sequence
             each.module.register_forward_hook(hook.writes, prepend=True)
     for weight, rotated_weight in folded:
         weight.copy_(rotated_weight)
+    changing = [names[task] for task in sorted(capture.in_place.tasks) if not capture.rotations.is_turned(task)]
+    if changing:
+        warn_user(
+            "A head should not change its input in place before fold(), got "
+            f"{', '.join(changing)}. So far, it was given a copy. Now it changes the tensor itself, as in a plain "
+            "model: if another head or layer reads that tensor afterwards, its predictions change. Begin the head "
+            "with nn.ReLU(inplace=False) then, or the like."
+        )
     if reasons:
         warn_user(
             "Every head should begin with a linear layer of its own, to fold its rotation into, got some that do not. "

@@ -24,7 +24,7 @@ from rotoopt import RotoGradOptimizer
 from rotoopt._capture.representation import RotatedDims
 from rotoopt.testing._branching import BRANCHING
 from rotoopt.testing._branching.model import Sizes, built, inputs
-from tests.asserts import relative_error
+from tests.asserts import assert_reads_well, relative_error
 from tests.branching.twins import NAMES
 from tests.contract.models import REP_SIZE, TwoTasks, assert_same, snapshot, train
 from tests.samplers import DTYPES, LAYOUTS, SEEDS, Layout, Network, batches, network
@@ -270,6 +270,19 @@ def test_heads_called_without_an_input_of_training(other: Tensor | None) -> None
     before = [head(z, other).detach() for head in heads.eval()]
     optimizer.fold()
     torch.testing.assert_close([head(z, other).detach() for head in heads], before)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_a_head_that_changes_its_input_in_place_is_named(num_steps: int) -> None:
+    backbone, first = nn.Linear(3, 5), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(5, 2))
+    heads = nn.ModuleDict({"first": first, "second": nn.Linear(5, 1)})
+    optimizer = RotoGradOptimizer(SGD([*backbone.parameters(), *heads.parameters()], lr=0.1), heads, rotate=False)
+    for _ in range(num_steps):
+        z = backbone(X)
+        optimizer.step({name: head(z).square().mean() for name, head in heads.items()})
+    with pytest.warns(UserWarning, match="change its input in place before fold.., got first. So far") as warned:
+        optimizer.fold()
+    assert_reads_well(str(warned[0].message))
 
 
 @dataclass
