@@ -11,7 +11,7 @@ from rotoopt._capture.fork import LOSSES_AS_HEADS
 from rotoopt._engine.losses import kind
 from rotoopt._torch.wrapper import OptimizerWrapper
 
-Head = nn.Module | Sequence[nn.Module | nn.Parameter]
+Head = nn.Module | Sequence[nn.Module | nn.Parameter] | Mapping[str, nn.Module | nn.Parameter]
 Heads = Sequence[Head] | Mapping[str, Head] | nn.ModuleList | nn.ModuleDict
 Parts = tuple[nn.Module | nn.Parameter, ...]
 
@@ -92,7 +92,7 @@ def _check_apart(heads: Sequence[Parts], names: Sequence[str]) -> None:
 
 def _parts(head: object, name: str) -> Parts:
     """Return the modules and parameters that belong to one task alone."""
-    if isinstance(head, nn.ModuleDict):
+    if isinstance(head, Mapping | nn.ModuleDict):
         head = list(head.values())
     parts = tuple(head) if isinstance(head, Sequence | nn.ModuleList) and not isinstance(head, str) else (head,)
     for part in parts:

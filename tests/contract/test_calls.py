@@ -107,6 +107,8 @@ HEADS: dict[str, Callable[[TwoTasks], Heads]] = {
     "dict": lambda model: dict(model.heads.items()),
     "ModuleList": lambda model: nn.ModuleList(model.heads.values()),
     "ModuleDict": lambda model: model.heads,
+    "lists": lambda model: [[head] for head in model.heads.values()],
+    "dicts": lambda model: {name: {"out": head} for name, head in model.heads.items()},
 }
 
 
