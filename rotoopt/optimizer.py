@@ -316,7 +316,10 @@ class RotoGradOptimizer(OptimizerWrapper):
         return self._core.engine.capture.pause()
 
     def remove(self) -> None:
-        """Remove the hooks from the heads: the model computes again without rotations."""
+        """Remove the hooks from the heads: the model computes again without rotations.
+
+        If these have been updated, predictions change; :meth:`fold` keeps them.
+        """
         self._core.engine.capture.detach()
 
     # ------------------------------------------------------------------ deployment

@@ -50,6 +50,7 @@ class GradNorm(Weighting):
         \Bigl(\frac{\tilde L_k}{\mathrm{mean}_i \tilde L_i}\Bigr)^{\alpha}, \qquad \tilde L_k = L_k / |L_k(t_0)|
 
     The weights minimize :math:`\sum_k | w_k \lVert G_k \rVert - T_k |`; the combination is :math:`\sum_k w_k G_k`.
+    A step with a single task compares nothing, and does not change them: with one task per step, they stay equal.
 
     Args:
         alpha: :math:`\alpha`, how strongly slow tasks are favored; 0 gives equal norms.
