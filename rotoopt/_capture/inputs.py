@@ -14,6 +14,7 @@ from rotoopt._capture.paths import Arguments, Path
 from rotoopt._torch.private import tree_flatten_with_path, tree_unflatten
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+DICTS = dict, UserDict
 
 
 def is_floating(leaf: object) -> bool:
@@ -54,12 +55,12 @@ def _collect(value: Any, path: Path, found: list[tuple[Path, Any]]) -> None:
 
 def has_items(value: object) -> bool:
     """Whether ``value`` is a dict, or of a dataclass."""
-    return isinstance(value, (dict, UserDict)) or (is_dataclass(value) and not isinstance(value, type))
+    return isinstance(value, DICTS) or (is_dataclass(value) and not isinstance(value, type))
 
 
 def items_of(value: Any) -> dict[Any, Any]:
     """Return the items of a dict, or the attributes of a dataclass by name."""
-    if isinstance(value, (dict, UserDict)):
+    if isinstance(value, DICTS):
         return {key: value[key] for key in value}
     if hasattr(value, "__dict__"):
         return dict(vars(value))
@@ -68,7 +69,7 @@ def items_of(value: Any) -> dict[Any, Any]:
 
 def set_item(value: Any, key: Any, item: Any) -> None:
     """Set what :func:`items_of` returns."""
-    if isinstance(value, (dict, UserDict)):
+    if isinstance(value, DICTS):
         value[key] = item
     else:
         object.__setattr__(value, key, item)  # also of a frozen dataclass
@@ -76,7 +77,7 @@ def set_item(value: Any, key: Any, item: Any) -> None:
 
 def remove_item(value: Any, key: Any) -> None:
     """Remove what :func:`items_of` returns."""
-    if isinstance(value, (dict, UserDict)):
+    if isinstance(value, DICTS):
         del value[key]
     else:
         object.__delattr__(value, key)

@@ -138,9 +138,8 @@ def rotated(rep: Tensor, matrix: Tensor, dims: RotatedDims, out: Tensor | None =
             return rotated(rep, matrix, dims, out, back=back)
     matrix = matrix if matrix.dtype == rep.dtype else matrix.to(rep.dtype)
     if dims.are_last and matrix.shape[-1] == rep.shape[-1]:
-        return torch.matmul(
-            rep, matrix if back else matrix.t(), out=out
-        )  # the same, in the usual case; ONNX has t(), not mT
+        # The same, in the usual case. ONNX has t(), not mT.
+        return torch.matmul(rep, matrix if back else matrix.t(), out=out)
     into = None if out is None else dims.view(out)
     return dims.restore(_apply(matrix.mT if back else matrix, dims.view(rep), into), rep)
 

@@ -61,10 +61,11 @@ def _collect(given: Any, fed: Any, found: list[Copy]) -> None:
     named = has_items(given)
     if not named and not isinstance(given, (list, tuple)):
         return
+    is_copied = not isinstance(given, tuple)
+    if is_copied and given is fed:
+        return
     before, after = _entries(given), _entries(fed)
-    if not isinstance(given, tuple):
-        if given is fed:
-            return
+    if is_copied:
         found.append(Copy(given, fed, before, after))
     for key in before if named else range(len(before)):
         _collect(before[key], after[key], found)
