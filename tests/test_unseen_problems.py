@@ -114,13 +114,15 @@ def test_changes_are_paired_clipped_and_positive_if_errors_are_lower() -> None:
 def test_table_has_means_over_seeds_and_over_problems() -> None:
     plain = [[1.0, 1.0], [1.0, 1.0]]
     half, same = [[0.5, 0.5], [0.5, 0.5]], plain
-    runs = {PLAIN_SUM: plain, "default": half, "default, rotate=False": same, "default, alpha=1": half}
+    variants = {"default, rotate=False": same, "default, alpha=1/2": same, "default, alpha=1": half}
+    runs = {PLAIN_SUM: plain, "default": half, **variants}
     table = markdown({"graphs": comparison(runs), "many tasks": comparison({**runs, "default": same, UPGRAD: half})})
     cells = [[cell.strip() for cell in line.split("|")[1:-2]] for line in table.splitlines()]
-    assert cells[0] == ["problem", "default", "default, rotate=False", "default, alpha=1", UPGRAD]
-    assert cells[2] == ["graphs", "+69.3 ± 0.0", "+0.000 ± 0.000", "+69.3 ± 0.0", "-"]
-    assert cells[3] == ["many tasks", "+0.000 ± 0.000", "+0.000 ± 0.000", "+69.3 ± 0.0", "+69.3 ± 0.0"]
-    assert cells[4] == ["mean over problems", "+34.7 ± 34.7", "+0.000 ± 0.000", "+69.3 ± 0.0", "+69.3 (1 of 2)"]
+    zero, twice = "+0.000 ± 0.000", "+69.3 ± 0.0"
+    assert cells[0] == ["problem", "default", *variants, UPGRAD]
+    assert cells[2] == ["graphs", twice, zero, zero, twice, "-"]
+    assert cells[3] == ["many tasks", zero, zero, zero, twice, twice]
+    assert cells[4] == ["mean over problems", "+34.7 ± 34.7", zero, zero, twice, "+69.3 (1 of 2)"]
 
 
 def test_command_prints_a_table_of_each_group_with_chosen_problems(

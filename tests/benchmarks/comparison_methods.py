@@ -161,6 +161,7 @@ METHODS = {
                 "no signal": _weighted(WithoutSignal, rotate=True),
                 "no progress": _weighted(WithoutProgress, rotate=True),
                 "no memory": _weighted(partial(ProgressWeighting, decay=0.0), rotate=True),
+                "alpha=1/2": _weighted(partial(ProgressWeighting, alpha=0.5), rotate=True),
                 "alpha=1": _weighted(partial(ProgressWeighting, alpha=1.0), rotate=True),
                 "random turns": _weighted(ProgressWeighting, RandomTurns, rotate=True),
                 "fixed haar": _weighted(ProgressWeighting, rotate=True, init="haar", rotation_lr=0.0),

@@ -187,7 +187,7 @@ MISFITS: dict[str, tuple[Builder, Builder, str]] = {
     "trained weighting": (
         lambda: wrap(weighting=GradNorm()),
         wrap,
-        "must be of weighting ProgressWeighting(alpha=0.5), got that of GradNorm.",
+        "must be of weighting ProgressWeighting(alpha=0.75), got that of GradNorm.",
     ),
     "rotation optimizer": (
         wrap,

@@ -16,7 +16,8 @@ BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 def assert_equal(actual: Result, expected: Result, bound: float) -> None:
     torch.testing.assert_close(actual[:2], expected[:2], rtol=0.0, atol=bound)
-    torch.testing.assert_close(actual[2], expected[2], rtol=bound, atol=0.0, equal_nan=True)  # weights may be large
+    # Weights may be large, and s = 1 - 1 / F has 1 / (F - 1) times the relative error of F, up to 9 times.
+    torch.testing.assert_close(actual[2], expected[2], rtol=2 * bound, atol=0.0, equal_nan=True)
 
 
 def check(ranks: Ranks, setup: Setup) -> None:

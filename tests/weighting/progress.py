@@ -14,11 +14,11 @@ from tests.samplers import Bench
 
 STEPS = 8
 DECAY = 0.5  # of a weighting in a few steps: its reference is the mean of two losses
-ALPHAS = st.sampled_from([0.0, 0.5, 1.0, 1.5])
+ALPHAS = st.sampled_from([0.0, 0.5, 0.75, 1.0, 1.5])
 SHAPE = (4, 6)
 
 
-def bench(K: int, dtype: torch.dtype = torch.float64, alpha: float = 0.5, **options: Any) -> Bench:
+def bench(K: int, dtype: torch.dtype = torch.float64, alpha: float = 0.75, **options: Any) -> Bench:
     weighting = ProgressWeighting(alpha, decay=DECAY)
     return Bench(SHAPE, K, dtype, **{"weighting": weighting, "rotate": False, "burn_in_period": 3} | options)
 

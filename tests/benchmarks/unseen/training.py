@@ -15,6 +15,7 @@ METHODS: dict[str, dict[str, Any]] = {
     PLAIN_SUM: {"plain": True},
     "default": {},
     "default, rotate=False": {"rotate": False},
+    "default, alpha=1/2": {"weighting": ProgressWeighting(alpha=0.5)},
     "default, alpha=1": {"weighting": ProgressWeighting(alpha=1.0)},
     UPGRAD: {"weighting": UPGrad(), "rotate": False},
 }
