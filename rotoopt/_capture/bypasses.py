@@ -18,6 +18,7 @@ from rotoopt._capture.graph import (
     is_leaf,
     is_of_each,
     is_sum,
+    is_tap,
     leaves,
     operation,
     reached,
@@ -182,7 +183,7 @@ def check_not_hidden(dependence: Dependence, terms: Sequence[Edge], names: Seque
     """
     past: dict[Node, set[int]] = {}
     for term in terms:
-        for node in filter(is_checkpoint, reached([term[0]], stop_at_taps=True)):
+        for node in filter(is_checkpoint, reached([term[0]], stop_at=is_tap)):
             past.setdefault(node, set()).update(dependence.tasks(term) - dependence.tasks((node, 0)))
     if not past:
         return

@@ -266,7 +266,7 @@ class Capture:
         if let_pass and rep.requires_grad and matrix is not None:
             if first is not None and not self._measures() and first.can_rotate(rep, matrix, self.dims):
                 return first.defer(rep, matrix)  # as below, where a checkpoint may compute it again
-            turned: Tensor = Turn.apply(rep, matrix, self.dims)  # type: ignore[no-untyped-call]
+            turned: Tensor = Turn.apply(rep, matrix, self.dims, task)  # type: ignore[no-untyped-call]
             return turned
         if let_pass or not rep.requires_grad:
             out = rep if matrix is None else rotated(rep, matrix, self.dims)
@@ -289,13 +289,15 @@ class Capture:
     def _begins_inside(self, rep: Tensor, key: tuple[int, Place]) -> bool:
         """Whether the head has computed ``rep`` itself, so that its gradient is weighted further back in the graph.
 
-        Decided when the first gradient is expected at a place; the wiring check finds out if that changes.
+        Decided when the first gradient is expected at a place; the wiring check finds out if that changes. Until then,
+        the first forward pass under :meth:`pause` decides.
         """
-        task, _ = key
-        is_later_call = not self._paused and self.fed.tasks.get(task)
-        if not is_later_call or tasks_surely_behind(rep.grad_fn, self._are_own) != {task}:
+        task, place = key
+        is_undecided = place not in self.places.noted[task] if self._paused else self.fed.tasks.get(task)
+        if not is_undecided or tasks_surely_behind(rep.grad_fn, self._are_own, paused=self._paused) != {task}:
             return False
-        self.inside.add(key)
+        if not self._paused:
+            self.inside.add(key)
         return True
 
     def _fork(self, rep: Tensor) -> Fork:

@@ -215,17 +215,17 @@ class Turn(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rep: Tensor, matrix: Tensor, dims: RotatedDims) -> Tensor:
+    def forward(ctx: Any, rep: Tensor, matrix: Tensor, dims: RotatedDims, task: int) -> Tensor:
         """Return R z."""
         ctx.save_for_backward(matrix)
-        ctx.matrix, ctx.dims = matrix, dims  # for jvp()
+        ctx.matrix, ctx.dims, ctx.task = matrix, dims, task  # the matrix for jvp()
         return rotated(rep, matrix, dims).detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """Return the gradient at z."""
         (matrix,) = ctx.saved_tensors
-        return rotated(grad, matrix, ctx.dims, back=True), None, None
+        return rotated(grad, matrix, ctx.dims, back=True), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from rotoopt._capture.fork import Fork
+from rotoopt._capture.representation import RotatedDims
 from rotoopt._torch.private import num_outputs
 
 Node = Any  # torch.autograd.graph.Node, whose attributes depend on the operation
@@ -22,8 +23,8 @@ SUMS |= {"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Clone", 
 HANDED_ON = {"_DDPSink", "RegisterPostBackwardFunction"}
 
 
-def reached(roots: Iterable[Node | None], *, stop_at_taps: bool = False, stop_at_opaque: bool = False) -> set[Node]:
-    """Return the nodes of a graph from ``roots`` back to the leaves, or back to taps or opaque nodes (included)."""
+def reached(roots: Iterable[Node | None], *, stop_at: Callable[[Node], bool] | None = None) -> set[Node]:
+    """Return the nodes of a graph from ``roots`` back to the leaves, or back to nodes to ``stop_at`` (included)."""
     found: set[Node] = set()
     stack = list(roots)
     while stack:
@@ -31,19 +32,19 @@ def reached(roots: Iterable[Node | None], *, stop_at_taps: bool = False, stop_at
         if node is None or node in found:
             continue
         found.add(node)
-        if not ((stop_at_taps and is_tap(node)) or (stop_at_opaque and is_opaque(node))):
+        if stop_at is None or not stop_at(node):
             stack.extend(inputs(node))
     return found
 
 
 def taps_of(roots: Iterable[Node | None]) -> set[Node]:
     """Return the nearest taps: those that are reached from ``roots`` without passing another one."""
-    return set(filter(is_tap, reached(roots, stop_at_taps=True)))
+    return set(filter(is_tap, reached(roots, stop_at=is_tap)))
 
 
 def in_heads(loss: Tensor) -> set[Node]:
     """Return the nodes between ``loss`` and the taps: those of its head, and of any bypass."""
-    return {node for node in reached([loss.grad_fn], stop_at_taps=True) if not is_tap(node)}
+    return {node for node in reached([loss.grad_fn], stop_at=is_tap) if not is_tap(node)}
 
 
 def behind(taps: Iterable[Node]) -> set[Node]:
@@ -51,16 +52,17 @@ def behind(taps: Iterable[Node]) -> set[Node]:
     return reached(parent for tap in taps for parent in inputs(tap))
 
 
-def tasks_surely_behind(node: Node | None, are_own: AreOwn) -> set[int]:
-    """Return the tasks of the nearest taps that ``node`` depends on for certain.
+def tasks_surely_behind(node: Node | None, are_own: AreOwn, *, paused: bool = False) -> set[int]:
+    """Return the tasks of the nearest taps, also of those ``paused``, that ``node`` depends on for certain.
 
     An opaque node depends on a tap for certain if all its inputs are outputs and parameters of one head.
     """
-    found = reached([node], stop_at_taps=True, stop_at_opaque=True)
-    tasks = {tap.task for tap in filter(is_tap, found)}
+    is_one = is_any_tap if paused else is_tap
+    found = reached([node], stop_at=lambda each: is_one(each) or is_opaque(each))
+    tasks = {tap.task for tap in filter(is_one, found)}
     for opaque in filter(is_opaque, found):
-        inside = reached([opaque], stop_at_taps=True)
-        of_taps = {tap.task for tap in filter(is_tap, inside)}
+        inside = reached([opaque], stop_at=is_one)
+        of_taps = {tap.task for tap in filter(is_one, inside)}
         if len(of_taps) == 1 and are_own(leaves(inside), *of_taps):
             tasks |= of_taps
     return tasks
@@ -74,6 +76,13 @@ def behind_taps(loss: Tensor) -> set[Node]:
 def is_tap(node: Node) -> bool:
     """Whether ``node`` is the tap of a head; it then has the attributes ``task`` and ``fork``."""
     return isinstance(node, BackwardCFunction) and isinstance(getattr(node, "fork", None), Fork)
+
+
+def is_any_tap(node: Node) -> bool:
+    """Whether ``node`` is a tap, or a rotation under ``paused()``; it then has the attribute ``task``."""
+    return is_tap(node) or (
+        isinstance(node, BackwardCFunction) and isinstance(getattr(node, "dims", None), RotatedDims)
+    )
 
 
 def is_opaque(node: Node) -> bool:

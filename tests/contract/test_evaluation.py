@@ -192,6 +192,22 @@ def test_paused_ends_after_an_error() -> None:
     assert optimizer.last_step is not None
 
 
+def test_a_first_forward_pass_under_paused_rotates_what_training_does() -> None:
+    """Not the state of a cell, which the head computes itself."""
+    outputs = []
+    for paused in (True, False):
+        torch.manual_seed(0)
+        backbone, cell, other = nn.Linear(4, 6), nn.GRUCell(6, 6), nn.Linear(6, 2)
+        params = nn.ModuleList([backbone, cell, other]).parameters()
+        optimizer = RotoGradOptimizer(SGD(params, lr=0.1), [cell, other], init="haar", rotation_size=6)
+        z = backbone(torch.randn(5, 4))
+        with optimizer.paused() if paused else nullcontext():
+            first = cell(z, cell(z))
+        with torch.no_grad():
+            outputs += [first.detach(), cell(z, cell(z))]
+    torch.testing.assert_close(outputs, [outputs[-2]] * 4)
+
+
 @pytest.mark.parametrize("name", ["eval()", "no_grad()", "inference_mode()", "paused()"])
 def test_evaluation_before_training_changes_nothing(name: str) -> None:
     """Trainers run a few validation batches before the first step."""
