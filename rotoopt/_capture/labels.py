@@ -156,7 +156,7 @@ def _moved(
     if operation in CHOICES:
         return chosen(node, operation, parts, whole(NONE, ()))
     if operation in WRITES:
-        new = parts[1] if len(parts) > 1 else whole(NONE, ())  # of x[part] = 0
+        new = parts[1].expand(shapes[1] or ()) if len(parts) > 1 else whole(NONE, ())  # of x[part] = 0
         return written(node, operation, parts[0].expand(out_shape), new)
     return None if shapes[0] is None else picked(node, operation, parts[0].expand(shapes[0]))
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotoopt._torch.private import ASSIGNMENT, kept_by_assignment, saved
+from rotoopt._torch.private import ASSIGNMENT, kept_by_assignment, output_shapes, places_of_entries, saved
 
-PICKS = {"Index", "IndexSelect", "Gather", "MaskedSelect", "Sort", "Topk", "Flip", "Roll"}
+PICKS = {"Index", "IndexSelect", "Gather", "MaskedSelect", "Sort", "Topk", "Flip", "Roll", "AsStrided"}
 CHOICES = {"Where", "MaskedFill"}
 WRITES = {"IndexPut", ASSIGNMENT}
 BY_VALUES = (PICKS | CHOICES | WRITES) - {"Flip", "Roll"}  # of indices and masks
@@ -32,6 +32,8 @@ def picked(node: Any, operation: str, labels: Tensor) -> Tensor | None:
         return labels.flip(saved(node, "dims"))
     if operation == "Roll":
         return labels.roll(saved(node, "shifts"), saved(node, "dims"))
+    if operation == "AsStrided":  # a view, after entries of it were replaced
+        return _moved(node, [labels])
     dim, index = saved(node, "dim"), saved(node, "indices" if operation in {"Sort", "Topk"} else "index")
     if index is None:
         return None
@@ -58,7 +60,7 @@ def chosen(node: Any, operation: str, parts: Sequence[Tensor], nothing: Tensor) 
 
 
 def written(node: Any, operation: str, labels: Tensor, new: Tensor) -> Tensor | None:
-    """Return ``labels``, which have full size, after some entries were overwritten by others with labels ``new``.
+    """Return ``labels`` after some entries were overwritten by others with labels ``new``, both of full size.
 
     Returns:
         None if the graph does not show which ones: after a backward pass, or if they were added.
@@ -66,8 +68,21 @@ def written(node: Any, operation: str, labels: Tensor, new: Tensor) -> Tensor | 
     if operation == "IndexPut":
         indices = None if saved(node, "accumulate") else _indices(node)
         return None if indices is None else labels.clone().index_put_(indices, new)
-    kept = kept_by_assignment(node) if new.numel() == 1 else None
-    return None if kept is None else torch.where(kept.cpu(), labels, new.squeeze())
+    if len(torch.unique(new)) != 1:
+        return _moved(node, [labels, new])
+    kept = kept_by_assignment(node)
+    return None if kept is None else torch.where(kept.cpu(), labels, new.flatten()[0])
+
+
+def _moved(node: Any, parts: Sequence[Tensor]) -> Tensor | None:
+    """Return the labels of entries moved one by one from inputs with labels ``parts``; None if they are not."""
+    places = places_of_entries(node)
+    if places is None or len(places) != len(parts):
+        return None
+    labels, index = torch.cat([part.flatten() for part in parts]), torch.cat(places).cpu()
+    (shape,) = output_shapes(node)
+    order = index.argsort()[(index < 0).sum() :]
+    return labels[order].reshape(shape)
 
 
 def _indices(node: Any) -> tuple[Any, ...] | None:

@@ -257,6 +257,31 @@ def kept_by_assignment(node: Any) -> Tensor | None:
     return remains if is_known else None
 
 
+@torch.no_grad()
+def places_of_entries(node: Any) -> list[Tensor] | None:
+    """Return where an operation that moves entries puts those of each input: indices of its output, flattened.
+
+    Only its gradients show it, as in :func:`kept_by_assignment`. An entry that is not in the output has the index -1.
+
+    Returns:
+        None if entries are not moved one by one, an input cannot represent the indices or has no gradient, or after a
+        backward pass.
+    """
+    of_output = node._input_metadata[0]
+    size = torch.Size(of_output.shape)
+    numbers = torch.arange(1, size.numel() + 1, dtype=torch.float64, device=of_output.device)
+    try:
+        grads = node(numbers.reshape(size))
+    except RuntimeError:
+        return None
+    grads = [grads] if isinstance(grads, Tensor) else list(grads)
+    if any(grad is None for grad in grads):
+        return None
+    places = [grad.flatten().double() - 1 for grad in grads]
+    found = torch.cat(places)
+    return [each.long() for each in places] if torch.equal(found[found >= 0].sort().values, numbers - 1) else None
+
+
 def is_transformed() -> bool:
     """Whether a model is being exported, traced or transformed by ``torch.func`` rather than trained.
 

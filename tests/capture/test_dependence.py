@@ -39,6 +39,19 @@ def changed(x: Tensor, by: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     return x
 
 
+def put_columns(x: Tensor, end: int) -> Tensor:
+    """Return ``x``, a view, after a change of its columns up to ``end``."""
+    x[:, :end] = x[:, :end].exp() + 1
+    return x.squeeze(-1)
+
+
+def moved_within(x: Tensor) -> Tensor:
+    """Return a view of a copy of ``x`` in which entries of several tasks are replaced by others."""
+    x = x.clone().transpose(0, -1)
+    x[..., :-1] = 2 * x[..., 1:].clone()
+    return x
+
+
 def in_columns(columns: Sequence[Tensor]) -> Tensor:
     """Return what ``torch.stack(columns, -1)`` returns, made column by column."""
     out = columns[0].new_zeros(*columns[0].shape, len(columns))
@@ -97,6 +110,8 @@ TOLD: dict[str, Callable[[Tensor], Tensor]] = {  # for these, the graph determin
     "filled by one": lambda x: x.masked_fill(every_second(x), x.flatten()[0]),
     "put": lambda x: put(torch.zeros_like(x), every_second(x), x[every_second(x)]),
     "put into itself": lambda x: put(x, every_second(x), 2 * x[every_second(x)]),
+    "moved within": moved_within,
+    "part emptied": lambda x: changed(x, lambda part, _: part[:0].copy_(part[:0])),
 }
 UNTOLD: dict[str, Callable[[Tensor], Tensor]] = {  # for these it does not, and too many tasks are reported
     "assigned": lambda x: in_columns(x.unbind(-1)) if x.ndim > 1 else x,
@@ -256,6 +271,9 @@ COLUMNS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
         out[torch.arange(8), torch.arange(8) % 3][torch.arange(8) % 3 == k].square().mean() for k in range(3)
     ],
     "assigned": lambda out, y: [each.square().mean() for each in in_columns(out.unbind(1)).unbind(1)],
+    "parts of a view assigned": lambda out, y: [  # as in YOLOX
+        (each - y[:, k]).square().mean() for k, each in enumerate(put_columns(out.view(8, 3, 1), 2).unbind(1))
+    ],
 }
 
 
