@@ -202,6 +202,10 @@ class Places:
         """Create the proposed rotations. Not in a backward pass, in which checkpointing reruns heads."""
         if self._rotations.size is None and self._proposed is not None:
             self._settle(self._proposed, self._rotations.device)
+        if self._fresh is not None and self._rotations.covers_all:
+            for (task, place), size in self._sizes.items():  # of heads that ran before the size was determined
+                if self.noted[task].get(place) is None:
+                    self.noted[task][place] = size == self._rotations.size
         self._fresh = None  # the rotation step has their size from now on
 
     def keep(self) -> None:

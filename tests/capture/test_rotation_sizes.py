@@ -112,6 +112,22 @@ def test_gates_that_read_the_inputs_do_not_determine_the_size_of_the_rotations(i
     assert optimizer.rotations.size == D
 
 
+def test_a_head_that_ran_before_the_size_was_determined_is_rotated_after_the_first_step() -> None:
+    """Its rotation was updated in that step: evaluation after it computes what training does."""
+    backbone, first, second = nn.Linear(5, D), nn.Bilinear(D, D, 2), nn.Linear(D, 2)
+    params = nn.ModuleList([backbone, first, second]).parameters()
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), [first, second], rotation_lr=0.3, turn_every=1)
+    x = torch.randn(4, 5)
+    z = backbone(x)
+    step(optimizer, [first(z, z), second(z)])
+    with torch.no_grad():
+        z = backbone(x)
+        rotated = z @ optimizer.rotations[0].mT
+        assert not torch.allclose(rotated, z)
+        assert_close(first.eval()(z, z), first.forward(rotated, rotated))
+    assert_close(first.train()(backbone(x), backbone(x)), first.forward(rotated, rotated))
+
+
 def test_rotations_of_a_less_common_size_are_a_warning() -> None:
     names = tuple(SIZES)
     for flags in ([True, True, True], [False, True, True]):
