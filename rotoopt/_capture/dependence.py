@@ -220,14 +220,17 @@ class Dependence:
             yield from ((leaf, None) for leaf in leaves(reached([part[0]])))
 
     def _is_apart_in(self, node: Node, part: Edge) -> bool:
-        """Whether each entry of ``part`` is combined with one task in ``node``."""
-        shape = _shape(part)
-        if node not in self._labels or operation(node) not in ELEMENTWISE or shape is None:
+        """Whether each entry of the parameter that ``part`` was computed from is combined with one task in ``node``."""
+        if node not in self._labels or operation(node) not in ELEMENTWISE:
             return False
         labels = self._labels[node][0]
-        shape = (1,) * (labels.ndim - len(shape)) + shape
-        dims = [i for i, size in enumerate(shape) if size == 1]
-        return bool((reduced(labels, dims, keepdim=True) >= NONE).all())
+        while (shape := _shape(part)) is not None:
+            labels = _of_input(labels, node, shape)
+            if is_leaf(part[0]):
+                return bool((labels >= NONE).all())
+            node = part[0]
+            (part,) = (each for each in edges(node) if each[0] is not None)
+        return False
 
 
 def _from_taps(roots: Sequence[Node]) -> list[Node]:
@@ -267,18 +270,28 @@ def _shape(edge: Edge) -> tuple[int, ...] | None:
     return shapes[output] if shapes else None
 
 
+def _of_input(labels: Tensor, node: Node, shape: tuple[int, ...]) -> Tensor:
+    """Return which tasks each entry of an input of ``node`` is combined with, from the labels of its output."""
+    if operation(node) in RESHAPING:
+        return labels.expand(output_shapes(node)[0]).reshape(shape)
+    added = labels.ndim - len(shape)
+    labels = reduced(labels, range(added), keepdim=False)
+    return reduced(labels, [i for i, size in enumerate(shape) if size == 1], keepdim=True)
+
+
 def _from_parameter(edge: Edge) -> tuple[Tensor | None, int | None]:
     """Return the parameter that ``edge`` was computed from elementwise, and the index of an entry, None for all."""
-    index = None
+    index, size = None, None
     node, output = edge
     while not is_leaf(node):
         parts = [part for part in edges(node) if part[0] is not None]
         name = operation(node)
         if name == "Unbind" or (name == "Select" and len(saved(node, "self_sym_sizes")) == 1):
             index = output if name == "Unbind" else saved(node, "index")
+            size = torch.Size(_shape(parts[0]) or ()).numel()
         elif name not in ELEMENTWISE | RESHAPING:
             return None, None
         if len(parts) != 1:
             return None, None
         node, output = parts[0]
-    return node.variable, index
+    return (None, None) if size not in (None, node.variable.numel()) else (node.variable, index)

@@ -147,6 +147,7 @@ def test_column_of_a_probe_must_be_its_own(kind: str) -> None:
 
 
 KINDS = ["of samples", "unbound", "of columns", "of columns, as losses", "of rows, by a view", "unsqueezed"]
+KINDS += ["expanded", "expanded and flattened"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -168,8 +169,12 @@ def test_tasks_may_read_separate_elements_of_one_parameter(kind: str, own: bool)
             each = s.exp().view(1, 2, 1) if kind == "of rows, by a view" else s[:, None].exp()
             errors = (torch.stack(outputs, 1) * each).square()
             return [errors[:, k].mean() for k in range(2)]
-        errors = (torch.cat(outputs, 1) * s.exp()).square()
-        return [errors[:, k].mean() for k in range(2)] if kind == "of columns" else list(errors.mean(0))
+        columns = torch.cat(outputs, 1)
+        if kind == "expanded and flattened":
+            errors = (columns.flatten() * s.view(1, 2).exp().expand_as(columns).reshape(-1)).square().view_as(columns)
+        else:
+            errors = (columns * (s.exp().expand_as(columns) if kind == "expanded" else s.exp().view(2))).square()
+        return list(errors.mean(0)) if kind == "of columns, as losses" else [errors[:, k].mean() for k in range(2)]
 
     with optimizer.paused():
         (expected,) = torch.autograd.grad(torch.stack(losses()).sum(), s)
@@ -185,6 +190,35 @@ def test_one_number_for_the_outputs_of_all_tasks_is_named(shape: tuple[int, ...]
     with pytest.raises(RuntimeError, match=PAST):
         back_propagate([(torch.cat(outputs, 1) * s.view(shape) - 1).square().mean()])
     assert optimizer.last_step is None
+
+
+SPREAD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "expanded": lambda s, columns: s.expand(2),
+    "temperature": lambda s, columns: s.unsqueeze(1).expand(*columns.shape),  # as in temperature scaling
+    "times a constant vector": lambda s, columns: s * torch.tensor([0.5, 2.0]),
+    "expanded, then a view": lambda s, columns: s.exp().expand(2, 1).reshape(1, 2),
+}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("name", SPREAD)
+def test_one_number_for_all_tasks_is_named_also_if_it_was_expanded(name: str, own: bool) -> None:
+    model, s = TwoTasks(), nn.Parameter(torch.ones(1))
+    optimizer = RotoGradOptimizer(SGD([*model.parameters(), s], lr=0.1), model.heads)
+    columns = torch.cat([each.mean(1, keepdim=True) for each in model(model.inputs(0))], 1)
+    errors = (columns * SPREAD[name](s, columns)).square()
+    with pytest.raises(RuntimeError, match=PAST):
+        back_propagate([errors.mean()]) if own else optimizer.step(errors.mean(0))
+    assert optimizer.last_step is None
+
+
+@pytest.mark.parametrize("unbound", [False, True])
+def test_elements_of_one_number_that_was_expanded_are_not_separate(unbound: bool) -> None:
+    model, s = TwoTasks(), nn.Parameter(torch.ones(1))
+    optimizer = RotoGradOptimizer(SGD([*model.parameters(), s], lr=0.1), model.heads)
+    scales = s.exp().expand(2).unbind() if unbound else s.expand(2)
+    with pytest.raises(RuntimeError, match=PAST):
+        optimizer.step([(out * scales[k]).square().mean() for k, out in enumerate(model(model.inputs(0)))])
 
 
 @pytest.mark.parametrize("shape", [(5, 1), (1, 5, 1)])
