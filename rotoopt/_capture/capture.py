@@ -252,6 +252,9 @@ class Capture:
         if key in self.inside or (key not in self.shapes and self._begins_inside(rep, key)):
             self.places.noted[task][place] = False
             return rep
+        if self._is_beside_frozen(rep, key):
+            self.places.noted[task].setdefault(place, None)
+            return rep
         matrix = self.places.matrix_for(rep, task, place, alone=alone, trains=True)
         own_place = not self._paused and key in self.places.own
         if own_place and not self._are_own(parameters_of(rep), task):  # the backbone was frozen, but is no longer
@@ -299,6 +302,16 @@ class Capture:
         if not self._paused:
             self.inside.add(key)
         return True
+
+    def _is_beside_frozen(self, rep: Tensor, key: tuple[int, Place]) -> bool:
+        """Whether the head has read a frozen representation, and ``rep`` was computed from its own parameters.
+
+        Apparently the head has computed it itself, without a tap behind it: there is nothing to rotate or weight.
+        """
+        task, place = key
+        if self._paused or self.fed.tasks.get(task) is not False or self.places.noted[task].get(place):
+            return False
+        return rep.requires_grad and key not in self.shapes and self._are_own(parameters_of(rep), task)
 
     def _fork(self, rep: Tensor) -> Fork:
         fork: Fork | None = self._forks.get(rep)  # type: ignore[no-untyped-call]

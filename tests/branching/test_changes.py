@@ -146,6 +146,67 @@ def test_a_backbone_that_was_frozen_behind_prompts_is_weighted_again_immediately
         optimizer.step()
 
 
+class Decoder(nn.Module):
+    """Reads its own output, and features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(12, 6)
+
+    def forward(self, query: Tensor, features: Tensor) -> Tensor:
+        output: Tensor = self.out(torch.cat([query, features], 1)).tanh()
+        return output
+
+
+def decoded(decoder: nn.Module, z: Tensor, num_steps: int) -> Tensor:
+    query = torch.zeros_like(z)
+    for _ in range(num_steps):
+        query = decoder(query, z)
+    return query
+
+
+@pytest.mark.parametrize("num_steps", [2, 3])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("init", ["identity", "haar"])
+@pytest.mark.filterwarnings("ignore:The representation should require grad")
+def test_a_backbone_may_be_frozen_first_if_a_head_reads_its_own_output(num_steps: int, own: bool, init: Any) -> None:
+    """While it is frozen, only what the head has computed itself requires grad."""
+    torch.manual_seed(0)
+    backbone, decoder, other = nn.Linear(5, 6), Decoder(), nn.Linear(6, 2)
+    params = nn.ModuleList([backbone, decoder, other]).parameters()
+    options: dict[str, Any] = {"init": init, "rotation_lr": 0.3, "turn_every": 1}
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), [decoder, other], **options)
+
+    def losses(of_decoder: nn.Module, rotated: Tensor, z: Tensor) -> list[Tensor]:
+        return [decoded(of_decoder, rotated, num_steps).square().mean(), other(z).square().mean()]
+
+    for step in range(5):
+        backbone.requires_grad_(step >= 2)
+        x, plain = torch.randn(4, 5), Decoder()
+        plain.load_state_dict(decoder.state_dict())
+        turns = init == "identity" and optimizer.rotations.size is not None
+        z = backbone(x)
+        loss = losses(plain, z @ optimizer.rotations[0].mT if turns else z, z)[0]
+        true = torch.autograd.grad(loss, plain.out.weight)[0]
+        optimizer.zero_grad()
+        z = backbone(x)
+        back_propagate(losses(decoder, z, z)) if own else optimizer.backward(losses(decoder, z, z))
+        assert_close(decoder.out.weight.grad, true)
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:The representation should require grad")
+def test_an_aggregator_does_not_weight_what_a_head_reads_of_its_own_output_behind_a_frozen_backbone() -> None:
+    backbone, decoder, other = nn.Linear(5, 6).requires_grad_(False), Decoder(), nn.Linear(6, 2)
+    params = nn.ModuleList([decoder, other]).parameters()
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), [decoder, other], weighting=lambda grads: 3 * grads.sum(0))
+    z, plain = backbone(torch.randn(4, 5)), Decoder()
+    plain.load_state_dict(decoder.state_dict())
+    back_propagate([decoded(plain, z, 2).square().mean()])
+    optimizer.backward([decoded(decoder, z, 2).square().mean(), other(z).square().mean()])
+    assert_close(decoder.out.weight.grad, plain.out.weight.grad)
+
+
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.filterwarnings("ignore:The representation should require grad")
 def test_a_shared_parameter_that_enters_after_prompts_is_weighted_immediately(own: bool) -> None:
