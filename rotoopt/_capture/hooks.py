@@ -203,8 +203,8 @@ def attach(capture: Capture, head: nn.Module, task: int, part: int, name: str) -
         hook.handles.append(head.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
         hook.handles.append(head.register_forward_hook(hook.writes, prepend=True))
         hook.first_weight = first = FirstWeight.of(head, (hook, hook.writes))
-        if first is not None:
-            hook.handles.append(first.layer.register_forward_hook(first, prepend=True))
+        if first is not None:  # not prepended: torch.compile before 2.9 mistakes two prepended hooks for each other
+            hook.handles.append(first.layer.register_forward_hook(first))
         # Partial, because torch sets an attribute of the hook.
         hook.handles += [
             inner.register_state_dict_post_hook(partial(hook.save)),  # type: ignore[no-untyped-call]

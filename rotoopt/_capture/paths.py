@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ class Arguments:
             {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds,
         )
 
-    @cached_property
+    @property  # not cached: torch.compile would compile the head again after the first call
     def first(self) -> Path:
         """The path of the first argument by position."""
         return self.by_position(0)

@@ -308,3 +308,12 @@ def test_large_heads_of_few_outputs_use_it() -> None:
             z = backbone(torch.randn(64, 4))
             optimizer.step([head(z).square().mean() for head in heads], z)
     assert len(found) == 2
+
+
+def test_hooks_of_a_head_that_is_a_layer_run_in_the_order_in_which_they_were_added() -> None:
+    """torch.compile before 2.9 counts them in that order."""
+    model = Model(VECTORS["linear"])
+    model.wrap()
+    hooks = model.heads[0]._forward_hooks
+    assert len(hooks) == 2
+    assert list(dict.keys(hooks)) == list(hooks)
