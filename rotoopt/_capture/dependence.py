@@ -24,6 +24,7 @@ from rotoopt._capture.graph import (
 from rotoopt._capture.labels import (
     ALONG,
     ELEMENTWISE,
+    MATRIX_PRODUCTS,
     MIXED,
     NONE,
     REARRANGING,
@@ -221,7 +222,7 @@ class Dependence:
 
     def _is_apart_in(self, node: Node, part: Edge) -> bool:
         """Whether each entry of the parameter that ``part`` was computed from is combined with one task in ``node``."""
-        if node not in self._labels or operation(node) not in ELEMENTWISE:
+        if node not in self._labels or operation(node) not in ELEMENTWISE | MATRIX_PRODUCTS:
             return False
         labels = self._labels[node][0]
         while (shape := _shape(part)) is not None:
@@ -272,8 +273,15 @@ def _shape(edge: Edge) -> tuple[int, ...] | None:
 
 def _of_input(labels: Tensor, node: Node, shape: tuple[int, ...]) -> Tensor:
     """Return which tasks each entry of an input of ``node`` is combined with, from the labels of its output."""
-    if operation(node) in RESHAPING:
+    name = operation(node)
+    if name in RESHAPING:
         return labels.expand(output_shapes(node)[0]).reshape(shape)
+    if name == "Permute":
+        return labels.permute(torch.tensor(saved(node, "dims")).argsort().tolist())
+    if name == "Transpose":
+        return labels.transpose(saved(node, "dim0"), saved(node, "dim1"))
+    if name in MATRIX_PRODUCTS:  # each entry of a matrix is combined with a row or column of the other one
+        labels = reduced(labels, (-2, -1), keepdim=True)
     added = labels.ndim - len(shape)
     labels = reduced(labels, range(added), keepdim=False)
     return reduced(labels, [i for i, size in enumerate(shape) if size == 1], keepdim=True)
@@ -289,7 +297,7 @@ def _from_parameter(edge: Edge) -> tuple[Tensor | None, int | None]:
         if name == "Unbind" or (name == "Select" and len(saved(node, "self_sym_sizes")) == 1):
             index = output if name == "Unbind" else saved(node, "index")
             size = torch.Size(_shape(parts[0]) or ()).numel()
-        elif name not in ELEMENTWISE | RESHAPING:
+        elif name not in ELEMENTWISE | RESHAPING | {"Permute", "Transpose"}:
             return None, None
         if len(parts) != 1:
             return None, None

@@ -33,6 +33,7 @@ REARRANGING = RESHAPING | {"Select", "Slice", "Split", "SplitWithSizes", "Unbind
 REDUCING = {"Sum", "Mean", "LinalgVectorNorm", "Norm", "Amax", "Amin", "Max", "Min", "Logsumexp", "Var", "Std", "Prod"}
 REDUCING |= {"Nansum"}
 ALONG = {"Softmax", "LogSoftmax", "Cumsum"}  # of all entries along a dimension, which is kept
+MATRIX_PRODUCTS = {"Mm", "Bmm", "Addmm", "Baddbmm"}  # of the last two inputs, in front of which a bias may be added
 # Elementwise losses, and losses with an entry for each class, which are added up unless `reduction` is none.
 LOSSES = {"MseLoss", "SmoothL1Loss", "HuberLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits"}
 LOSSES |= {"SoftMarginLoss"}
@@ -116,6 +117,11 @@ def _labels(
         return [labels.reshape((1,) * (len(out_shapes[0]) - labels.ndim) + labels.shape)]
     if operation in {"Cat", "Stack"}:
         return _joined(operation, parts, shapes, saved(node, "dim"), out_shapes[0])
+    if operation in MATRIX_PRODUCTS:
+        ndim = len(out_shapes[0])
+        left, right = (part.expand((1,) * (ndim - part.ndim) + part.shape) for part in parts[-2:])
+        rows, columns = reduced(left, (-1,), keepdim=True), reduced(right, (-2,), keepdim=True)
+        return [together([*parts[:-2], rows, columns])]
     summed = labels_of_sum(node, operation, parts)
     if summed is not None:
         return [reduced(summed, range(summed.ndim), keepdim=False) if saved(node, "reduction") else summed]

@@ -22,10 +22,13 @@ PAST = "A parameter that tasks share must be reached through their heads, got"
 Losses = Callable[[TwoTasks, nn.Module], list[Tensor]]
 
 
-def of_both(model: TwoTasks, shared: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def outputs_of(model: TwoTasks) -> list[Tensor]:
     z = model.backbone(model.inputs(0))
-    outputs = [model.heads["left"](z).expand(-1, 6), model.heads["right"](z).repeat(1, 3)]
-    return [shared(output).square().mean() for output in outputs]
+    return [model.heads["left"](z).expand(-1, 6), model.heads["right"](z).repeat(1, 3)]
+
+
+def of_both(model: TwoTasks, shared: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    return [shared(output).square().mean() for output in outputs_of(model)]
 
 
 def weight_of(model: TwoTasks) -> Tensor:
@@ -44,6 +47,18 @@ BEHIND: dict[str, tuple[Callable[[], nn.Module], Losses]] = {
     "number for each column": (
         lambda: nn.PReLU(2),
         lambda model, layer: of_both(model, lambda out: layer(out[:, :2])),
+    ),
+    "linear for stacked outputs": (
+        lambda: nn.Linear(6, 3),
+        lambda model, layer: list(layer(torch.stack(outputs_of(model))).square().mean((1, 2))),
+    ),
+    "matrix for stacked outputs": (
+        lambda: nn.Linear(6, 3, bias=False),
+        lambda model, layer: list(
+            torch.einsum(
+                "kbd,kod->kbo", torch.stack(outputs_of(model)), next(layer.parameters()).expand(2, -1, -1)
+            ).mean((1, 2))
+        ),
     ),
     "weights of the backbone": (
         nn.Identity,
@@ -190,6 +205,36 @@ def test_one_number_for_the_outputs_of_all_tasks_is_named(shape: tuple[int, ...]
     with pytest.raises(RuntimeError, match=PAST):
         back_propagate([(torch.cat(outputs, 1) * s.view(shape) - 1).square().mean()])
     assert optimizer.last_step is None
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bmm": torch.bmm,
+    "baddbmm": lambda outputs, weight: torch.baddbmm(torch.ones(2, 1, 3), outputs, weight),
+    "einsum": lambda outputs, weight: torch.einsum("kbd,kdo->kbo", outputs, weight),
+    "samples first": lambda outputs, weight: torch.einsum("bkd,kdo->kbo", outputs.transpose(0, 1), weight),
+    "vmap": lambda outputs, weight: torch.vmap(torch.matmul)(outputs, weight),
+    "two layers": lambda outputs, weight: (outputs @ weight).relu() @ weight.mT,
+}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_one_product_may_apply_a_matrix_for_each_task(name: str, own: bool) -> None:
+    """The heads of all tasks as one parameter: each matrix gets the gradient of its own task."""
+    model, weight = TwoTasks(), nn.Parameter(torch.randn(2, 6, 3))
+    optimizer = RotoGradOptimizer(SGD([*model.parameters(), weight], lr=0.1), model.heads, rotate=False)
+
+    def losses() -> Tensor:
+        return PRODUCTS[name](torch.stack(outputs_of(model)), weight).square().mean((1, 2))
+
+    shared = weight_of(model)
+    with optimizer.paused():
+        (expected,) = torch.autograd.grad(losses().sum(), weight)
+        grads = [torch.autograd.grad(losses()[k], shared)[0] for k in range(2)]
+    back_propagate(list(losses())) if own else optimizer.backward(losses())
+    assert_close(weight.grad, expected)
+    weights = optimizer.last_step.weights  # type: ignore[union-attr]
+    assert_close(shared.grad, weights[0] * grads[0] + weights[1] * grads[1])
 
 
 SPREAD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

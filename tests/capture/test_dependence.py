@@ -111,6 +111,11 @@ TOLD: dict[str, Callable[[Tensor], Tensor]] = {  # for these, the graph determin
     "put": lambda x: put(torch.zeros_like(x), every_second(x), x[every_second(x)]),
     "put into itself": lambda x: put(x, every_second(x), 2 * x[every_second(x)]),
     "moved within": moved_within,
+    "matrix product": lambda x: x @ torch.ones(x.shape[-1], 2) if x.ndim > 1 else x,
+    "matrix product from the left": lambda x: torch.ones(2, x.shape[-2]) @ x if x.ndim > 1 else x,
+    "linear": lambda x: F.linear(x, torch.ones(2, x.shape[-1]), torch.ones(2)) if x.ndim > 1 else x,
+    "product of matrices": lambda x: torch.baddbmm(x, x, torch.ones(len(x), *[x.shape[-1]] * 2)) if x.ndim == 3 else x,
+    "product with itself": lambda x: x @ x.mT.exp() if x.ndim > 1 else x,
     "part emptied": lambda x: changed(x, lambda part, _: part[:0].copy_(part[:0])),
 }
 UNTOLD: dict[str, Callable[[Tensor], Tensor]] = {  # for these it does not, and too many tasks are reported
