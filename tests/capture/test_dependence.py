@@ -27,6 +27,10 @@ def every_second(x: Tensor) -> Tensor:
     return (torch.arange(x.numel()) % 2 == 0).reshape(x.shape)
 
 
+def like(x: Tensor, *shape: int) -> Tensor:
+    return torch.randn(shape, dtype=x.dtype)
+
+
 def put(x: Tensor, mask: Tensor, values: Tensor) -> Tensor:
     x = x.clone()
     x[mask] = values
@@ -42,7 +46,7 @@ def changed(x: Tensor, by: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
 def put_columns(x: Tensor, end: int) -> Tensor:
     """Return ``x``, a view, after a change of its columns up to ``end``."""
     x[:, :end] = x[:, :end].exp() + 1
-    return x.squeeze(-1)
+    return x
 
 
 def moved_within(x: Tensor) -> Tensor:
@@ -111,14 +115,13 @@ TOLD: dict[str, Callable[[Tensor], Tensor]] = {  # for these, the graph determin
     "put": lambda x: put(torch.zeros_like(x), every_second(x), x[every_second(x)]),
     "put into itself": lambda x: put(x, every_second(x), 2 * x[every_second(x)]),
     "moved within": moved_within,
-    "matrix product": lambda x: x @ torch.ones(x.shape[-1], 2) if x.ndim > 1 else x,
-    "matrix product from the left": lambda x: torch.ones(2, x.shape[-2]) @ x if x.ndim > 1 else x,
-    "linear": lambda x: F.linear(x, torch.ones(2, x.shape[-1]), torch.ones(2)) if x.ndim > 1 else x,
-    "product of matrices": lambda x: torch.baddbmm(x, x, torch.ones(len(x), *[x.shape[-1]] * 2)) if x.ndim == 3 else x,
-    "product with itself": lambda x: x @ x.mT.exp() if x.ndim > 1 else x,
-    "part emptied": lambda x: changed(x, lambda part, _: part[:0].copy_(part[:0])),
+    "matrix product": lambda x: x @ like(x, x.shape[-1], 2) if x.ndim > 1 else x,
+    "matrix product from the left": lambda x: like(x, 2, x.shape[-2]) @ x if x.ndim > 1 else x,
+    "linear": lambda x: F.linear(x, like(x, 2, x.shape[-1]), like(x, 2)) if x.ndim > 1 else x,
+    "product of matrices": lambda x: torch.baddbmm(x, x, like(x, len(x), *[x.shape[-1]] * 2)) if x.ndim == 3 else x,
 }
 UNTOLD: dict[str, Callable[[Tensor], Tensor]] = {  # for these it does not, and too many tasks are reported
+    "product with itself": lambda x: x @ x.mT.tanh() if x.ndim > 1 else x,
     "assigned": lambda x: in_columns(x.unbind(-1)) if x.ndim > 1 else x,
     "part multiplied": lambda x: changed(x, Tensor.mul_),
     "part added to": lambda x: changed(x, Tensor.add_),
@@ -277,7 +280,8 @@ COLUMNS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
     ],
     "assigned": lambda out, y: [each.square().mean() for each in in_columns(out.unbind(1)).unbind(1)],
     "parts of a view assigned": lambda out, y: [  # as in YOLOX
-        (each - y[:, k]).square().mean() for k, each in enumerate(put_columns(out.view(8, 3, 1), 2).unbind(1))
+        (each - y[:, k]).square().mean()
+        for k, each in enumerate(put_columns(out.view(8, 3, 1), 2).squeeze(-1).unbind(1))
     ],
 }
 
