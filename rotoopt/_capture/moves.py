@@ -81,8 +81,8 @@ def _moved(node: Any, parts: Sequence[Tensor]) -> Tensor | None:
         return None
     labels, index = torch.cat([part.flatten() for part in parts]), torch.cat(places).cpu()
     (shape,) = output_shapes(node)
-    order = index.argsort()[(index < 0).sum() :]
-    return labels[order].reshape(shape)
+    is_kept = index >= 0
+    return labels.new_empty(int(is_kept.sum())).index_put_((index[is_kept],), labels[is_kept]).reshape(shape)
 
 
 def _indices(node: Any) -> tuple[Any, ...] | None:

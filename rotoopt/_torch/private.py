@@ -277,9 +277,11 @@ def places_of_entries(node: Any) -> list[Tensor] | None:
     grads = [grads] if isinstance(grads, Tensor) else list(grads)
     if any(grad is None for grad in grads):
         return None
-    places = [grad.flatten().double() - 1 for grad in grads]
-    found = torch.cat(places)
-    return [each.long() for each in places] if torch.equal(found[found >= 0].sort().values, numbers - 1) else None
+    places = [(grad.flatten().double() - 1).long() for grad in grads]
+    is_exact = all(torch.equal(grad.flatten(), each + 1) for grad, each in zip(grads, places, strict=True))
+    index = torch.cat(places)
+    each_once = torch.equal(torch.bincount(index[index >= 0], minlength=len(numbers)), torch.ones_like(numbers).long())
+    return places if is_exact and each_once else None
 
 
 def is_transformed() -> bool:
