@@ -1,8 +1,5 @@
 """Capture: rotations in front of the heads, and the gradient of each task."""
 
-import copy
-import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,12 +10,11 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.testing import assert_close
 
-from rotoopt import ProgressWeighting, RotoGradOptimizer, RotoGradWeighting
+from rotoopt import RotoGradOptimizer
 from rotoopt._capture import wiring
-from rotoopt._capture.inputs import leaves_of
 from rotoopt._torch.modules import is_trained
 from tests.asserts import eps
-from tests.contract.models import REP_SIZE, TwoTasks, back_propagate, wrap
+from tests.contract.models import back_propagate, wrap
 from tests.operations import Count
 from tests.oracle import layout, rotate
 from tests.samplers import DTYPES, LAYOUTS, SEEDS, Layout, Network, Sampler, batches, network
@@ -172,67 +168,6 @@ def test_gradient_of_a_head_is_its_true_gradient(layout_: Layout, K: int, seed: 
         assert_close(head_gradients(model, task), list(expected[4 * task : 4 * task + 4]), rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("rotate", [True, False])
-def test_heads_may_begin_with_an_in_place_layer(rotate: bool) -> None:
-    """If R = I, the head gets z itself, and changing z would change the inputs of the other heads."""
-    backbone, heads = nn.Linear(3, 4), [nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 1)) for _ in range(2)]
-    bare = torch.optim.SGD([*backbone.parameters(), *heads[0].parameters(), *heads[1].parameters()], lr=0.1)
-    optimizer = RotoGradOptimizer(bare, heads=heads, rotate=rotate)
-    rep = backbone(torch.randn(5, 3))
-    before = rep.detach().clone()
-    for _ in range(3):
-        optimizer.step([head(rep).square().mean() for head in heads], rep)
-        assert torch.equal(rep.detach(), before)
-        with torch.no_grad():
-            heads[0](rep)
-        assert torch.equal(rep.detach(), before)
-        rep = backbone(torch.randn(5, 3))
-        before = rep.detach().clone()
-
-
-class Looks(nn.Module):
-    """A head that notes the address of its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[int] = []
-
-    def forward(self, z: Tensor, *_: object) -> Tensor:
-        self.seen.append(z.data_ptr())
-        return z.square()
-
-
-@pytest.mark.parametrize("others", [(), (1,)], ids=["z", "z and a number"])
-@pytest.mark.parametrize("trains", [True, False], ids=["training", "evaluation"])
-def test_a_head_that_does_not_change_its_input_gets_a_copy_only_until_this_is_known(
-    trains: bool, others: tuple[int, ...]
-) -> None:
-    heads = [Looks(), Looks()]
-    optimizer = RotoGradOptimizer(SGD([nn.Parameter(torch.zeros(4))], lr=0.1), heads, rotate=False)
-    reps = [torch.randn(5, 4, requires_grad=True) for _ in range(3)]
-    for step, rep in enumerate(reps):
-        if trains or step < 2:
-            optimizer.step([head(rep, *others).sum() for head in heads])
-        else:
-            _ = [head.eval()(rep, *others) for head in heads]
-    for head in heads:
-        assert [seen == rep.data_ptr() for seen, rep in zip(head.seen, reps, strict=True)] == [False, True, True]
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
-def test_a_copy_finds_out_anew_whether_a_head_changes_its_input(copied: Callable[[Any], Any]) -> None:
-    """The tensors in the copy have other version counters."""
-    heads, bare = nn.ModuleList([Looks(), Looks()]), SGD([nn.Parameter(torch.zeros(4))], lr=0.1)
-    optimizer = RotoGradOptimizer(bare, heads, rotate=False)
-    reps = [torch.randn(5, 4, requires_grad=True) for _ in range(3)]
-    optimizer.step([head(reps[0]).sum() for head in heads])
-    optimizer, heads = copied((optimizer, heads))
-    for rep in reps[1:]:
-        optimizer.step([head(rep).sum() for head in heads])
-    for head in heads:
-        assert [seen == rep.data_ptr() for seen, rep in zip(head.seen, reps, strict=True)] == [False, False, True]
-
-
 class Echo(nn.Module):
     """A head that returns its arguments."""
 
@@ -341,111 +276,3 @@ def test_an_optimizer_that_could_not_be_built_does_not_block_another_one() -> No
     assert is_trained(trained)
     assert not is_trained(torch.zeros(3).requires_grad_())
     del half_built, optimizer
-
-
-class Meta(Tensor):
-    """A tensor subclass like ``MetaTensor`` of MONAI."""
-
-
-class Masked(nn.Module):
-    """Reads an attribute of its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.out = nn.Linear(6, 2)
-
-    def forward(self, z: Any) -> Tensor:
-        out: Tensor = self.out(z) * z.mask
-        return out
-
-
-@pytest.mark.parametrize("kind", [Tensor, Meta])
-@pytest.mark.parametrize("options", [{"rotate": False}, {"init": "haar"}, {"normalize_losses": True}])
-def test_tensors_that_enter_a_head_keep_their_class_and_attributes(kind: type[Tensor], options: dict[str, Any]) -> None:
-    backbone, heads = nn.Linear(5, 6), nn.ModuleList([Masked(), Masked()])
-    params = [*backbone.parameters(), *heads.parameters()]
-    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), heads, turn_every=2, **options)
-    mask = torch.tensor([[1.0], [0.0], [1.0], [0.0]])
-
-    def outputs() -> list[Any]:
-        z: Any = backbone(torch.randn(4, 5)).as_subclass(kind)
-        z.mask = mask
-        return [head(z) for head in heads]
-
-    for _ in range(3):
-        optimizer.zero_grad()
-        for output in (found := outputs()):
-            assert type(output) is kind
-            assert torch.equal(output == 0, mask.expand(4, 2) == 0)
-        optimizer.step([output.square().mean() for output in found])
-    record = optimizer.last_step
-    assert record is not None
-    tensors = [each for each in vars(record).values() if isinstance(each, Tensor)]
-    assert {type(each) for each in [*tensors, *leaves_of(optimizer.state_dict())] if isinstance(each, Tensor)} == {
-        Tensor
-    }
-    assert copy.deepcopy(optimizer.state_dict())
-    heads.eval()
-    assert all(torch.equal(output == 0, mask.expand(4, 2) == 0) for output in outputs())
-
-
-class Parameter(nn.Module):
-    """A representation that is a parameter, as the factors of users: the same tensor in every forward pass."""
-
-    def __init__(self, *, copies: bool) -> None:
-        super().__init__()
-        self.rep = nn.Parameter(torch.randn(5, REP_SIZE, generator=torch.Generator().manual_seed(0)))
-        self.copies = copies
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rep.clone() if self.copies else self.rep
-
-
-@pytest.mark.parametrize("trial", [False, True])
-@pytest.mark.parametrize("weighting", [ProgressWeighting, RotoGradWeighting])
-def test_a_parameter_as_representation_is_measured_anew_in_every_step(weighting: type, trial: bool) -> None:
-    """Like a copy of it, which is another tensor in every step; also after a forward pass that is not used."""
-    runs = []
-    for copies in (False, True):
-        torch.manual_seed(1)
-        model = TwoTasks()
-        factors = Parameter(copies=copies)
-        model.backbone = nn.Sequential(factors)
-        optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), model.heads, weighting=weighting(), turn_every=2)
-        for step in range(8):
-            if trial:
-                model.losses(step)
-                with torch.no_grad():
-                    factors.rep.mul_(1.1)
-            optimizer.zero_grad()
-            optimizer.step(model.losses(step)[0])
-        assert optimizer.last_step is not None
-        runs.append([*model.parameters(), optimizer.rotations.matrices, optimizer.last_step.weights])
-    for first, second in zip(*runs, strict=True):
-        torch.testing.assert_close(first, second)
-
-
-class Flat(nn.Module):
-    """A head that takes a view, which needs tokens that are stored as (B, T, d)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.out = nn.Linear(4 * 6, 2)
-
-    def forward(self, rep: Tensor) -> Tensor:
-        out: Tensor = self.out(rep.transpose(1, 2).view(len(rep), -1))
-        return out
-
-
-@pytest.mark.parametrize("rotation_size", [None, 3])
-def test_a_head_may_take_a_view_that_fits_how_the_representation_is_stored(rotation_size: int | None) -> None:
-    """The rotated tensor is stored like z, here transposed tokens; after updates of the rotations as well."""
-    backbone, heads = nn.Linear(3, 6), nn.ModuleList([Flat(), nn.Conv1d(6, 2, 1)])
-    sgd = SGD(nn.ModuleList([backbone, heads]).parameters(), lr=0.1)
-    optimizer = RotoGradOptimizer(sgd, heads, dim=1, rotation_size=rotation_size, turn_every=1)
-    for _ in range(3):
-        z = backbone(torch.randn(5, 4, 3)).transpose(1, 2)
-        optimizer.zero_grad()
-        optimizer.step([head(z).square().mean() for head in heads])
-    heads.eval()
-    assert heads[0](z).shape == (5, 2)

@@ -4,94 +4,20 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
-from torch.nn.utils import vector_to_parameters
-from torch.optim import SGD
-from torch.optim.swa_utils import AveragedModel
 
 from rotoopt import RotoGradOptimizer
 from rotoopt._capture.latest import LOOK_EVERY, LatestWeights
-from tests.contract.models import TwoTasks, back_propagate, sgd, train, wrap
+from tests.contract.models import sgd, train, wrap
+from tests.deploy.kept_weights import EVALUATIONS, TURNING, WAYS, WRITTEN, X, by_data, evaluate, kept_of, warned
 from tests.operations import Count
-
-WRITTEN = "Weights of a head should be replaced together with its rotation, got other weights of "
-TURNING: dict[str, Any] = {"rotation_optimizer": partial(SGD, lr=1.0)}  # in every step
-X = TwoTasks().inputs(99)
-Params = Sequence[nn.Parameter]
-
-
-@torch.no_grad()
-def by_copy(params: Params, kept: Sequence[Tensor]) -> None:
-    for param, value in zip(params, kept, strict=True):
-        param.copy_(value)
-
-
-def by_data(params: Params, kept: Sequence[Tensor]) -> None:
-    for param, value in zip(params, kept, strict=True):
-        param.data.copy_(value)
-
-
-def by_new_data(params: Params, kept: Sequence[Tensor]) -> None:
-    for param, value in zip(params, kept, strict=True):
-        param.data = value.clone()
-
-
-def by_vector(params: Params, kept: Sequence[Tensor]) -> None:
-    vector_to_parameters(torch.cat([each.flatten() for each in kept]), params)
-
-
-def by_foreach(params: Params, kept: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        torch._foreach_copy_(list(params), list(kept))
-
-
-def by_average(params: Params, kept: Sequence[Tensor]) -> None:
-    for param, value in zip(params, kept, strict=True):
-        param.data.lerp_(value, 0.5)
-
-
-WAYS = [by_copy, by_data, by_new_data, by_vector, by_foreach, by_average]
-
-
-def kept_of(params: Params) -> list[Tensor]:
-    return [param.detach().clone() for param in params]
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    model.eval()
-    yield
-    model.train()
-
-
-EVALUATIONS: dict[str, Callable[[nn.Module], AbstractContextManager[Any]]] = {
-    "no_grad": lambda _: torch.no_grad(),
-    "inference_mode": lambda _: torch.inference_mode(),
-    "eval": in_eval_mode,
-}
-
-
-def warned(call: Callable[[], object]) -> list[str]:
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter("always")
-        call()
-    return [str(warning.message) for warning in record]
-
-
-def evaluate(model: nn.Module, kind: str = "no_grad") -> list[Tensor]:
-    with EVALUATIONS[kind](model):
-        return [each.detach().clone() for each in model(X)]
 
 
 @given(
@@ -183,134 +109,6 @@ def test_averages_that_are_swapped_in_for_each_validation_are_reported_once() ->
 
     (message,) = warned(run)
     assert message.startswith(WRITTEN + "left, right than after the latest step.")
-
-
-Loop = Callable[[TwoTasks, RotoGradOptimizer, int], object]
-seen: dict[str, Any] = {}
-
-
-def load_the_best(model: TwoTasks, optimizer: RotoGradOptimizer, step: int) -> None:
-    train(model, optimizer, step)
-    if step == 3:
-        seen["best"] = copy.deepcopy(model.state_dict())
-    elif step % 7 == 6:
-        model.load_state_dict(seen["best"])
-
-
-def resume(model: TwoTasks, optimizer: RotoGradOptimizer, step: int) -> None:
-    train(model, optimizer, step)
-    if step == 3:
-        seen["state"] = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    elif step % 7 == 6:
-        model.load_state_dict(seen["state"][0])
-        optimizer.load_state_dict(seen["state"][1])
-
-
-def average(model: TwoTasks, optimizer: RotoGradOptimizer, step: int) -> None:
-    averaged = seen.setdefault("averaged", AveragedModel(model))
-    train(model, optimizer, step)
-    averaged.update_parameters(model)
-    optimizer.refresh(averaged)
-    evaluate(averaged.module)
-
-
-def accumulate(model: TwoTasks, optimizer: RotoGradOptimizer, step: int) -> None:
-    optimizer.backward(model.losses(step)[0])
-    if step % 3 == 2:
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def constrain(model: TwoTasks, optimizer: RotoGradOptimizer, step: int) -> None:
-    train(model, optimizer, step)
-    for param in model.heads.parameters():
-        param.data.mul_(0.99)
-
-
-def train_the_heads_twice(model: TwoTasks, optimizer: RotoGradOptimizer, step: int) -> None:
-    other = seen.setdefault("other", SGD(model.heads.parameters(), lr=0.01))
-    train(model, optimizer, step)
-    optimizer.zero_grad()
-    with optimizer.paused():
-        back_propagate(model.losses(step)[0])
-    other.step()
-
-
-def train_paused(model: TwoTasks, optimizer: RotoGradOptimizer, step: int) -> None:
-    if step % 2:
-        train(model, optimizer, step)
-    else:
-        optimizer.zero_grad()
-        with optimizer.paused():
-            back_propagate(model.losses(step)[0])
-        optimizer.step()
-
-
-def swap_without_evaluation(model: TwoTasks, optimizer: RotoGradOptimizer, step: int) -> None:
-    train(model, optimizer, step)
-    params = list(model.parameters())
-    stored = kept_of(params)
-    by_data(params, [torch.zeros_like(each) for each in stored])
-    by_vector(params, stored)
-
-
-def restore_the_start(model: TwoTasks, optimizer: RotoGradOptimizer, step: int) -> None:
-    kept = seen.setdefault("start", kept_of(list(model.parameters())))
-    train(model, optimizer, step)
-    if step % 7 == 6:
-        by_data(list(model.parameters()), kept)
-
-
-def diverge(model: TwoTasks, optimizer: RotoGradOptimizer, step: int) -> None:
-    train(model, optimizer, step)
-    if step == 5:
-        by_data(list(model.parameters()), [each * torch.nan for each in model.parameters()])
-        train(model, optimizer, step)
-
-
-def cast(model: TwoTasks, optimizer: RotoGradOptimizer, step: int) -> None:
-    train(model, optimizer, step)
-    if step == 5:
-        with torch.no_grad():
-            model.bfloat16()(X.bfloat16())
-        model.float()
-
-
-def schedule(model: TwoTasks, optimizer: RotoGradOptimizer, step: int) -> None:
-    scheduler = seen.setdefault("scheduler", torch.optim.lr_scheduler.StepLR(optimizer, 3))
-    train(model, optimizer, step)
-    scheduler.step()
-
-
-LEGITIMATE: dict[str, tuple[Loop, dict[str, Any]]] = {
-    "validation": (train, TURNING),
-    "load_state_dict": (load_the_best, TURNING),
-    "resume": (resume, TURNING),
-    "AveragedModel": (average, TURNING),
-    "accumulation": (accumulate, TURNING),
-    "constraint": (constrain, TURNING),
-    "another optimizer": (train_the_heads_twice, TURNING),
-    "paused": (train_paused, TURNING),
-    "swap without evaluation": (swap_without_evaluation, TURNING),
-    "NaN": (diverge, TURNING),
-    "cast": (cast, TURNING),
-    "scheduler": (schedule, TURNING),
-    "rotate=False": (restore_the_start, {"rotate": False}),
-    "no updates": (restore_the_start, {"rotation_lr": 0.0}),
-    "one task is not rotated": (train, {**TURNING, "rotate": [True, False]}),
-}
-
-
-@pytest.mark.parametrize("kind", EVALUATIONS)
-@pytest.mark.parametrize("name", LEGITIMATE)
-def test_other_loops_are_not_reported(name: str, kind: str) -> None:
-    loop, options = LEGITIMATE[name]
-    seen.clear()
-    model, optimizer = wrap(**options)
-    for step in range(20):
-        loop(model, optimizer, step)
-        evaluate(model, kind)
-        evaluate(model, kind)
 
 
 @pytest.mark.parametrize(
