@@ -304,6 +304,15 @@ def test_each_loss_may_read_its_part_of_the_outputs_of_all_heads(name: str) -> N
         bench.optimizer.step([losses_of_others[0], None, None])
 
 
+def test_joined_outputs_in_which_parts_were_replaced_need_backward_with_the_losses() -> None:
+    """After the user's own backward, the graph does not show which parts. As in YOLOX."""
+    bench = Heads(8)
+    out = put_columns(torch.cat(bench.outputs(), 1).view(8, 3, 1), 2)
+    losses = [F.smooth_l1_loss(out[:, k, 0], bench.y[:, k]).sqrt() for k in range(3)]
+    with pytest.raises(RuntimeError, match=r"or parts of joined outputs are replaced, .* call backward\(losses\) with"):
+        back_propagate(losses)
+
+
 class Doubled(torch.autograd.Function):
     """A function with several outputs whose dependence is not visible in the graph, as in a compiled model."""
 
