@@ -15,6 +15,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before the group exists: otherwise default arguments there keep it alive until the exit
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel

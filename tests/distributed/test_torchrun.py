@@ -44,6 +44,30 @@ def test_example_under_torchrun_is_the_example_in_one_process() -> None:
     assert ranks == pytest.approx(run(*EXAMPLE, "--batch", "64"), rel=1e-4)
 
 
+THREADS_LEFT = """
+import runpy, sys, time
+from pathlib import Path
+
+threads = lambda: [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+deadline = time.monotonic() + 10
+while (left := [name for name in threads() if "gloo" in name]) and time.monotonic() < deadline:
+    time.sleep(0.05)
+assert not left, left
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed by Linux only")
+def test_no_thread_of_gloo_is_left_at_exit() -> None:
+    """Otherwise processes may abort: a thread that frees a tensor then needs the GIL of an interpreter that has ended.
+
+    The threads end with the group, unless something refers to it after ``destroy_process_group``.
+    """
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+    assert run(*launch, sys.executable, "-c", THREADS_LEFT, *EXAMPLE, "--batch", "32")
+
+
 def models_left(rank: int) -> list[bool]:
     """Return, for each model that the example wraps, whether it still exists when the process group is destroyed."""
     wrapped: list[weakref.ref[nn.Module]] = []
