@@ -160,6 +160,8 @@ class Places:
         """Record that the input at ``place`` corresponds to that at ``as_``."""
         if as_ in self.noted[task]:
             self.noted[task][place] = self.noted[task][as_]
+        elif (task, as_) in self._sizes:  # decided after this pass
+            self._sizes[task, place] = self._sizes[task, as_]
 
     def _fits(self, rep: Tensor, *, alone: bool) -> bool | None:
         """Whether ``rep`` has the size of the rotations; None if that is not determined yet. The first z does."""

@@ -128,6 +128,18 @@ def test_a_head_that_ran_before_the_size_was_determined_is_rotated_after_the_fir
     assert_close(first.train()(backbone(x), backbone(x)), first.forward(rotated, rotated))
 
 
+def test_a_tensor_that_entered_twice_before_the_size_was_determined_is_rotated_in_both_places() -> None:
+    backbone, first, second = nn.Linear(5, D), nn.Bilinear(D, D, 2), nn.Linear(D, 2)
+    params = nn.ModuleList([backbone, first, second]).parameters()
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), [first, second], rotation_lr=0.3, turn_every=1)
+    z = backbone(torch.randn(4, 5))
+    step(optimizer, [first(z, z), second(z)])
+    with torch.no_grad():
+        R, others = optimizer.rotations[0], (z, z + 1)
+        assert not torch.allclose(z @ R.mT, z)
+        assert_close(first.eval()(*others), first.forward(*(other @ R.mT for other in others)))
+
+
 def test_rotations_of_a_less_common_size_are_a_warning() -> None:
     names = tuple(SIZES)
     for flags in ([True, True, True], [False, True, True]):
