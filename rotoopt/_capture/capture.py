@@ -272,6 +272,8 @@ class Capture:
             turned: Tensor = Turn.apply(rep, matrix, self.dims, task)  # type: ignore[no-untyped-call]
             return turned
         if let_pass or not rep.requires_grad:
+            if matrix is not None:
+                self.shapes[key] = rep.shape
             out = rep if matrix is None else rotated(rep, matrix, self.dims)
             own = own and matrix is None and (alone or key in self.shapes)
             return self.in_place.own_copy(out, key) if own else out

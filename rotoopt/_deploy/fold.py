@@ -165,7 +165,8 @@ def _check_foldable(capture: Capture, heads: Sequence[Sequence[nn.Module]]) -> N
             "before, and the model is ready, or (b) remove() was called, and the model runs without rotations."
         )
     tasks = range(len(heads))
-    if any(capture.rotations.rotate) and not (capture.shapes and all(_is_known(capture, task) for task in tasks)):
+    has_run = any(capture.places.noted)
+    if any(capture.rotations.rotate) and not (has_run and all(_is_known(capture, task) for task in tasks)):
         raise RuntimeError(
             "fold() must know the shape of the representation, got heads that did not run in training mode yet. Run "
             "one forward pass, also after loading a checkpoint: model.train(); model(x)."

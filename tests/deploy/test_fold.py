@@ -173,6 +173,19 @@ def test_a_single_task_needs_no_forward_pass() -> None:
     assert not hooks(model)
 
 
+@pytest.mark.filterwarnings("ignore:The representation should require grad")
+@pytest.mark.parametrize("options", [{}, {"init": "haar"}, {"init": "haar", "rotation_size": 2}])
+def test_heads_trained_behind_a_frozen_backbone(options: dict[str, Any]) -> None:
+    model = TwoTasks()
+    model.backbone.requires_grad_(False)
+    optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), model.heads, **options)
+    train(model, optimizer, 0, 1)
+    before = predict(model.eval(), X)
+    optimizer.fold()
+    torch.testing.assert_close(predict(model, X), before)
+    assert not hooks(model)
+
+
 COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
