@@ -31,7 +31,10 @@ OTHER_MODULES = (
     "the task has other modules that read shared tensors, such as an auxiliary classifier or one head per level: list "
     "all, heads={'task': (first, second)}"
 )
-NOT_CALLED = "a head is called as head.forward(z), or is missing in `heads`"
+NOT_CALLED = (
+    "a head, or one of several modules of a task, is called as head.forward(z), or in eval mode (call eval() on its "
+    "layers instead, such as frozen normalization), or is missing in `heads`"
+)
 SOMETHING_ELSE = (
     "the loss trains something else, as an actor through its critics: run its forward pass under optimizer.paused()"
 )
