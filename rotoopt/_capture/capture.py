@@ -272,7 +272,7 @@ class Capture:
             turned: Tensor = Turn.apply(rep, matrix, self.dims, task)  # type: ignore[no-untyped-call]
             return turned
         if let_pass or not rep.requires_grad:
-            if matrix is not None:
+            if alone and matrix is not None:  # of a frozen z, for fold()
                 self.shapes[key] = rep.shape
             out = rep if matrix is None else rotated(rep, matrix, self.dims)
             own = own and matrix is None and (alone or key in self.shapes)

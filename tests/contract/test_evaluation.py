@@ -208,6 +208,17 @@ def test_a_first_forward_pass_under_paused_rotates_what_training_does() -> None:
     torch.testing.assert_close(outputs, [outputs[-2]] * 4)
 
 
+def test_a_cell_may_begin_with_zeros_in_a_first_forward_pass_under_paused() -> None:
+    backbone, cell, other = nn.Linear(4, 6), nn.GRUCell(6, 6), nn.Linear(6, 2)
+    params = nn.ModuleList([backbone, cell, other]).parameters()
+    optimizer = RotoGradOptimizer(SGD(params, lr=0.1), [cell, other], rotation_size=6)
+    for paused in (True, False):
+        z = backbone(torch.randn(5, 4))
+        with optimizer.paused() if paused else nullcontext():
+            losses = [cell(z, cell(z, torch.zeros(5, 6))).square().mean(), other(z).square().mean()]
+    optimizer.step(losses)
+
+
 @pytest.mark.parametrize("name", ["eval()", "no_grad()", "inference_mode()", "paused()"])
 def test_evaluation_before_training_changes_nothing(name: str) -> None:
     """Trainers run a few validation batches before the first step."""
