@@ -309,7 +309,7 @@ def test_bypass_from_a_reentrant_checkpoint_is_rejected(around: str, own: bool) 
 @pytest.mark.parametrize("own", [False, True])
 def test_a_module_of_a_task_in_eval_mode_is_rejected(own: bool) -> None:
     model, frozen = TwoTasks(), nn.Linear(6, 1).eval()
-    heads = {"left": (model.heads["left"], frozen), "right": model.heads["right"]}
+    heads = {"left": [model.heads["left"], frozen], "right": [model.heads["right"]]}
     optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), heads)
     z = model.backbone(model.inputs(0))
     losses = [(model.heads["left"](z) + frozen(z)).mean(), model.heads["right"](z).mean()]
