@@ -17,7 +17,7 @@ from rotoopt._capture.fed import Fed
 from rotoopt._capture.first_weight import FirstWeight
 from rotoopt._capture.fork import Fork, Rotate, Turn
 from rotoopt._capture.graph import parameters_of, tasks_surely_behind
-from rotoopt._capture.in_place import InPlaceHeads
+from rotoopt._capture.in_place import InPlaceHeads, copied
 from rotoopt._capture.inputs import Inputs, is_floating, paths_and_leaves, rebuilt
 from rotoopt._capture.latest import LatestWeights
 from rotoopt._capture.owner import Owner
@@ -230,7 +230,7 @@ class Capture:
             return with_attributes_of(rep, rotated(rep, matrix, self.dims))
         may_be_z = alone or (task, place) in self.shapes  # apparently neither a mask nor a condition
         copies = own and may_be_z and self.in_place.may_change((task, place))
-        return with_attributes_of(rep, rep.clone()) if copies else rep
+        return with_attributes_of(rep, copied(rep)) if copies else rep
 
     @not_compiled
     def _capture(

@@ -39,21 +39,21 @@ class InPlaceHeads:
         if key not in self._changes and key in self._probes:
             probe, count = self._probes.pop(key)
             self._changes[key] = version(probe) > count
-        if not self.may_change(key) or _is_expanded(rep):
+        if not self.may_change(key):
             return rep
-        copy = _copied(rep)
-        if key not in self._changes:
+        copy = copied(rep)
+        if copy is not rep and key not in self._changes:
             self._probes[key] = copy.detach(), version(copy)  # both share the version counter
         return copy
 
 
-def _is_expanded(tensor: Tensor) -> bool:
-    """Whether entries of ``tensor`` share memory, as after ``expand``: torch cannot change it in place."""
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+def copied(tensor: Tensor) -> Tensor:
+    """Return a copy with the same strides, since layers would compute another layout differently.
 
-
-def _copied(tensor: Tensor) -> Tensor:
-    """Return a copy with the same strides: layers would compute it otherwise than later, without a copy."""
+    If entries share memory, as after ``expand``, return ``tensor`` itself: torch cannot change it in place.
+    """
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return tensor
     copy = tensor.clone()
     return (
         copy

@@ -72,3 +72,24 @@ def test_a_copy_finds_out_anew_whether_a_head_changes_its_input(copied: Callable
         optimizer.step([head(rep).sum() for head in heads])
     for head in heads:
         assert [seen == rep.data_ptr() for seen, rep in zip(head.seen, reps, strict=True)] == [False, False, True]
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tokens": lambda z: z[:, 1:],
+    "transposed": lambda z: z.transpose(1, 2),
+    "expanded": lambda z: z[:1].expand(4, -1, -1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+def test_a_head_evaluates_a_tensor_of_the_same_strides_before_training(view: Callable[[Tensor], Tensor]) -> None:
+    """Layers choose their operations by strides, so predictions would change by rounding."""
+    rep, seen = view(torch.randn(4, 5, 5)), []
+    heads = [nn.Linear(5, 2).eval(), nn.Linear(5, 2).eval()]
+    for head in heads:
+        head.register_forward_hook(lambda _, args, __: seen.append(args[0].stride()))
+    before = [head(rep) for head in heads]
+    RotoGradOptimizer(SGD([nn.Parameter(torch.zeros(4))], lr=0.1), heads, rotate=False)
+    after = [head(rep) for head in heads]
+    assert set(seen) == {rep.stride()}
+    assert all(map(torch.equal, before, after))
