@@ -77,6 +77,7 @@ def find_first_layers(head: nn.Module, shape: torch.Size, dims: RotatedDims, lik
     """
     if any(type(param) is not nn.Parameter for param in head.parameters()) or _is_sharded(head):
         raise UnfoldableError("its parameters are sharded or quantized")
+    shape = torch.Size(max(size, 1) for size in shape)  # the latest batch of a task may be empty
     generator = torch.Generator().manual_seed(0)  # the same result in all processes of a group
     z = wide(torch.randn(shape, generator=generator, device="cpu").to(like.device))
     matrix = wide(torch.randn(like.shape, generator=generator, device="cpu").to(like.device)) / len(like) ** 0.5

@@ -186,6 +186,19 @@ def test_heads_trained_behind_a_frozen_backbone(options: dict[str, Any]) -> None
     assert not hooks(model)
 
 
+@pytest.mark.filterwarnings(f"ignore:{KEEPS}")
+@pytest.mark.parametrize("hidden", [nn.Linear(REP_SIZE, REP_SIZE), nn.ReLU()])
+def test_the_latest_batch_of_a_task_may_be_empty(hidden: nn.Module) -> None:
+    model = TwoTasks()
+    model.heads["left"] = nn.Sequential(hidden, nn.Tanh(), nn.Linear(REP_SIZE, 1))
+    optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), model.heads, init="haar")
+    z = model.backbone(model.inputs(0))
+    optimizer.step([model.heads["left"](z[:0]).sum(), model.heads["right"](z).mean()])
+    before = predict(model.eval(), X)
+    optimizer.fold()
+    torch.testing.assert_close(predict(model, X), before)
+
+
 COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
