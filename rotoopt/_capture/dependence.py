@@ -41,7 +41,8 @@ from rotoopt._torch.private import is_on_host, output_shapes, saved
 
 # Linear in all inputs, or in the only one that depends on a task.
 LINEAR = {"Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Stack", "Cat", "Clone", "ToCopy", "Expand", "Where"}
-LINEAR |= {"Alias", "MaskedFill", "IndexPut", "IndexAdd", "Scatter", "ScatterAdd", "Nansum"} | PICKS | REARRANGING
+LINEAR |= {"Alias", "MaskedFill", "IndexPut", "IndexCopy", "IndexAdd", "MaskedScatter", "Scatter", "ScatterAdd"}
+LINEAR |= {"Nansum"} | PICKS | REARRANGING
 PRODUCTS = {"Mul", "Div", "Dot", "Mv", "Mm", "Bmm"}
 COMPILED = "CompiledFunction"  # a graph that was compiled as a whole
 
@@ -173,7 +174,10 @@ class Dependence:
         return mask
 
     def _is_joint(self, node: Node) -> bool:
-        return self._masks[node].bit_count() > 1 or (self._of_none and bool(self._masks[node]) and not is_tap(node))
+        if is_tap(node) or not self._masks[node]:
+            return False
+        adds = operation(node) == "IndexAdd"  # outputs of other tasks may be added to the entries that are zero
+        return self._masks[node].bit_count() > 1 or self._of_none or adds
 
     def _label(self, edge: Edge) -> Tensor:
         """Return the labels of the tensor at ``edge``."""

@@ -27,7 +27,8 @@ ELEMENTWISE |= {"Sqrt", "Rsqrt", "Reciprocal", "Abs", "Sgn", "Sign", "Sin", "Cos
 ELEMENTWISE |= {"Erf", "Relu", "LeakyRelu", "PreluKernel", "Elu", "Gelu", "Silu", "Mish", "Softplus", "Hardtanh"}
 ELEMENTWISE |= {"Threshold", "Clamp", "ClampMin", "ClampMax", "Maximum", "Minimum", "Where", "MaskedFill", "Lerp"}
 ELEMENTWISE |= {"Addcmul", "Addcdiv", "Atan2", "Xlogy", "Logaddexp", "NativeDropout", "Alias", "Clone", "ToCopy"}
-ELEMENTWISE |= {"Expand"}
+ELEMENTWISE |= {"Expand", "NanToNum", "Logit", "Hardsigmoid", "Hardswish", "Celu", "Softshrink", "Hardshrink", "Erfc"}
+ELEMENTWISE |= {"Tan", "Asin", "Acos", "Atan", "Sinh", "Cosh", "Asinh", "Hypot", "Round", "Floor", "Fmod", "Remainder"}
 RESHAPING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"}
 REARRANGING = RESHAPING | {"Select", "Slice", "Split", "SplitWithSizes", "Unbind", "Permute", "Transpose", "T"}
 REDUCING = {"Sum", "Mean", "LinalgVectorNorm", "Norm", "Amax", "Amin", "Max", "Min", "Logsumexp", "Var", "Std", "Prod"}
@@ -163,7 +164,7 @@ def _moved(
         return chosen(node, operation, parts, whole(NONE, ()))
     if operation in WRITES:
         new = parts[1].expand(shapes[1] or ()) if len(parts) > 1 else whole(NONE, ())  # of x[part] = 0
-        return written(node, operation, parts[0].expand(out_shape), new)
+        return written(node, operation, parts[0].expand(out_shape), new, whole(NONE, ()))
     return None if shapes[0] is None else picked(node, operation, parts[0].expand(shapes[0]))
 
 

@@ -12,7 +12,7 @@ from rotoopt._torch.private import ASSIGNMENT, kept_by_assignment, output_shapes
 
 PICKS = {"Index", "IndexSelect", "Gather", "MaskedSelect", "Sort", "Topk", "Flip", "Roll", "AsStrided"}
 CHOICES = {"Where", "MaskedFill"}
-WRITES = {"IndexPut", ASSIGNMENT}
+WRITES = {"IndexPut", "IndexCopy", "IndexAdd", "MaskedScatter", ASSIGNMENT}
 BY_VALUES = (PICKS | CHOICES | WRITES) - {"Flip", "Roll"}  # of indices and masks
 
 
@@ -59,12 +59,29 @@ def chosen(node: Any, operation: str, parts: Sequence[Tensor], nothing: Tensor) 
     return None if mask is None else torch.where(mask.cpu(), there, elsewhere)
 
 
-def written(node: Any, operation: str, labels: Tensor, new: Tensor) -> Tensor | None:
+def written(node: Any, operation: str, labels: Tensor, new: Tensor, nothing: Tensor) -> Tensor | None:
     """Return ``labels`` after some entries were overwritten by others with labels ``new``, both of full size.
 
+    Args:
+        node: The operation in a graph.
+        operation: Its name.
+        labels: The labels of the tensor.
+        new: The labels of what is written to it.
+        nothing: The label of an entry without a task.
+
     Returns:
-        None if the graph does not show which ones: after a backward pass, or if they were added.
+        None if the graph does not show which ones: after a backward pass, or if they were added to others.
     """
+    if operation in {"IndexCopy", "IndexAdd"}:
+        dim, index = saved(node, "dim"), saved(node, "index")
+        if index is None:
+            return None
+        index = index.cpu()
+        adds = operation == "IndexAdd" and bool((labels.index_select(dim, index) != nothing).any())
+        return None if adds or len(index.unique()) < len(index) else labels.index_copy(dim, index, new)
+    if operation == "MaskedScatter":
+        mask = saved(node, "mask")
+        return None if mask is None else labels.masked_scatter(mask.cpu(), new)
     if operation == "IndexPut":
         indices = None if saved(node, "accumulate") else _indices(node)
         return None if indices is None else labels.clone().index_put_(indices, new)

@@ -114,6 +114,14 @@ TOLD: dict[str, Callable[[Tensor], Tensor]] = {  # for these, the graph determin
     "filled by one": lambda x: x.masked_fill(every_second(x), x.flatten()[0]),
     "put": lambda x: put(torch.zeros_like(x), every_second(x), x[every_second(x)]),
     "put into itself": lambda x: put(x, every_second(x), 2 * x[every_second(x)]),
+    "index_copy": lambda x: torch.zeros_like(x).index_copy(0, torch.arange(len(x) - 1, -1, -1), x),
+    "index_copy of some": lambda x: x.index_copy(0, torch.tensor([0]), x[-1:]),
+    "index_add to zeros": lambda x: torch.zeros(len(x) + 1, *x.shape[1:]).index_add(0, torch.arange(len(x)), x),
+    "masked_scatter": lambda x: x.flip(0).masked_scatter(every_second(x), x),
+    "masked_scatter to zeros": lambda x: torch.zeros_like(x).masked_scatter(every_second(x), x),
+    "without NaN": lambda x: x.nan_to_num(),
+    "logit": lambda x: x.sigmoid().logit(),
+    "angle": torch.atan,
     "moved within": moved_within,
     "matrix product": lambda x: x @ like(x, x.shape[-1], 2) if x.ndim > 1 else x,
     "matrix product from the left": lambda x: like(x, 2, x.shape[-2]) @ x if x.ndim > 1 else x,
@@ -128,6 +136,8 @@ UNTOLD: dict[str, Callable[[Tensor], Tensor]] = {  # for these it does not, and 
     "part times a constant": lambda x: changed(x, lambda part, _: part.mul_(2.0)),
     "part without gradient": lambda x: changed(x, lambda part, _: part.zero_()),
     "added at an index": lambda x: x.clone().index_put_((torch.tensor([0]),), x[-1:], accumulate=True),
+    "added by index": lambda x: x.index_add(0, torch.tensor([0]), x[-1:]),
+    "copied twice to an index": lambda x: x.index_copy(0, torch.tensor([0, 0]), x[[-1, -1]]),
     "repeated": lambda x: x.repeat(*[2] * x.ndim),
 }
 OPERATIONS = TOLD | UNTOLD
@@ -266,6 +276,14 @@ def test_a_loss_that_mixes_the_outputs_of_heads_is_rejected_for_any_batch_size(n
         back_propagate([losses + MIXTURES[name](outs, bench.y)])
 
 
+def one_by_one(out: Tensor, write: Callable[..., Tensor]) -> list[Tensor]:
+    """Return the losses of three tasks, whose outputs are written to three rows."""
+    rows = torch.zeros(3, len(out))
+    for k in range(3):
+        rows = write(rows, 0, torch.tensor([k]), out[None, :, k])
+    return list(rows.square().mean(1))
+
+
 COLUMNS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
     "column": lambda out, y: [(out[:, k] - y[:, k]).square().mean() for k in range(3)],
     "slice": lambda out, y: [F.mse_loss(out[:, k : k + 1], y[:, k : k + 1]) for k in range(3)],
@@ -279,6 +297,8 @@ COLUMNS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
         out[torch.arange(8), torch.arange(8) % 3][torch.arange(8) % 3 == k].square().mean() for k in range(3)
     ],
     "assigned": lambda out, y: [each.square().mean() for each in in_columns(out.unbind(1)).unbind(1)],
+    "index_add to zeros, one by one": lambda out, y: one_by_one(out, Tensor.index_add),
+    "index_copy, one by one": lambda out, y: one_by_one(out, Tensor.index_copy),
     "parts of a view assigned": lambda out, y: [  # as in YOLOX
         (each - y[:, k]).square().mean()
         for k, each in enumerate(put_columns(out.view(8, 3, 1), 2).squeeze(-1).unbind(1))
