@@ -116,11 +116,10 @@ TOLD: dict[str, Callable[[Tensor], Tensor]] = {  # for these, the graph determin
     "put into itself": lambda x: put(x, every_second(x), 2 * x[every_second(x)]),
     "index_copy": lambda x: torch.zeros_like(x).index_copy(0, torch.arange(len(x) - 1, -1, -1), x),
     "index_copy of some": lambda x: x.index_copy(0, torch.tensor([0]), x[-1:]),
-    "index_add to zeros": lambda x: torch.zeros(len(x) + 1, *x.shape[1:]).index_add(0, torch.arange(len(x)), x),
+    "index_add to zeros": lambda x: x.new_zeros(len(x) + 1, *x.shape[1:]).index_add(0, torch.arange(len(x)), x),
     "masked_scatter": lambda x: x.flip(0).masked_scatter(every_second(x), x),
     "masked_scatter to zeros": lambda x: torch.zeros_like(x).masked_scatter(every_second(x), x),
     "without NaN": lambda x: x.nan_to_num(),
-    "logit": lambda x: x.sigmoid().logit(),
     "angle": torch.atan,
     "moved within": moved_within,
     "matrix product": lambda x: x @ like(x, x.shape[-1], 2) if x.ndim > 1 else x,
@@ -276,14 +275,6 @@ def test_a_loss_that_mixes_the_outputs_of_heads_is_rejected_for_any_batch_size(n
         back_propagate([losses + MIXTURES[name](outs, bench.y)])
 
 
-def one_by_one(out: Tensor, write: Callable[..., Tensor]) -> list[Tensor]:
-    """Return the losses of three tasks, whose outputs are written to three rows."""
-    rows = torch.zeros(3, len(out))
-    for k in range(3):
-        rows = write(rows, 0, torch.tensor([k]), out[None, :, k])
-    return list(rows.square().mean(1))
-
-
 COLUMNS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
     "column": lambda out, y: [(out[:, k] - y[:, k]).square().mean() for k in range(3)],
     "slice": lambda out, y: [F.mse_loss(out[:, k : k + 1], y[:, k : k + 1]) for k in range(3)],
@@ -297,8 +288,6 @@ COLUMNS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
         out[torch.arange(8), torch.arange(8) % 3][torch.arange(8) % 3 == k].square().mean() for k in range(3)
     ],
     "assigned": lambda out, y: [each.square().mean() for each in in_columns(out.unbind(1)).unbind(1)],
-    "index_add to zeros, one by one": lambda out, y: one_by_one(out, Tensor.index_add),
-    "index_copy, one by one": lambda out, y: one_by_one(out, Tensor.index_copy),
     "parts of a view assigned": lambda out, y: [  # as in YOLOX
         (each - y[:, k]).square().mean()
         for k, each in enumerate(put_columns(out.view(8, 3, 1), 2).squeeze(-1).unbind(1))
@@ -322,6 +311,17 @@ def test_each_loss_may_read_its_part_of_the_outputs_of_all_heads(name: str) -> N
     losses_of_others = losses(torch.cat(bench.outputs(), 1), bench.y)[::-1]
     with pytest.raises(RuntimeError, match=r"loss of heads\[0\] must pass .* got one that passes through: heads\[2\]"):
         bench.optimizer.step([losses_of_others[0], None, None])
+
+
+@pytest.mark.parametrize("write", [Tensor.index_add, Tensor.index_copy])
+def test_outputs_may_be_written_to_one_tensor_one_by_one(write: Callable[..., Tensor]) -> None:
+    bench, rows = Heads(8), torch.zeros(3, 8)
+    for k, out in enumerate(bench.outputs()):
+        rows = write(rows, 0, torch.tensor([k]), out.T)
+    bench.optimizer.backward(list(rows.square().mean(1)))
+    true = [bench.true_gradient(lambda outs, y, k=task: outs[k].square().mean(), task) for task in range(3)]  # type: ignore[misc]
+    weights = bench.optimizer.last_step.weights  # type: ignore[union-attr]
+    assert_close(bench.backbone.weight.grad, sum(w * grad for w, grad in zip(weights, true, strict=True)))
 
 
 def test_joined_outputs_in_which_parts_were_replaced_need_backward_with_the_losses() -> None:
