@@ -53,7 +53,7 @@ class BackwardPass:
         loss_reference: |L_k(t0)|, including this pass.
         returns: Whether ``torch.autograd.grad`` runs it, and adds to no ``.grad``.
         measures: Whether it or an earlier pass through the same tensors did so: one of them trains nothing.
-        expected: The tasks whose losses are back-propagated, if known.
+        expected: The tasks whose losses are back-propagated, if known; empty for all whose gradients arrive.
         tasks: The tasks whose gradients have arrived.
         squares: Squared norms of the gradients that were weighted on arrival, by task: one for each tensor that entered
             its heads.

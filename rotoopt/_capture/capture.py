@@ -13,10 +13,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from rotoopt._capture.agreement import Sketch
 from rotoopt._capture.backward_pass import BackwardPass
+from rotoopt._capture.dependence import tasks_behind
 from rotoopt._capture.fed import Fed
 from rotoopt._capture.first_weight import FirstWeight
 from rotoopt._capture.fork import Fork, Rotate, Turn
-from rotoopt._capture.graph import parameters_of, tasks_surely_behind
+from rotoopt._capture.graph import made_by, parameters_of
 from rotoopt._capture.in_place import InPlaceHeads, copied
 from rotoopt._capture.inputs import Inputs, is_floating, paths_and_leaves, rebuilt
 from rotoopt._capture.latest import LatestWeights
@@ -299,7 +300,7 @@ class Capture:
         """
         task, place = key
         is_undecided = place not in self.places.noted[task] if self._paused else self.fed.tasks.get(task)
-        if not is_undecided or tasks_surely_behind(rep.grad_fn, self._are_own, paused=self._paused) != {task}:
+        if not is_undecided or tasks_behind(made_by(rep), self._are_own, paused=self._paused) != {task}:
             return False
         if not self._paused:
             self.inside.add(key)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rotoopt._capture.graph import (
+    AreOwn,
     Edge,
     Node,
     behind,
@@ -20,6 +21,7 @@ from rotoopt._capture.graph import (
     operation,
     reached,
     reaching,
+    tasks_surely_behind,
 )
 from rotoopt._capture.labels import (
     ALONG,
@@ -236,6 +238,18 @@ class Dependence:
             node = part[0]
             (part,) = (each for each in edges(node) if each[0] is not None)
         return False
+
+
+def tasks_behind(edge: Edge, are_own: AreOwn, *, paused: bool = False) -> set[int]:
+    """Return the tasks that ``edge`` depends on for certain; a part of joined outputs depends on that part alone.
+
+    Args:
+        edge: The edge of an input of a head.
+        are_own: Returns whether parameters belong to a task alone.
+        paused: Whether rotations under ``paused()`` count as taps, too. Joined outputs are then not told apart.
+    """
+    tasks = tasks_surely_behind(edge[0], are_own, paused=paused)
+    return tasks & Dependence([edge], of_none=True).tasks(edge) if tasks and not paused else tasks
 
 
 def _from_taps(roots: Sequence[Node]) -> list[Node]:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from rotoopt._capture.bypasses import check_not_bypassed, check_shared, not_through_its_head
-from rotoopt._capture.dependence import Dependence
+from rotoopt._capture.dependence import Dependence, tasks_behind
 from rotoopt._capture.fed import Fed
 from rotoopt._capture.fork import LOSSES_AS_HEADS, SPENT
-from rotoopt._capture.graph import AreOwn, Edge, Node, inputs, leaves, reached, taps_of, tasks_surely_behind
+from rotoopt._capture.graph import AreOwn, Edge, Node, edges, inputs, leaves, reached, taps_of
 from rotoopt.weighting import Weighting
 
 TWO_OPTIMIZERS = (
@@ -114,8 +114,8 @@ def check_heads_apart(taps: set[Node], names: Sequence[str], are_own: AreOwn) ->
             "Heads must read the backbone, got one that reads the output of a head of another RotoGradOptimizer. "
             f"{TWO_OPTIMIZERS}"
         )
-    sources = [(tap.task, node) for tap in taps for node in inputs(tap)]
-    pairs = [(task, other) for task, node in sources for other in tasks_surely_behind(node, are_own)]
+    sources = [(tap.task, edge) for tap in taps for edge in edges(tap)]
+    pairs = [(task, other) for task, edge in sources for other in tasks_behind(edge, are_own)]
     if not pairs:
         return
     reader, read = min(pairs, key=lambda pair: (pair[0] == pair[1], pair))  # another task, if there is one
@@ -130,7 +130,8 @@ def check_heads_apart(taps: set[Node], names: Sequence[str], are_own: AreOwn) ->
         f"Heads must read the backbone, got {names[reader]}, which reads an output of the head of {names[read]}: its "
         f"gradient would be given two weights. Either (a) detach() that output, (b) make what {names[reader]} reads a "
         f"part of the backbone: in `heads`, list only the later layers of {names[read]}, (c) if there are none, as for "
-        f"the divergence of an autoencoder, pass its loss as backbone_loss, or (d) {LOSSES_AS_HEADS}."
+        f"the divergence of an autoencoder, pass its loss as backbone_loss, (d) {LOSSES_AS_HEADS}, or (e) if a "
+        f"hook takes what enters {names[read]}, which is rotated there, take the output of the layer before."
     )
 
 

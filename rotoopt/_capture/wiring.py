@@ -65,6 +65,7 @@ class Wiring:
         self._operations: dict[frozenset[Read], list[str]] = {}  # all operations when the losses were checked
         self._num_known: Counter[frozenset[Read]] = Counter()
         self._shared: list[Tensor] = []
+        self._joined: set[frozenset[Read]] = set()  # losses have read some parts of the joined outputs of heads
         self._warned = self._found_unlisted = self._found_data = self._found_measured = False
         self._tied: set[int] = set()  # ids of parameters of a task that others read as well
 
@@ -93,22 +94,28 @@ class Wiring:
         self._made_by[reads] = made_by_now
         return self._remember(reads, taps_of(node for node, _ in made.values()))
 
-    def check_running(self, fed: Fed) -> bool:
-        """The same check for a backward pass that the user calls, as far as a sum of losses allows."""
+    def check_running(self, fed: Fed) -> tuple[bool, frozenset[int]]:
+        """The same check for a backward pass that the user calls, as far as a sum of losses allows.
+
+        Also return the tasks of the losses if they read some parts of joined outputs: zeros reach the other heads.
+        """
         self._warn_of_data(fed)
-        reads = frozenset(fed.reads)
-        known = self._known(reads, fed)
+        reads, none = frozenset(fed.reads), frozenset[int]()
+        known = None if reads in self._joined else self._known(reads, fed)
         if known is not None:
-            return known
+            return known, none
         self._one_tensor.pop(reads, None)
         roots = [made_by(root) for root in running_roots()]
         dependence, own = Dependence(roots), self._own_parameters()
         taps = check_sum(dependence, roots, self._names, own, self.are_own)
         self._warn_of_unknown(dependence)
         if not taps:  # torch does not show what the pass started from
-            return fed.only_fork() is not None and fed.may_be_all()
+            return fed.only_fork() is not None and fed.may_be_all(), none
         self._warn_of_unlisted([node for root in roots for node, _ in dependence.terms(root).of_none], taps, own)
-        return self._remember(reads, taps)
+        tasks = none.union(*map(dependence.tasks, roots))
+        if tasks < {tap.task for tap in taps}:
+            self._joined.add(reads)
+        return self._remember(reads, taps), tasks if reads in self._joined else none
 
     def _warn_of_data(self, fed: Fed) -> None:
         """Warn once of a gradient of data; that of a representation may be passed on to the backbone by the user."""

@@ -219,8 +219,9 @@ class Engine:
             self.close()
             self._foreign_steps.observe(len(self._passes))
             try:
-                one_tensor = self._wiring.check_running(self.capture.fed)
+                one_tensor, tasks = self._wiring.check_running(self.capture.fed)
                 self._running = self._open(None, None, one_tensor=one_tensor, number=number)
+                self._running.expected = tasks
             finally:
                 self.capture.fed = self.capture.fed.following()
         return self._running

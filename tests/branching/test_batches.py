@@ -105,6 +105,33 @@ def of_z(change: Callable[[Tensor], Tensor]) -> nn.Module:
     return Changes()
 
 
+@pytest.mark.parametrize("way", WAYS)
+@given(seed=SEEDS, log_scale=st.floats(-3, 3))
+def test_a_batch_of_one_task_may_read_its_part_of_joined_outputs(way: str, seed: int, log_scale: float) -> None:
+    """The gradient of the other outputs is zero, and their task absent: joining them changes nothing."""
+    results = []
+    for joins in (False, True):
+        torch.manual_seed(seed)
+        backbone, heads = two_tasks()
+        params = [param for module in (backbone, *heads.values()) for param in module.parameters()]
+        optimizer, weights = RotoGradOptimizer(SGD(params, lr=1e-3), heads, turn_every=2), []
+        for name, scale in [("often", 1.0), ("often", 1.0), ("seldom", 10.0**log_scale)] * 3:
+            z = backbone(torch.randn(4, 5).double())
+            outs = {task: head(z) for task, head in heads.items()}
+            if joins:
+                outs = dict(zip(heads, torch.stack(list(outs.values())).unbind(), strict=True))
+            optimizer.zero_grad()
+            WAYS[way](optimizer, {name: (outs[name] - 1).square().mean() * scale})
+            optimizer.step()
+            record = optimizer.last_step
+            assert record is not None
+            assert record.present.tolist() == [task == name for task in heads]
+            assert record.finite
+            weights.append(record.weights)
+        results.append(torch.stack(weights))
+    assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("rotate", [False, True])
 def test_heads_that_begin_in_place_get_their_own_copy_of_z(rotate: bool) -> None:
     """So that no head gets the modified z of another one, in training and evaluation."""

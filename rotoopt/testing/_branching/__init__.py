@@ -14,6 +14,7 @@ BRANCHING = (
     head_inputs.siamese,
     head_inputs.decoder_loop,
     head_inputs.decoder_layers,
+    head_inputs.joined_outputs,
     per_head.pooled_and_dense,
     per_head.dropout_per_head,
     per_head.cast_per_head,

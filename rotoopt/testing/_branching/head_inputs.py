@@ -208,3 +208,17 @@ def decoder_layers(s: Sizes) -> Branching:
         return {"caption": square(out(text)), "match": square(match(image))}
 
     return Branching([encoder, words], {"caption": (*layers, out), "match": match}, losses)
+
+
+def joined_outputs(s: Sizes) -> Branching:
+    """A tracker: one map has the boxes and the embeddings, and a classifier of identities reads the embeddings."""
+    backbone, boxes, embeddings = s.maps(), nn.Conv2d(s.features, 4, 1), nn.Conv2d(s.features, s.features, 1)
+    classifier = nn.Linear(s.features, 3)
+
+    def losses(x: Tensor) -> dict[str, Tensor]:
+        z = backbone(x)
+        joined = torch.cat([boxes(z), embeddings(z)], 1)
+        found = nn.functional.normalize(joined[:, 4:].movedim(1, 3).flatten(0, 2)[::2])
+        return {"boxes": square(joined[:, :4]), "identities": square(classifier(found))}
+
+    return Branching([backbone], {"boxes": boxes, "identities": (embeddings, classifier)}, losses, {"dim": 1})
