@@ -42,15 +42,16 @@ FROM_GRADIENTS = (
     "the loss was computed from gradients, as in MAML: run its forward and backward pass under optimizer.paused(), and "
     "then optimizer.step() without losses"
 )
+LAST_SKIP = "of a decoder whose layers add skip connections to their own outputs, list only those after the last one"
 ADDED = (
     "It is read by a term that is added to the loss. Either (a) it is a penalty: pass it as backbone_loss, (b) "
     f"{OTHER_MODULES}, (c) {NOT_CALLED}, (d) {SOMETHING_ELSE}, or (e) {FROM_GRADIENTS}."
 )
 AROUND = (
     "Either (a) a skip connection goes around a head, or the loss compares an output with a shared tensor: move it "
-    f"into the head, pass it to the head as an input, or detach() it, (b) {OTHER_MODULES}, also for an output layer "
-    f"that shares its weight with an embedding, (c) {NOT_CALLED}, (d) a head reads something that is stored in it, is "
-    "complex, or is inside an object of a custom class: pass it as an input, "
+    f"into the head, pass it to the head as an input, or detach() it; {LAST_SKIP}, (b) {OTHER_MODULES}, also for an "
+    f"output layer that shares its weight with an embedding, (c) {NOT_CALLED}, (d) a head reads something that is "
+    "stored in it, is complex, or is inside an object of a custom class: pass it as an input, "
     f"(e) {SOMETHING_ELSE}, (f) outputs of several heads are combined with shared tensors: {LOSSES_AS_HEADS}, or (g) "
     f"{FROM_GRADIENTS}."
 )
@@ -58,8 +59,8 @@ BEHIND = (
     "Either (a) a layer is applied to the outputs of several heads: list only later modules as heads, give every task "
     f"its own copy of the layer, or {LOSSES_AS_HEADS}, (b) the parameter belongs to one task: list it there, "
     "heads={'task': (head, parameter)}, (c) it weights losses: multiply the losses by it, not their errors, outside "
-    "of compiled graphs, or (d) heads read its output inside an object of a custom class, or stored in them: pass it "
-    "as an input."
+    "of compiled graphs, (d) heads read its output inside an object of a custom class, or stored in them: pass it "
+    f"as an input, or (e) a skip connection goes around all heads: pass it to them as an input; {LAST_SKIP}."
 )
 
 

@@ -91,6 +91,40 @@ def test_shared_parameters_behind_the_heads_are_named(name: str, own: bool) -> N
         back_propagate([torch.stack(losses).sum()]) if own else optimizer.step(losses)
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("around_all", [False, True], ids=["around some layers", "around all heads"])
+def test_decoders_with_skip_connections_begin_after_the_last_one(around_all: bool, own: bool) -> None:
+    """As in HoVer-Net: the last layers read what the first ones have computed, plus a tensor of the backbone."""
+    torch.manual_seed(0)
+    stem, encoder = nn.Linear(3, 6), nn.Linear(6, 6)
+    decoders = [(nn.Linear(6, 6), nn.Linear(6, 1)) for _ in range(2)]
+    model = nn.ModuleList([stem, encoder, *decoders[0], *decoders[1]]).double()
+
+    def losses() -> list[Tensor]:
+        low = stem(torch.linspace(-1, 1, 12).double().view(4, 3))
+        high = encoder(low.detach() if around_all else low)
+        return [10**k * last(torch.tanh(first(high)) + low).square().mean() for k, (first, last) in enumerate(decoders)]
+
+    def run(optimizer: RotoGradOptimizer) -> None:
+        optimizer.zero_grad()
+        back_propagate([torch.stack(losses()).sum()]) if own else optimizer.backward(losses())
+
+    optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), decoders)
+    with pytest.raises(RuntimeError, match=rf"{PAST} .* skip connections to their own outputs, list only those after"):
+        run(optimizer)
+    optimizer.remove()
+    optimizer = RotoGradOptimizer(SGD(model.parameters(), lr=0.1), [last for _, last in decoders], rotate=False)
+    for _ in range(4):
+        run(optimizer)
+        assert optimizer.last_step is not None
+        weights = optimizer.last_step.weights
+        with optimizer.paused():
+            true = [torch.autograd.grad(losses()[task], stem.weight)[0] for task in range(2)]
+        assert_close(stem.weight.grad, sum(w * grad for w, grad in zip(weights, true, strict=True)))
+        optimizer.step()
+    assert weights[0] > weights[1]
+
+
 @pytest.mark.parametrize("num_layers", [1, 2, 5])
 def test_the_first_parameters_are_named_in_the_order_of_the_optimizer(num_layers: int) -> None:
     model = TwoTasks()

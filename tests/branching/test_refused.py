@@ -198,3 +198,12 @@ def test_stages_that_read_the_predictions_of_all_tasks_name_another_task() -> No
     refined = [head(z + sum(predictions)) for head in second]
     with pytest.raises(RuntimeError, match=r"^Heads must read the backbone, got a, which reads .* of the head of b"):
         optimizer.step([square(p) + square(r) for p, r in zip(predictions, refined, strict=True)])
+
+
+def test_a_head_that_reads_what_a_hook_has_taken_from_another_one() -> None:
+    """As a second classifier on the features of the first one: they are rotated there."""
+    model, taken = Model(), []
+    model.a.register_forward_hook(lambda _, args, __: taken.append(args[0]))
+    out = model.a(model.z())
+    with pytest.raises(RuntimeError, match="if a hook takes what enters a, which is rotated there, take the output of"):
+        model.step(out, model.b(taken[0]))
