@@ -39,7 +39,7 @@ from rotoopt._capture.labels import (
     whole,
 )
 from rotoopt._capture.moves import BY_VALUES, PICKS, WRITES
-from rotoopt._torch.private import is_on_host, output_shapes, saved
+from rotoopt._torch.private import ASSIGNMENT, is_on_host, output_shapes, saved
 
 # Linear in all inputs, or in the only one that depends on a task.
 LINEAR = {"Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Stack", "Cat", "Clone", "ToCopy", "Expand", "Where"}
@@ -178,7 +178,9 @@ class Dependence:
     def _is_joint(self, node: Node) -> bool:
         if is_tap(node) or not self._masks[node]:
             return False
-        adds = operation(node) == "IndexAdd"  # outputs of other tasks may be added to the entries that are zero
+        # Outputs of other tasks may be added to the entries that are zero, as to a vector of losses.
+        name = operation(node)
+        adds = name == "IndexAdd" or (name == ASSIGNMENT and len(output_shapes(node)[0]) < 2)
         return self._masks[node].bit_count() > 1 or self._of_none or adds
 
     def _label(self, edge: Edge) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rotoopt._capture.moves import CHOICES, PICKS, WRITES, chosen, picked, written
-from rotoopt._torch.private import output_shapes, saved
+from rotoopt._torch.private import ASSIGNMENT, entries_of_change, output_shapes, saved
 
 NONE = -1  # depends on no task
 MIXED = -2  # depends on several tasks
@@ -163,9 +163,25 @@ def _moved(
     if operation in CHOICES:
         return chosen(node, operation, parts, whole(NONE, ()))
     if operation in WRITES:
-        new = parts[1].expand(shapes[1] or ()) if len(parts) > 1 else whole(NONE, ())  # of x[part] = 0
-        return written(node, operation, parts[0].expand(out_shape), new, whole(NONE, ()))
+        old, new = parts[0].expand(out_shape), whole(NONE, ())  # of x[part] = 0
+        if len(parts) > 1:
+            new = parts[1].expand(shapes[1] or ())
+        labels = written(node, operation, old, new, whole(NONE, ()))
+        return _changed(node, old, new) if labels is None and operation == ASSIGNMENT else labels
     return None if shapes[0] is None else picked(node, operation, parts[0].expand(shapes[0]))
+
+
+def _changed(node: Any, labels: Tensor, new: Tensor) -> Tensor | None:
+    """Return ``labels`` after entries were changed, each by at most one entry with labels ``new``."""
+    found = entries_of_change(node)
+    if found is None or new.numel() not in (1, len(found[1])):
+        return None
+    remains, index = (each.cpu() for each in found)
+    out = torch.where(remains, labels.flatten(), NONE)
+    changes = index >= 0
+    if changes.any():
+        out[index[changes]] = together([out[index[changes]], new.flatten().expand(len(index))[changes]])
+    return out.reshape(labels.shape)
 
 
 def _joined(

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 ENGINE_FILE = torch.autograd.graph.__file__
 ASSIGNMENT = "torch::autograd::CopySlices"  # the operation of x[part] = y in a graph, and of x[part].add_(y)
+LARGEST_PROBE = 1 << 22  # entries
 Function = TypeVar("Function", bound=Callable[..., Any])
 Step = Callable[..., float | None]
 
@@ -282,6 +283,57 @@ def places_of_entries(node: Any) -> list[Tensor] | None:
     index = torch.cat(places)
     each_once = torch.equal(torch.bincount(index[index >= 0], minlength=len(numbers)), torch.ones_like(numbers).long())
     return places if is_exact and each_once else None
+
+
+@torch.no_grad()
+def entries_of_change(node: Any) -> tuple[Tensor, Tensor] | None:
+    """Return what ``x[part].mul_(c)``, ``x[part].add_(y)`` and the like leave of x, and where they put y.
+
+    Only the gradients of the operation show it, as in :func:`kept_by_assignment`.
+
+    Returns:
+        Whether each entry of x has a gradient, and the indices of the entries that those of y change, flattened, -1 for
+        none. None if entries are combined, there are more inputs, x is large, or after a backward pass.
+    """
+    output = node._input_metadata[0]
+    size = torch.Size(output.shape)
+    if size.numel() > LARGEST_PROBE:
+        return None
+    numbers = torch.arange(1, size.numel() + 1, dtype=torch.float64, device=output.device)
+    probes = [torch.ones_like(numbers), numbers, *[1 + (numbers * each) % 1 for each in (2**0.5, 3**0.5)]]
+    try:
+        found = [node(probe.reshape(size)) for probe in probes]
+    except RuntimeError:
+        return None
+    grads = zip(*[[each] if isinstance(each, Tensor) else each for each in found], strict=True)
+    none = torch.full_like(numbers, -1).long()
+    places = [none if each[0] is None else _only_places(each, probes) for each in grads]
+    known = [each for each in places if each is not None]
+    others = [each for each in known[1:] if each is not none]
+    if len(known) < len(places) or len(others) > 1:
+        return None
+    of_x, index = known[0], [*others, none][0]
+    remains, changed = of_x >= 0, index[index >= 0]
+    if len(set(changed.tolist())) < len(changed) or not torch.equal(of_x[remains], remains.nonzero()[:, 0]):
+        return None
+    return remains, index
+
+
+def _only_places(grads: Sequence[Tensor], probes: Sequence[Tensor]) -> Tensor | None:
+    """Return which entry of the output each entry of an input changes, -1 if none; None if one changes several.
+
+    Args:
+        grads: The gradients of the input for those of the output in ``probes``.
+        probes: One everywhere; 1, 2, 3, ...; and irregular numbers.
+    """
+    factors, numbers, *others = [each.flatten().double() for each in grads]
+    is_none = torch.stack([factors, numbers, *others]).eq(0).all(0)
+    index = torch.where(is_none, 0.0, numbers / factors - 1).round().nan_to_num().long().clamp(0, len(probes[0]) - 1)
+    is_one = [
+        torch.isclose(grad, factors * probe[index]) for grad, probe in zip((numbers, *others), probes[1:], strict=True)
+    ]
+    is_known = is_none | (torch.stack(is_one).all(0) & (factors != 0))
+    return index.masked_fill(is_none, -1) if bool(is_known.all()) else None
 
 
 def is_transformed() -> bool:

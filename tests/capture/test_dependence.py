@@ -56,6 +56,16 @@ def moved_within(x: Tensor) -> Tensor:
     return x
 
 
+def scaled_losses(losses: Sequence[Tensor]) -> Tensor:
+    """Return the losses of Ultralytics YOLO: added to zeros, and scaled there."""
+    out = torch.zeros(len(losses) + 1)
+    out[-1] = losses[0]
+    for k, loss in enumerate(losses):
+        out[k] += loss
+        out[k] *= 7.5
+    return 8 * out
+
+
 def in_columns(columns: Sequence[Tensor]) -> Tensor:
     """Return what ``torch.stack(columns, -1)`` returns, made column by column."""
     out = columns[0].new_zeros(*columns[0].shape, len(columns))
@@ -126,14 +136,18 @@ TOLD: dict[str, Callable[[Tensor], Tensor]] = {  # for these, the graph determin
     "matrix product from the left": lambda x: like(x, 2, x.shape[-2]) @ x if x.ndim > 1 else x,
     "linear": lambda x: F.linear(x, like(x, 2, x.shape[-1]), like(x, 2)) if x.ndim > 1 else x,
     "product of matrices": lambda x: torch.baddbmm(x, x, like(x, len(x), *[x.shape[-1]] * 2)) if x.ndim == 3 else x,
-}
-UNTOLD: dict[str, Callable[[Tensor], Tensor]] = {  # for these it does not, and too many tasks are reported
-    "product with itself": lambda x: x @ x.mT.tanh() if x.ndim > 1 else x,
-    "assigned": lambda x: in_columns(x.unbind(-1)) if x.ndim > 1 else x,
     "part multiplied": lambda x: changed(x, Tensor.mul_),
     "part added to": lambda x: changed(x, Tensor.add_),
     "part times a constant": lambda x: changed(x, lambda part, _: part.mul_(2.0)),
     "part without gradient": lambda x: changed(x, lambda part, _: part.zero_()),
+    "part subtracted from": lambda x: changed(x, Tensor.sub_),
+    "part through a function": lambda x: changed(x, lambda part, _: part.sigmoid_()),
+}
+UNTOLD: dict[str, Callable[[Tensor], Tensor]] = {  # for these it does not, and too many tasks are reported
+    "product with itself": lambda x: x @ x.mT.tanh() if x.ndim > 1 else x,
+    "assigned": lambda x: in_columns(x.unbind(-1)) if x.ndim > 1 else x,
+    "part added to, broadcast": lambda x: changed(x, lambda part, y: part.add_(y.flatten()[0])),
+    "part normalized": lambda x: changed(x, lambda part, _: part.sub_(part.mean())),
     "added at an index": lambda x: x.clone().index_put_((torch.tensor([0]),), x[-1:], accumulate=True),
     "added by index": lambda x: x.index_add(0, torch.tensor([0]), x[-1:]),
     "copied twice to an index": lambda x: x.index_copy(0, torch.tensor([0, 0]), x[[-1, -1]]),
@@ -204,6 +218,7 @@ APART: dict[str, Callable[[list[Tensor], Tensor], Tensor]] = {
     "losses in a vector": lambda outs, y: (torch.cat(outs, 1) - y).square().mean(0).log().sum(),
     "largest loss": lambda outs, y: torch.stack([out.square().mean() for out in outs]).max(),
     "product of losses": lambda outs, y: torch.stack([out.square().mean() for out in outs]).prod(),
+    "losses added to a vector, and scaled there": lambda outs, y: scaled_losses([o.abs().mean() for o in outs]).sum(),
     "losses assigned to a vector": lambda outs, y: in_columns([out.square().mean() for out in outs]).sum(),
     "errors put where their labels are": lambda outs, y: put(y.T, y.T > 0, torch.stack(outs)[..., 0][y.T > 0]).mean(),
     "errors added up by index": lambda outs, y: (
@@ -288,6 +303,9 @@ COLUMNS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
         out[torch.arange(8), torch.arange(8) % 3][torch.arange(8) % 3 == k].square().mean() for k in range(3)
     ],
     "assigned": lambda out, y: [each.square().mean() for each in in_columns(out.unbind(1)).unbind(1)],
+    "added to a vector, and scaled there": lambda out, y: list(
+        scaled_losses([(out[:, k] - y[:, k]).abs().mean() for k in range(3)])[:3]
+    ),
     "parts of a view assigned": lambda out, y: [  # as in YOLOX
         (each - y[:, k]).square().mean()
         for k, each in enumerate(put_columns(out.view(8, 3, 1), 2).squeeze(-1).unbind(1))
