@@ -46,6 +46,7 @@ LINEAR = {"Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Stack", "Cat", "Clone", "
 LINEAR |= {"Alias", "MaskedFill", "IndexPut", "IndexCopy", "IndexAdd", "MaskedScatter", "Scatter", "ScatterAdd"}
 LINEAR |= {"Nansum"} | PICKS | REARRANGING
 PRODUCTS = {"Mul", "Div", "Dot", "Mv", "Mm", "Bmm"}
+FEW = 4096  # entries, which may be losses
 COMPILED = "CompiledFunction"  # a graph that was compiled as a whole
 
 
@@ -178,9 +179,9 @@ class Dependence:
     def _is_joint(self, node: Node) -> bool:
         if is_tap(node) or not self._masks[node]:
             return False
-        # Outputs of other tasks may be added to the entries that are zero, as to a vector of losses.
+        # Outputs of other tasks may be added to the entries that are zero, as to a vector or matrix of losses.
         name = operation(node)
-        adds = name == "IndexAdd" or (name == ASSIGNMENT and len(output_shapes(node)[0]) < 2)
+        adds = name == "IndexAdd" or (name == ASSIGNMENT and torch.Size(output_shapes(node)[0]).numel() <= FEW)
         return self._masks[node].bit_count() > 1 or self._of_none or adds
 
     def _label(self, edge: Edge) -> Tensor:

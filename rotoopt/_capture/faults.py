@@ -154,8 +154,10 @@ def _mixed(dependence: Dependence, tasks: Sequence[int], names: Sequence[str]) -
         f"loss of {first}, or add that term to the loss of {second} and detach() the output of {first}, (b) if both "
         f"heads must be trained by it, as by a product of their outputs, {LOSSES_AS_HEADS}, (c) if an index or a mask "
         "selects one task for each sample, or parts of joined outputs are replaced, as by out[..., :2] = y, in your "
-        "own sum(losses).backward(), call backward(losses) with the loss of each task instead, or (d) if the loss "
-        "trains something else, as an actor through its critics, run its forward pass under optimizer.paused()."
+        "own sum(losses).backward(), call backward(losses) with the loss of each task instead, (d) if the loss "
+        "trains something else, as an actor through its critics, run its forward pass under optimizer.paused(), or (e) "
+        "if losses were added up in place, as by total = losses[0]; total += losses[1], write total = total + "
+        "losses[1]."
     )
     if not dependence.is_compiled:
         return message

@@ -207,3 +207,14 @@ def test_a_head_that_reads_what_a_hook_has_taken_from_another_one() -> None:
     out = model.a(model.z())
     with pytest.raises(RuntimeError, match="if a hook takes what enters a, which is rotated there, take the output of"):
         model.step(out, model.b(taken[0]))
+
+
+def test_losses_that_were_added_up_in_place() -> None:
+    """As for a log: the first loss is then the sum."""
+    model = Model()
+    z = model.z()
+    losses = [square(model.a(z)), square(model.b(z))]
+    total = losses[0]
+    total += losses[1]
+    with pytest.raises(RuntimeError, match=r"The loss of a must be .* \(e\) if losses were added up in place"):
+        model.optimizer.step(losses)

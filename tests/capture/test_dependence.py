@@ -66,6 +66,15 @@ def scaled_losses(losses: Sequence[Tensor]) -> Tensor:
     return 8 * out
 
 
+def in_rows(losses: Sequence[Tensor]) -> Tensor:
+    """Return a matrix with each loss in two places of its row."""
+    out = torch.zeros(len(losses), 3)
+    for k, loss in enumerate(losses):
+        out[k, 0] += loss
+        out[k, k] += loss
+    return out
+
+
 def in_columns(columns: Sequence[Tensor]) -> Tensor:
     """Return what ``torch.stack(columns, -1)`` returns, made column by column."""
     out = columns[0].new_zeros(*columns[0].shape, len(columns))
@@ -305,6 +314,9 @@ COLUMNS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
     "assigned": lambda out, y: [each.square().mean() for each in in_columns(out.unbind(1)).unbind(1)],
     "added to a vector, and scaled there": lambda out, y: list(
         scaled_losses([(out[:, k] - y[:, k]).abs().mean() for k in range(3)])[:3]
+    ),
+    "added to a matrix, by rows": lambda out, y: list(
+        in_rows([(out[:, k] - y[:, k]).abs().mean() for k in range(3)]).sum(1)
     ),
     "parts of a view assigned": lambda out, y: [  # as in YOLOX
         (each - y[:, k]).square().mean()
