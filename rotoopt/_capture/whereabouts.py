@@ -31,6 +31,7 @@ UNKNOWN = (
     "that was saved had rotations, predictions differ: load the state of the optimizer as well, "
     "optimizer.load_state_dict(...). If it had none, load its weights before the optimizer is built."
 )
+NOT_CREATED = -1
 STALE = (
     "A copy of the model should have the rotations that its weights were trained with, got one whose weights were "
     "updated, but not its rotations, while those of the model were. Its predictions are wrong. Call "
@@ -92,8 +93,11 @@ class Whereabouts:
         self._loaded = changes_of(self._rotations)
 
     def are_loaded(self) -> bool:
-        """Whether the rotations are those that were loaded with the weights."""
-        return self._loaded == changes_of(self._rotations)
+        """Whether the rotations are those that were loaded with the weights, or were created as I since."""
+        rotations = self._rotations
+        if self._loaded == NOT_CREATED:
+            return not any(map(rotations.is_turned, range(rotations.num_tasks)))
+        return self._loaded == changes_of(rotations)
 
     def what_is_lost(self, task: int, saved: dict[str, Any] | None, *, would_know: bool) -> str | None:
         """Return the warning about weights of ``task`` that were loaded without their rotation; None if it is theirs.
@@ -199,7 +203,7 @@ class Origin:
 
 def changes_of(rotations: Rotations) -> int:
     """Return the version counter of ``rotations``."""
-    return -1 if rotations.size is None else version(rotations.matrices)
+    return NOT_CREATED if rotations.size is None else version(rotations.matrices)
 
 
 def _versions_of(weights: Sequence[Tensor]) -> int:

@@ -372,6 +372,19 @@ def test_weights_without_rotations_are_correct_with_the_state_of_the_optimizer(o
     assert_same(predict(model, x), expected)
 
 
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+def test_initial_weights_are_correct_with_the_initial_state_of_the_optimizer(order: str) -> None:
+    """From before the rotations existed: they are created as I by the first head, and not reported by the others."""
+    model, optimizer = wrap(rotation_optimizer=partial(SGD, lr=1.0))
+    x, weights, state = model.inputs(9), items_of(copy.deepcopy(model.state_dict())), optimizer.state_dict()
+    expected = predict(copy.deepcopy(model), x)
+    train(model, optimizer, 0, 1)
+    loads = [partial(model.load_state_dict, weights), partial(optimizer.load_state_dict, state)]
+    for load in loads if order == "model first" else loads[::-1]:
+        load()
+    assert_same(predict(model, x), expected)
+
+
 def by_data(theirs: Tensor, own: Tensor) -> None:
     theirs.data = own.detach().clone()
 
