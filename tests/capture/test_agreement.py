@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -118,8 +118,10 @@ def test_a_single_sample_with_a_gradient_gives_no_estimate(K: int, seed: int, dt
     sampler = Sampler(seed, dtype)
     grads = sampler.normal(K, samples, 6)
     grads[0, 1:] = 0.0
-    unknown = Sketch(sampler.normal(samples, 6), VECTORS, seed).sums(grads).agreement().isnan()
-    assert unknown.tolist() == [True] + [False] * (K - 1)
+    sums = Sketch(sampler.normal(samples, 6), VECTORS, seed).sums(grads)
+    ratios = (sums.sums[1:].norm(dim=1) / sums.lengths[1:]).square()
+    assume(bool(((ratios - 1).abs() > 2 * ROUNDING).all()))  # others may be one by chance
+    assert sums.agreement().isnan().tolist() == [True] + [False] * (K - 1)
 
 
 class Tasks(nn.Module):

@@ -149,7 +149,7 @@ TOLD: dict[str, Callable[[Tensor], Tensor]] = {  # for these, the graph determin
     "part added to": lambda x: changed(x, Tensor.add_),
     "part times a constant": lambda x: changed(x, lambda part, _: part.mul_(2.0)),
     "part without gradient": lambda x: changed(x, lambda part, _: part.zero_()),
-    "part subtracted from": lambda x: changed(x, Tensor.sub_),
+    "part subtracted from": lambda x: changed(x, lambda part, y: part.sub_(y, alpha=0.5)),  # not 0 if it is the same
     "part through a function": lambda x: changed(x, lambda part, _: part.sigmoid_()),
 }
 UNTOLD: dict[str, Callable[[Tensor], Tensor]] = {  # for these it does not, and too many tasks are reported
@@ -199,6 +199,7 @@ def test_labels_are_those_of_gradients(seed: int, names: list[str], dim: int) ->
     for name in names:
         if x.numel() < 200 and x.ndim < 5:
             x = OPERATIONS[name](x)
+            x = 3 * x / x.detach().abs().max().clamp(min=3)  # else squares saturate a softmax: its gradient is rounded
     assert_labels(x, fed, names)
 
 
