@@ -96,12 +96,23 @@ def check_sum(
     if not taps:
         return taps
     for terms in found:
+        for node, _ in terms.of_tasks + terms.mixed:
+            _check_one_optimizer(taps_of([node]))
         for term in terms.mixed:
             raise RuntimeError(_mixed(dependence, sorted(dependence.tasks(term)), names))
     check_heads_apart(taps, names, are_own)
     check_shared(dependence, {}, names, own, [term for terms in found for term in terms.of_tasks])
     check_not_bypassed([node for terms in found for node, _ in terms.of_none], taps, own, names)
     return taps
+
+
+def _check_one_optimizer(taps: set[Node]) -> None:
+    first, *others = taps
+    if not all(other.fork.is_with(first.fork) for other in others):
+        raise RuntimeError(
+            "A loss must pass through heads of one optimizer, got one that passes through heads of another "
+            f"RotoGradOptimizer, too. {TWO_OPTIMIZERS} If all heads read one backbone, build one optimizer with all."
+        )
 
 
 def check_heads_apart(taps: set[Node], names: Sequence[str], are_own: AreOwn) -> None:

@@ -133,6 +133,20 @@ def other_optimizer(model: TwoTasks, optimizer: RotoGradOptimizer) -> Callable[[
     return step
 
 
+def between_optimizers(model: TwoTasks, optimizer: RotoGradOptimizer) -> Callable[[], object]:
+    """The same task number in both: as one task, it would be given two weights."""
+    head = nn.Linear(6, 1)
+    other = RotoGradOptimizer(sgd(head.parameters()), [head])
+    rep = representation(model)
+    losses = [(left(model)(rep) - head(rep)).square().mean(), right(model)(rep).square().mean()]
+
+    def back() -> None:
+        assert other.last_step is None
+        back_propagate(losses)
+
+    return back
+
+
 def through_another_optimizer(model: TwoTasks, optimizer: RotoGradOptimizer) -> Callable[[], object]:
     """As a generator through its discriminator, both with several tasks."""
     others = [nn.Linear(2, 1), nn.Linear(2, 2)]
@@ -211,6 +225,13 @@ CASES = {
         RuntimeError,
         "^A loss must pass through heads of the optimizer that it is given to, got that of left, which passes through",
         other_optimizer,
+    ),
+    "heads of two optimizers, plain backward": Case(
+        RuntimeError,
+        "^A loss must pass through heads of one optimizer, got one that passes through heads of another.*with all",
+        between_optimizers,
+        later=False,
+        inside=True,
     ),
     "through a head of another optimizer": Case(
         RuntimeError,
